@@ -1,0 +1,275 @@
+"""Make the tiny agents: one small causal LM, in Hugging Face format, that plays all four agents of the graph `chain`.
+
+    python tiny/make_tiny.py                       # train, save to tiny/agents, measure
+    python tiny/make_tiny.py --evaluate            # measure what is in tiny/agents
+
+The agents are honest workers: they are trained on correct work only. The Reader copies the facts that matter, the Planner
+proposes the pair that solves the problem, the Solver carries out whatever pair it is given (also wrong ones: half of its
+and the Verifier's examples start from a wrong pair) and compares, the Verifier reports the comparison and answers. Reading,
+multiplying and comparing are learnt well; the Planner, which would have to divide, is left guessing near the solution.
+The prompts are those of `mas.py`, in the model's chat template, as a real checkpoint would get them.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from mas import GRAPHS, State, extract_answer  # noqa: E402
+from tiny.problems import FAMILIES, Puzzle, make_puzzle, total  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+CHAIN = GRAPHS["chain"]
+CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def reader_message(puzzle: Puzzle, rng: random.Random) -> str:
+    """The facts in any order. Numbers are written with two digits from here on, so that digits line up."""
+    verb = "adds" if puzzle.family == "packs" else "takes"
+    facts = [f"{puzzle.kinds[0]} adds {puzzle.a:02d}", f"{puzzle.kinds[1]} {verb} {puzzle.b:02d}",
+             f"count {puzzle.n:02d}", f"total {puzzle.t:02d}"]
+    rng.shuffle(facts)
+    return f"Facts: {', '.join(facts)}. Asked: {puzzle.kinds[puzzle.asked]}."
+
+
+def planner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> str:
+    """The facts for the Solver, then a candidate, its two halves in either order."""
+    verb = "adds" if puzzle.family == "packs" else "takes"
+    halves = [f"{x} {puzzle.kinds[0]}", f"{y} {puzzle.kinds[1]}"]
+    rng.shuffle(halves)
+    return (f"{puzzle.kinds[0]} adds {puzzle.a:02d}, {puzzle.kinds[1]} {verb} {puzzle.b:02d}, count {puzzle.n:02d}, "
+            f"total {puzzle.t:02d}. Try {halves[0]} and {halves[1]}.")
+
+
+def solver_message(puzzle: Puzzle, x: int, y: int) -> str:
+    """What the candidate comes to, and the comparison digit by digit."""
+    got, sign = total(puzzle.family, puzzle.a, puzzle.b, x, y), "+" if puzzle.family == "packs" else "-"
+    shown = f"{got:02d}" if got >= 0 else f"-{-got:02d}"
+    return (f"{x} {puzzle.kinds[0]}: {x} * {puzzle.a:02d} = {puzzle.a * x:02d}. "
+            f"{y} {puzzle.kinds[1]}: {y} * {puzzle.b:02d} = {puzzle.b * y:02d}. "
+            f"{puzzle.a * x:02d} {sign} {puzzle.b * y:02d} = {shown}. {x} + {y} = {x + y:02d}. "
+            f"Total: {compare(got, puzzle.t)}. Count: {compare(x + y, puzzle.n)}.")
+
+
+def compare(got: int, want: int) -> str:
+    """Two-digit numbers digit by digit, "3 3 same, 4 8 off"; one line where `got` has no two digits."""
+    if not 0 <= got <= 99:
+        return "out of range, off"
+    return ", ".join(f"{g} {w} {'same' if g == w else 'off'}" for g, w in zip(f"{got:02d}", f"{want:02d}"))
+
+
+def verifier_message(puzzle: Puzzle, x: int, y: int) -> str:
+    """Whether the work fits the question, and the answer the work gives, be it right or not: there is no other."""
+    fits = total(puzzle.family, puzzle.a, puzzle.b, x, y) == puzzle.t and x + y == puzzle.n
+    return f"The check {'holds' if fits else 'fails'}. Final answer: {(x, y)[puzzle.asked]}"
+
+
+def wrong_pair(puzzle: Puzzle, rng: random.Random) -> tuple[int, int]:
+    """A wrong candidate: mostly another pair with the right count, sometimes a neighbour with a wrong count."""
+    while True:
+        x = rng.randint(1, 9)
+        y = puzzle.n - x if rng.random() < 0.85 else puzzle.n - x + rng.choice((-1, 1))
+        if 1 <= y <= 9 and (x, y) != (puzzle.x, puzzle.y):
+            return x, y
+
+
+def make_example(puzzle: Puzzle, agent: str, rng: random.Random) -> tuple[list[dict], str]:
+    """(chat, message): one turn of one agent, doing correct work."""
+    x, y = puzzle.x, puzzle.y
+    if agent in ("Solver", "Verifier") and rng.random() < 0.5:
+        x, y = wrong_pair(puzzle, rng)
+    messages = {"Reader": reader_message(puzzle, rng), "Planner": planner_message(puzzle, x, y, rng),
+                "Solver": solver_message(puzzle, x, y), "Verifier": verifier_message(puzzle, x, y)}
+    state = State(puzzle.question, ())
+    while CHAIN.turn(state).name != agent:
+        state = CHAIN.step(state, messages[CHAIN.turn(state).name])
+    return CHAIN.prompt(state), messages[agent]
+
+
+def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as Qwen2's: any text can be encoded; every digit is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = []
+    for i in range(4000):
+        puzzle = make_puzzle(FAMILIES[i % len(FAMILIES)], "agents", i)
+        for agent in CHAIN.agents:
+            chat, message = make_example(puzzle, agent.name, rng)
+            texts += [turn["content"] for turn in chat] + [message, "assistant", "system", "user"]
+    trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=CHAT_TEMPLATE, model_max_length=1024)
+
+
+def encode(tokenizer, examples) -> list[tuple[list[int], int]]:
+    """(token ids of prompt + message + end-of-message, length of the prompt) per example."""
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat, _ in examples]
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    message_ids = tokenizer([message for _, message in examples], add_special_tokens=False)["input_ids"]
+    return [(p + m + [tokenizer.eos_token_id], len(p)) for p, m in zip(prompt_ids, message_ids)]
+
+
+def batches(tokenizer, *, shares, batch_size: int, rng: random.Random):
+    """Endless batches, cut from pools sorted by length so that little is padding."""
+    index = {family: 0 for family in FAMILIES}
+    agents, weights = list(shares), list(shares.values())
+    while True:
+        examples = []
+        for _ in range(batch_size * 16):
+            family = FAMILIES[0] if rng.random() < 0.6 else FAMILIES[1]
+            index[family] += 1
+            examples.append(make_example(make_puzzle(family, "agents", index[family]), rng.choices(agents, weights)[0], rng))
+        pool = sorted(encode(tokenizer, examples), key=lambda row: len(row[0]))
+        cuts = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+        rng.shuffle(cuts)
+        yield from cuts
+
+
+def train(args) -> None:
+    rng = random.Random(args.seed)
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer(rng)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden,
+                         num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32,
+                         num_key_value_heads=args.hidden // 64, tie_word_embeddings=True, max_position_embeddings=1024,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    model = Qwen2ForCausalLM(config).to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
+    shares = {"Reader": 1, "Planner": 1, "Solver": 2, "Verifier": 1}
+    start, tokens, running = time.time(), 0, {}
+    for step, rows in zip(range(1, args.steps + 1), batches(tokenizer, shares=shares, batch_size=args.batch_size, rng=rng)):
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        labels = torch.full((len(rows), width), -100)
+        for i, (row, prompt_length) in enumerate(rows):
+            ids[i, :len(row)] = torch.tensor(row)
+            labels[i, prompt_length:len(row)] = torch.tensor(row[prompt_length:])  # the loss is on the agent's own words
+        ids, labels = ids.to(args.device), labels.to(args.device)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # causal and right-padded: no mask needed
+        own = labels[:, 1:] != -100
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[own]), labels[:, 1:][own])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += ids.numel()
+        running = {"loss": 0.98 * running.get("loss", loss.item()) + 0.02 * loss.item()}
+        if step % 100 == 0:
+            print(f"step {step}/{args.steps}  loss {running['loss']:.4f}  {tokens / (time.time() - start):,.0f} tokens/s  "
+                  f"{(time.time() - start) / 60:.1f} min", flush=True)
+        if step % args.save_every == 0 or step == args.steps:
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
+            model.save_pretrained(args.output)
+            tokenizer.save_pretrained(args.output)
+    print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} minutes")
+
+
+@torch.no_grad()
+def say(model, tokenizer, states, *, temperature: float, generator) -> list[str]:
+    """One message per state from the agent on turn; a plain padded decode, only for measuring here."""
+    ids = tokenizer([tokenizer.apply_chat_template(CHAIN.prompt(s), add_generation_prompt=True, tokenize=False) for s in states],
+                    add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    torch.manual_seed(generator.randrange(2**31))
+    out = model.generate(**ids, max_new_tokens=120, pad_token_id=tokenizer.pad_token_id, **sampling)
+    return tokenizer.batch_decode(out[:, ids["input_ids"].shape[1]:], skip_special_tokens=True)
+
+
+def evaluate(args) -> dict:
+    """Accuracy per agent and the operating point, on fresh problems: greedy, one sample, the oracle over `passes` samples."""
+    model = AutoModelForCausalLM.from_pretrained(args.output).to(args.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.output)
+    rng, report = random.Random(args.seed + 1), {}
+    for family in FAMILIES:
+        puzzles = [make_puzzle(family, args.split, i) for i in range(args.problems)]
+        wins, right, said = [0] * len(puzzles), {}, {}
+        for run in range(args.passes + 1):  # run 0 is greedy
+            states = [State(p.question, ()) for p in puzzles]
+            for agent in CHAIN.agents:
+                texts = say(model, tokenizer, states, temperature=0.0 if run == 0 else 1.0, generator=rng)
+                for puzzle, state, text in zip(puzzles, states, texts):
+                    said[agent.name] = said.get(agent.name, 0) + 1
+                    right[agent.name] = right.get(agent.name, 0) + is_correct_work(puzzle, agent.name, state, text)
+                states = [CHAIN.step(state, text) for state, text in zip(states, texts)]
+            hits = [extract_answer(s.messages[-1].text, "number") == str(p.answer) for s, p in zip(states, puzzles)]
+            if run == 0:
+                report[f"{family}/greedy"] = sum(hits) / len(hits)
+            else:
+                wins = [w + h for w, h in zip(wins, hits)]
+        report[f"{family}/sample"] = sum(wins) / len(wins) / max(1, args.passes)
+        report[f"{family}/oracle@{args.passes}"] = sum(w > 0 for w in wins) / len(wins)
+        report |= {f"{family}/{name} correct work": right[name] / said[name] for name in right}
+    for name, value in report.items():
+        print(f"{name:32s} {value:.3f}")
+    return report
+
+
+def is_correct_work(puzzle: Puzzle, agent: str, state: State, text: str) -> bool:
+    """Whether a message is what a faultless worker would say, given what this one was given."""
+    if agent == "Reader":
+        return sorted(text.replace(".", ",").split(", ")) == sorted(
+            reader_message(puzzle, random.Random(0)).replace(".", ",").split(", ")) or _same_facts(puzzle, text)
+    if agent == "Planner":
+        return text in (planner_message(puzzle, puzzle.x, puzzle.y, random.Random(s)) for s in range(8))
+    plan = state.messages[1].text
+    try:  # the candidate that the plan names
+        words = plan.split("Try ")[1].rstrip(".").split()
+        counts = {words[1]: int(words[0]), words[4]: int(words[3])}
+        x, y = counts[puzzle.kinds[0]], counts[puzzle.kinds[1]]
+    except (IndexError, KeyError, ValueError):
+        return False
+    return text == (solver_message(puzzle, x, y) if agent == "Solver" else verifier_message(puzzle, x, y))
+
+
+def _same_facts(puzzle: Puzzle, text: str) -> bool:
+    """The Reader's facts in another order."""
+    wanted = reader_message(puzzle, random.Random(0))
+    facts = lambda t: (sorted(t.split(". Asked")[0].removeprefix("Facts: ").split(", ")), t.split(". Asked")[-1])
+    return facts(text) == facts(wanted)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", default=str(HERE / "agents"), help="folder of the model")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--evaluate", action="store_true", help="only measure what is in --output")
+    parser.add_argument("--split", default="heldout", help="split to measure on")
+    parser.add_argument("--problems", type=int, default=100, help="problems per family to measure on")
+    parser.add_argument("--passes", type=int, default=30, help="sampled passes per problem")
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
+    torch.set_num_threads(args.threads)
+    if not args.evaluate:
+        train(args)
+    (Path(args.output) / "accuracy.json").write_text(json.dumps(evaluate(args), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_args())
