@@ -7,8 +7,10 @@ A state s is the question and the messages so far; an action a is one agent's wh
 No torch here: this file is the problem, not the model.
 """
 
+import argparse
 import hashlib
 import json
+import math
 import random
 import re
 import sys
@@ -24,6 +26,46 @@ HERE = Path(__file__).resolve().parent
 
 class InputError(Exception):
     """What the user gave cannot be used. Carries one line that says what is wrong and what would be right."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is one line like all bad input; --help shows the defaults."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def positive_int(text: str) -> int:
+    if not re.fullmatch(r"\+?\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    return _float(text, low=0, open_below=True, high=math.inf)
+
+
+def non_negative_float(text: str) -> float:
+    return _float(text, low=0, open_below=False, high=math.inf)
+
+
+def unit_float(text: str) -> float:
+    return _float(text, low=0, open_below=False, high=1)
+
+
+def _float(text: str, *, low: float, open_below: bool, high: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (low < value or value == low and not open_below) or not value <= high or math.isinf(value):
+        bound = f"{'above' if open_below else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+    return value
 
 
 def cli(parse_args, main) -> None:
@@ -80,6 +122,11 @@ class MAS:
             earlier.add(agent.name)
         if not self.agents:
             raise InputError(f"graph {self.name}: it has no agents")
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "MAS":
+        """The graph that a config.json records."""
+        return cls(fields["name"], tuple(Agent(**{**agent, "sees": tuple(agent["sees"])}) for agent in fields["agents"]))
 
     def turn(self, state: State) -> Agent | None:
         """The agent on turn, or None where the state is terminal."""
