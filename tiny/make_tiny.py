@@ -4,8 +4,8 @@
     python tiny/make_tiny.py --evaluate            # measure what is in tiny/agents
 
 The agents are honest workers: they are trained on correct work only. The Reader copies the facts that matter, the Planner
-proposes the pair that solves the problem, the Solver carries out whatever pair it is given (also wrong ones: half of its
-and the Verifier's examples start from a wrong pair) and compares, the Verifier reports the comparison and answers. Reading,
+proposes the pair that solves the problem, the Solver carries out whatever pair it is given (also wrong ones: two thirds
+of its and the Verifier's examples start from a wrong pair) and compares, the Verifier reports the comparison and answers. Reading,
 multiplying and comparing are learnt well; the Planner, which would have to divide, is left guessing near the solution.
 The prompts are those of `mas.py`, in the model's chat template, as a real checkpoint would get them.
 """
@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mas import GRAPHS, State, extract_answer  # noqa: E402
@@ -28,6 +28,7 @@ from tiny.problems import FAMILIES, Puzzle, make_puzzle, total  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 CHAIN = GRAPHS["chain"]
+WRONG_SHARE = 0.65  # of the Solver's and the Verifier's examples; with fewer, the Solver learns to find what the plan hopes for
 CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -54,17 +55,17 @@ def solver_message(puzzle: Puzzle, x: int, y: int) -> str:
     """What the candidate comes to, and the comparison digit by digit."""
     got, sign = total(puzzle.family, puzzle.a, puzzle.b, x, y), "+" if puzzle.family == "packs" else "-"
     shown = f"{got:02d}" if got >= 0 else f"-{-got:02d}"
-    return (f"{x} {puzzle.kinds[0]}: {x} * {puzzle.a:02d} = {puzzle.a * x:02d}. "
-            f"{y} {puzzle.kinds[1]}: {y} * {puzzle.b:02d} = {puzzle.b * y:02d}. "
-            f"{puzzle.a * x:02d} {sign} {puzzle.b * y:02d} = {shown}. {x} + {y} = {x + y:02d}. "
+    return (f"{x} {puzzle.kinds[0]}: {x}*{puzzle.a:02d}={puzzle.a * x:02d}. "
+            f"{y} {puzzle.kinds[1]}: {y}*{puzzle.b:02d}={puzzle.b * y:02d}. "
+            f"{puzzle.a * x:02d}{sign}{puzzle.b * y:02d}={shown}. {x}+{y}={x + y:02d}. "
             f"Total: {compare(got, puzzle.t)}. Count: {compare(x + y, puzzle.n)}.")
 
 
 def compare(got: int, want: int) -> str:
-    """Two-digit numbers digit by digit, "3 3 same, 4 8 off"; one line where `got` has no two digits."""
+    """Two-digit numbers digit by digit, "3|3 same, 4|8 off"; one phrase where `got` has no two digits."""
     if not 0 <= got <= 99:
         return "out of range, off"
-    return ", ".join(f"{g} {w} {'same' if g == w else 'off'}" for g, w in zip(f"{got:02d}", f"{want:02d}"))
+    return ", ".join(f"{g}|{w} {'same' if g == w else 'off'}" for g, w in zip(f"{got:02d}", f"{want:02d}"))
 
 
 def verifier_message(puzzle: Puzzle, x: int, y: int) -> str:
@@ -85,7 +86,7 @@ def wrong_pair(puzzle: Puzzle, rng: random.Random) -> tuple[int, int]:
 def make_example(puzzle: Puzzle, agent: str, rng: random.Random) -> tuple[list[dict], str]:
     """(chat, message): one turn of one agent, doing correct work."""
     x, y = puzzle.x, puzzle.y
-    if agent in ("Solver", "Verifier") and rng.random() < 0.5:
+    if agent in ("Solver", "Verifier") and rng.random() < WRONG_SHARE:
         x, y = wrong_pair(puzzle, rng)
     messages = {"Reader": reader_message(puzzle, rng), "Planner": planner_message(puzzle, x, y, rng),
                 "Solver": solver_message(puzzle, x, y), "Verifier": verifier_message(puzzle, x, y)}
@@ -96,12 +97,13 @@ def make_example(puzzle: Puzzle, agent: str, rng: random.Random) -> tuple[list[d
 
 
 def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as Qwen2's: any text can be encoded; every digit is a token of its own."""
+    """Qwen2's tokenizer with a small vocabulary: byte-level BPE, any text can be encoded, every digit is one token.
+
+    AutoTokenizer gives any Qwen2 model Qwen2's own way of splitting text, whatever a tokenizer.json says; so that is used.
+    """
+    qwen = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = qwen.normalizer, qwen.pre_tokenizer, qwen.decoder
     texts = []
     for i in range(4000):
         puzzle = make_puzzle(FAMILIES[i % len(FAMILIES)], "agents", i)
@@ -151,7 +153,7 @@ def train(args) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
-    shares = {"Reader": 1, "Planner": 1, "Solver": 2, "Verifier": 1}
+    shares = {"Reader": 0.3, "Planner": 0.2, "Solver": 0.4, "Verifier": 0.1}
     start, tokens, running = time.time(), 0, {}
     for step, rows in zip(range(1, args.steps + 1), batches(tokenizer, shares=shares, batch_size=args.batch_size, rng=rng)):
         width = max(len(ids) for ids, _ in rows)
@@ -178,6 +180,9 @@ def train(args) -> None:
             model.generation_config.eos_token_id = tokenizer.eos_token_id
             model.save_pretrained(args.output)
             tokenizer.save_pretrained(args.output)
+            if step == args.save_every:
+                probe = [make_example(make_puzzle(FAMILIES[0], "agents", i), agent.name, rng) for i in range(9) for agent in CHAIN.agents]
+                assert encode(tokenizer, probe) == encode(AutoTokenizer.from_pretrained(args.output), probe), "the tokenizer loads differently"
     print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} minutes")
 
 
