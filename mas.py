@@ -223,7 +223,8 @@ _NUMBER = re.compile(r"""(?P<sign>[-+])?\s*[$€£]?\s*
                          (?: (?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)? (?P<decimals>\.\d+)? )
                          (?: \s*/\s* (?P<denominator>\d+(?!\.?\d)) )?""", re.VERBOSE)
 _FINAL = re.compile(r"(?:final\s+answer\s*(?:is)?\s*[:=]?|####)[ \t]*(?P<answer>[^\n]*)", re.IGNORECASE)
-_LETTER = re.compile(r"^(?:option|choice|answer)?\s*\(?([A-Z])\)?(?![\w'])", re.IGNORECASE)
+_LETTER = re.compile(r"^[:=\s]*(?:(?:option|choice|answer)\s*\(?|\()?([A-Z])(?![\w'])", re.IGNORECASE)
+_ARTICLE = re.compile(r"^[:=\s]*[AI]\s+\w", re.IGNORECASE)  # "A train ..." names no option
 
 
 def _plain(text: str) -> str:
@@ -274,7 +275,7 @@ def canonical(answer: str, kind: str) -> str | None:
     plain = _plain(answer)
     if kind == "letter":
         match = _LETTER.match(plain)
-        return match[1].upper() if match else None
+        return match[1].upper() if match and not _ARTICLE.match(plain) else None
     if kind == "number":
         numbers = _numbers(plain.rsplit("=", 1)[-1])
         return str(numbers[0][0]) if numbers else None
