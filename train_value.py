@@ -23,6 +23,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported (by peft) it announces a kernel that it does without
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # a name that transformers has changed and peft has not yet
+
 import numpy as np
 import scipy.stats
 import torch
@@ -125,8 +128,6 @@ def load_backbone(name: str, *, quantize: bool, device: str):
     if not quantize:
         backbone, tokenizer = load_pretrained("--backbone", name, AutoModel, dtype=dtype)
         return backbone.to(device), tokenizer
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)      # it announces kernels that it does without
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")   # a name that transformers and peft are changing
     try:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                     bnb_4bit_compute_dtype=dtype)

@@ -16,6 +16,12 @@ torch.set_num_threads(1)
 AGENTS = str(HERE.parent / "tiny" / "agents")
 
 
+def pytest_configure(config):
+    """Deprecations inside torch and peft are theirs to mend."""
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.*:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
 class NoProgress:
     """Stands in for a progress bar."""
 
