@@ -245,7 +245,7 @@ def add_policy_arguments(parser: Parser) -> None:
     parser.add_argument("--temperature", type=positive_float, default=1.0, help="of every sampled message (greedy is greedy)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
     parser.add_argument("--top-p", type=unit_float, default=1.0, help="sample from the nucleus of this mass; 1: all")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=96,
+    parser.add_argument("--max-new-tokens", type=positive_int, default=128,
                         help="limit of a message beside the agent's own; suits the tiny agents, give 512 or so for a real model")
     parser.add_argument("--num-candidates", default="3", help="C, messages per expansion: 3, or 1.8.1.1, or Planner=8,Reader=2")
     parser.add_argument("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
@@ -253,7 +253,8 @@ def add_policy_arguments(parser: Parser) -> None:
     parser.add_argument("--max-active", type=positive_int, default=512, help="problems in flight together")
     parser.add_argument("--batch-tokens", type=positive_int, default=32768, help="rows x (prompt + limit) of one generate call")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--num-threads", type=positive_int, default=1, help="torch threads on the CPU; 1 is best for tiny models")
+    parser.add_argument("--num-threads", type=positive_int, default=min(2, os.cpu_count() or 1),
+                        help="torch threads on the CPU; more than 2 do not help tiny models")
 
 
 class Policy:

@@ -367,7 +367,7 @@ def parse_args(argv=None):
     parser.add_argument("--view", choices=("full", "local"), default="full", help="render the whole transcript, or what the speaker saw")
     parser.add_argument("--quantize", action="store_true", default=True, help="QLoRA: NF4 weights under the adapter (the default)")
     parser.add_argument("--no-quantize", dest="quantize", action="store_false", help="LoRA on full-precision weights")
-    parser.add_argument("--lora-rank", type=positive_int, default=64, help="paper: 256")
+    parser.add_argument("--lora-rank", type=positive_int, default=16, help="paper: 256")
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate; suits the tiny model, give 1e-4 or so for a real one")
     parser.add_argument("--epochs", type=positive_int, default=5)
     parser.add_argument("--huber-delta", type=positive_float, default=1.0, help="where the Huber loss turns linear")
@@ -375,7 +375,8 @@ def parse_args(argv=None):
     parser.add_argument("--batch-tokens", type=positive_int, default=32768, help="rows x longest of one scoring batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--num-threads", type=positive_int, default=1, help="torch threads on the CPU; 1 is best for tiny models")
+    parser.add_argument("--num-threads", type=positive_int, default=min(2, os.cpu_count() or 1),
+                        help="torch threads on the CPU; more than 2 do not help tiny models")
     parser.add_argument("--overwrite", action="store_true", help="start over where the folder holds another configuration")
     return parser.parse_args(argv)
 

@@ -18,9 +18,9 @@ import train_value
 from mas import Parser, cli
 from search import parse_method
 
-ROLLOUTS = "--num-train 10 --num-heldout 4 --num-simulations 6 --num-candidates 2 --max-active 5".split()
-VALUE = "--epochs 2 --lora-rank 4".split()
-METHODS = "--num-problems 6 --methods greedy vote-3 best_of-3-value sbs-2x1.2.1.1-policy mcts-3x1.3.1.1-value mcts-3x1.3.1.1-policy".split()
+ROLLOUTS = "--num-train 10 --num-heldout 4 --num-simulations 6 --num-candidates 2 --max-active 5 --num-threads 1".split()
+VALUE = "--epochs 2 --lora-rank 4 --num-threads 1".split()
+METHODS = "--num-threads 1 --num-problems 6 --methods greedy vote-3 best_of-3-value sbs-2x1.2.1.1-policy mcts-3x1.3.1.1-value mcts-3x1.3.1.1-policy".split()
 
 
 def script(module, *argv) -> tuple[int, str, str]:
@@ -85,7 +85,7 @@ def test_evaluation_records_hold_answer_and_cost(finished):
 
 def test_a_summary_can_be_derived_again_from_the_records(finished, chain):
     folder = finished.run / "eval"
-    methods = [parse_method(name, chain, num_candidates="3", lam=0.0) for name in METHODS[3:]]
+    methods = [parse_method(name, chain, num_candidates="3", lam=0.0) for name in METHODS[5:]]
     records = {m.name: [json.loads(line) for line in (folder / f"{m.name}.jsonl").read_text().splitlines()] for m in methods}
     again = evaluate.summarise(methods, {name: sorted(own, key=lambda r: r["id"]) for name, own in records.items()})
     assert json.loads(json.dumps(again)) == json.loads((folder / "summary.json").read_text())
@@ -144,7 +144,7 @@ def test_evaluation_killed_and_resumed_equals_the_uninterrupted_run(finished, tm
     rng = random.Random(8)
     shared = ["--value", finished.run / "value", *METHODS, "--max-active", 2]
     killed_at([rng.uniform(0.5, 3.0) for _ in range(2)], evaluate, "--run", tmp_path, *shared)
-    for name in METHODS[3:]:
+    for name in METHODS[5:]:
         done = rows(finished.run / "eval" / f"{name}.jsonl")
         assert rows(tmp_path / "eval" / f"{name}.jsonl") == {k: done[k] for k in sorted(done)[:6]}
 

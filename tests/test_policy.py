@@ -54,7 +54,7 @@ def plain_generate(policy, problem):
     chat = policy.mas.prompt(make_root(problem.question).state)
     text = policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     ids = policy.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    out = policy.model.generate(**ids, generation_config=GenerationConfig(do_sample=False, max_new_tokens=96, eos_token_id=policy.tokenizer.eos_token_id,
+    out = policy.model.generate(**ids, generation_config=GenerationConfig(do_sample=False, max_new_tokens=128, eos_token_id=policy.tokenizer.eos_token_id,
                                                                           pad_token_id=policy.tokenizer.pad_token_id))
     return ids["input_ids"], out[0, ids["input_ids"].shape[1]:]
 

@@ -12,7 +12,6 @@ The prompts are those of `mas.py`, in the model's chat template, as a real check
 
 import argparse
 import json
-import math
 import random
 import sys
 import time
@@ -34,31 +33,45 @@ CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{
 
 
 def reader_message(puzzle: Puzzle, rng: random.Random) -> str:
-    """The facts in any order. Numbers are written with two digits from here on, so that digits line up."""
+    """The facts in any order."""
     verb = "adds" if puzzle.family == "packs" else "takes"
-    facts = [f"{puzzle.kinds[0]} adds {puzzle.a:02d}", f"{puzzle.kinds[1]} {verb} {puzzle.b:02d}",
-             f"count {puzzle.n:02d}", f"total {puzzle.t:02d}"]
+    facts = [f"{puzzle.kinds[0]} adds {puzzle.a}", f"{puzzle.kinds[1]} {verb} {puzzle.b}",
+             f"count {puzzle.n}", f"total {puzzle.t}"]
     rng.shuffle(facts)
     return f"Facts: {', '.join(facts)}. Asked: {puzzle.kinds[puzzle.asked]}."
 
 
-def planner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> str:
-    """The facts for the Solver, then a candidate, its two halves in either order."""
+def planner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random, *, worked: bool) -> str:
+    """The facts for the Solver, then a candidate, its two halves in either order. Worked: first what it would be if all were
+    of one kind, which brackets the total."""
     verb = "adds" if puzzle.family == "packs" else "takes"
     halves = [f"{x} {puzzle.kinds[0]}", f"{y} {puzzle.kinds[1]}"]
     rng.shuffle(halves)
-    return (f"{puzzle.kinds[0]} adds {puzzle.a:02d}, {puzzle.kinds[1]} {verb} {puzzle.b:02d}, count {puzzle.n:02d}, "
-            f"total {puzzle.t:02d}. Try {halves[0]} and {halves[1]}.")
+    bracket = f" {puzzle.n}*{puzzle.a}={puzzle.n * puzzle.a:02d}, {puzzle.n}*{puzzle.b}={puzzle.n * puzzle.b:02d}." if worked else ""
+    return (f"{puzzle.kinds[0]} adds {puzzle.a}, {puzzle.kinds[1]} {verb} {puzzle.b}, count {puzzle.n}, total {puzzle.t}.{bracket}"
+            f" Try {halves[0]} and {halves[1]}.")
 
 
-def solver_message(puzzle: Puzzle, x: int, y: int) -> str:
-    """What the candidate comes to, and the comparison digit by digit."""
+def solver_message(puzzle: Puzzle, x: int, y: int, *, worked: bool) -> str:
+    """What the candidate comes to, and the comparison digit by digit (products have two digits, so that they line up).
+    Worked: the sum is taken column by column, units first, carrying."""
+    first, second = puzzle.a * x, puzzle.b * y
     got, sign = total(puzzle.family, puzzle.a, puzzle.b, x, y), "+" if puzzle.family == "packs" else "-"
-    shown = f"{got:02d}" if got >= 0 else f"-{-got:02d}"
-    return (f"{x} {puzzle.kinds[0]}: {x}*{puzzle.a:02d}={puzzle.a * x:02d}. "
-            f"{y} {puzzle.kinds[1]}: {y}*{puzzle.b:02d}={puzzle.b * y:02d}. "
-            f"{puzzle.a * x:02d}{sign}{puzzle.b * y:02d}={shown}. {x}+{y}={x + y:02d}. "
-            f"Total: {compare(got, puzzle.t)}. Count: {compare(x + y, puzzle.n)}.")
+    shown = f"={got:02d}" if got >= 0 else f"=-{-got:02d}"
+    columns = ""
+    if worked and got < 0:
+        shown = "<0"
+    elif worked:
+        units = [first % 10, second % 10]
+        carry = units[0] + units[1] > 9 if sign == "+" else units[0] < units[1]
+        if sign == "-":
+            units[0] += 10 * carry  # borrowed
+        unit, tens = (units[0] + units[1], first // 10 + second // 10 + carry) if sign == "+" else (
+            units[0] - units[1], first // 10 - second // 10 - carry)
+        columns = f"{units[0]}{sign}{units[1]}={unit:02d}. {first // 10}{sign}{second // 10}{sign}{int(carry)}={tens:02d}. "
+    return (f"{x} {puzzle.kinds[0]}: {x}*{puzzle.a}={first:02d}. {y} {puzzle.kinds[1]}: {y}*{puzzle.b}={second:02d}. "
+            f"{columns}{first:02d}{sign}{second:02d}{shown}. {x}+{y}={x + y}. "
+            f"Total: {compare(got, puzzle.t)}. Count: {x + y}|{puzzle.n} {'same' if x + y == puzzle.n else 'off'}.")
 
 
 def compare(got: int, want: int) -> str:
@@ -77,19 +90,19 @@ def verifier_message(puzzle: Puzzle, x: int, y: int) -> str:
 def wrong_pair(puzzle: Puzzle, rng: random.Random) -> tuple[int, int]:
     """A wrong candidate: mostly another pair with the right count, sometimes a neighbour with a wrong count."""
     while True:
-        x = rng.randint(1, 9)
-        y = puzzle.n - x if rng.random() < 0.85 else puzzle.n - x + rng.choice((-1, 1))
-        if 1 <= y <= 9 and (x, y) != (puzzle.x, puzzle.y):
+        x = rng.randint(1, 8)
+        y = puzzle.n - x if rng.random() < 0.7 else puzzle.n - x + rng.choice((-1, 1))
+        if 1 <= y <= 8 and (x, y) != (puzzle.x, puzzle.y):
             return x, y
 
 
-def make_example(puzzle: Puzzle, agent: str, rng: random.Random) -> tuple[list[dict], str]:
-    """(chat, message): one turn of one agent, doing correct work."""
+def make_example(puzzle: Puzzle, agent: str, rng: random.Random, *, worked: bool) -> tuple[list[dict], str]:
+    """(chat, message): one turn of one agent, doing correct work; `worked`: with the working written out."""
     x, y = puzzle.x, puzzle.y
     if agent in ("Solver", "Verifier") and rng.random() < WRONG_SHARE:
         x, y = wrong_pair(puzzle, rng)
-    messages = {"Reader": reader_message(puzzle, rng), "Planner": planner_message(puzzle, x, y, rng),
-                "Solver": solver_message(puzzle, x, y), "Verifier": verifier_message(puzzle, x, y)}
+    messages = {"Reader": reader_message(puzzle, rng), "Planner": planner_message(puzzle, x, y, rng, worked=worked),
+                "Solver": solver_message(puzzle, x, y, worked=worked), "Verifier": verifier_message(puzzle, x, y)}
     state = State(puzzle.question, ())
     while CHAIN.turn(state).name != agent:
         state = CHAIN.step(state, messages[CHAIN.turn(state).name])
@@ -108,7 +121,7 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     for i in range(4000):
         puzzle = make_puzzle(FAMILIES[i % len(FAMILIES)], "agents", i)
         for agent in CHAIN.agents:
-            chat, message = make_example(puzzle, agent.name, rng)
+            chat, message = make_example(puzzle, agent.name, rng, worked=False)
             texts += [turn["content"] for turn in chat] + [message, "assistant", "system", "user"]
     trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
@@ -125,7 +138,7 @@ def encode(tokenizer, examples) -> list[tuple[list[int], int]]:
     return [(p + m + [tokenizer.eos_token_id], len(p)) for p, m in zip(prompt_ids, message_ids)]
 
 
-def batches(tokenizer, *, shares, batch_size: int, rng: random.Random):
+def batches(tokenizer, *, shares, worked: bool, batch_size: int, rng: random.Random):
     """Endless batches, cut from pools sorted by length so that little is padding."""
     index = {family: 0 for family in FAMILIES}
     agents, weights = list(shares), list(shares.values())
@@ -134,11 +147,17 @@ def batches(tokenizer, *, shares, batch_size: int, rng: random.Random):
         for _ in range(batch_size * 16):
             family = FAMILIES[0] if rng.random() < 0.6 else FAMILIES[1]
             index[family] += 1
-            examples.append(make_example(make_puzzle(family, "agents", index[family]), rng.choices(agents, weights)[0], rng))
+            examples.append(make_example(make_puzzle(family, "agents", index[family]), rng.choices(agents, weights)[0], rng, worked=worked))
         pool = sorted(encode(tokenizer, examples), key=lambda row: len(row[0]))
         cuts = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
         rng.shuffle(cuts)
         yield from cuts
+
+
+PHASES = (  # a curriculum: first short messages, then with the working written out
+    {"worked": False, "steps": 2400, "lr": 2e-3, "shares": {"Reader": 0.25, "Planner": 0.25, "Solver": 0.4, "Verifier": 0.1}},
+    {"worked": True, "steps": 1300, "lr": 1.5e-3, "shares": {"Reader": 0.1, "Planner": 0.45, "Solver": 0.35, "Verifier": 0.1}},
+)
 
 
 def train(args) -> None:
@@ -151,11 +170,29 @@ def train(args) -> None:
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     model = Qwen2ForCausalLM(config).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
-    shares = {"Reader": 0.3, "Planner": 0.2, "Solver": 0.4, "Verifier": 0.1}
-    start, tokens, running = time.time(), 0, {}
-    for step, rows in zip(range(1, args.steps + 1), batches(tokenizer, shares=shares, batch_size=args.batch_size, rng=rng)):
+    start = time.time()
+    for number, phase in enumerate(PHASES):
+        if number < args.from_phase:
+            continue
+        if number and number == args.from_phase:
+            model = AutoModelForCausalLM.from_pretrained(args.output).to(args.device)
+            tokenizer = AutoTokenizer.from_pretrained(args.output)
+        rng = rng if number == 0 else random.Random(f"{args.seed}/{number}")
+        train_phase(model, tokenizer, phase, rng, args, f"phase {number + 1}/{len(PHASES)}")
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(args.output)
+        tokenizer.save_pretrained(args.output)
+        probe = [make_example(make_puzzle(FAMILIES[0], "agents", i), agent.name, rng, worked=True) for i in range(9) for agent in CHAIN.agents]
+        assert encode(tokenizer, probe) == encode(AutoTokenizer.from_pretrained(args.output), probe), "the tokenizer loads differently"
+    print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} minutes")
+
+
+def train_phase(model, tokenizer, phase: dict, rng: random.Random, args, name: str) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase["lr"], weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase["lr"], total_steps=phase["steps"], pct_start=0.05)
+    start, tokens, running = time.time(), 0, None
+    data = batches(tokenizer, shares=phase["shares"], worked=phase["worked"], batch_size=args.batch_size, rng=rng)
+    for step, rows in zip(range(1, phase["steps"] + 1), data):
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), tokenizer.pad_token_id)
         labels = torch.full((len(rows), width), -100)
@@ -172,18 +209,10 @@ def train(args) -> None:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += ids.numel()
-        running = {"loss": 0.98 * running.get("loss", loss.item()) + 0.02 * loss.item()}
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 0:
-            print(f"step {step}/{args.steps}  loss {running['loss']:.4f}  {tokens / (time.time() - start):,.0f} tokens/s  "
+            print(f"{name}  step {step}/{phase['steps']}  loss {running:.4f}  {tokens / (time.time() - start):,.0f} tokens/s  "
                   f"{(time.time() - start) / 60:.1f} min", flush=True)
-        if step % args.save_every == 0 or step == args.steps:
-            model.generation_config.eos_token_id = tokenizer.eos_token_id
-            model.save_pretrained(args.output)
-            tokenizer.save_pretrained(args.output)
-            if step == args.save_every:
-                probe = [make_example(make_puzzle(FAMILIES[0], "agents", i), agent.name, rng) for i in range(9) for agent in CHAIN.agents]
-                assert encode(tokenizer, probe) == encode(AutoTokenizer.from_pretrained(args.output), probe), "the tokenizer loads differently"
-    print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} minutes")
 
 
 @torch.no_grad()
@@ -232,7 +261,7 @@ def is_correct_work(puzzle: Puzzle, agent: str, state: State, text: str) -> bool
         return sorted(text.replace(".", ",").split(", ")) == sorted(
             reader_message(puzzle, random.Random(0)).replace(".", ",").split(", ")) or _same_facts(puzzle, text)
     if agent == "Planner":
-        return text in (planner_message(puzzle, puzzle.x, puzzle.y, random.Random(s)) for s in range(8))
+        return text in (planner_message(puzzle, puzzle.x, puzzle.y, random.Random(s), worked=True) for s in range(8))
     plan = state.messages[1].text
     try:  # the candidate that the plan names
         words = plan.split("Try ")[1].rstrip(".").split()
@@ -240,7 +269,7 @@ def is_correct_work(puzzle: Puzzle, agent: str, state: State, text: str) -> bool
         x, y = counts[puzzle.kinds[0]], counts[puzzle.kinds[1]]
     except (IndexError, KeyError, ValueError):
         return False
-    return text == (solver_message(puzzle, x, y) if agent == "Solver" else verifier_message(puzzle, x, y))
+    return text == (solver_message(puzzle, x, y, worked=True) if agent == "Solver" else verifier_message(puzzle, x, y))
 
 
 def _same_facts(puzzle: Puzzle, text: str) -> bool:
@@ -253,13 +282,11 @@ def _same_facts(puzzle: Puzzle, text: str) -> bool:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default=str(HERE / "agents"), help="folder of the model")
-    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--from-phase", type=int, default=0, help="1: go on with the second phase from what the first left in --output")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--evaluate", action="store_true", help="only measure what is in --output")

@@ -2,14 +2,14 @@
 
 Two families, each with one integer answer. In both, two kinds of things add up to a known count:
 
-    packs   a*x + b*y = t    "small boxes hold 3, big boxes hold 5; 10 boxes, 34 pens: how many big boxes?"
+    packs   a*x + b*y = t    "small boxes hold 3, big boxes hold 5; 8 boxes, 34 pens: how many big boxes?"
     score   a*x - b*y = t    "a hit wins 7, a miss loses 2; 9 darts, 36 points: how many hits?"
 
 To solve one, divide; to check a candidate (x, y), multiply and add. A question also carries sentences that do not matter.
 
-The numbers (a, b, x + y, t) of a problem decide its split: a hash gives every such quadruple to exactly one of `agents`
-(what the tiny agents were trained on), `train` (search labels), `heldout` and `test`. So no two splits share even the
-numbers of a problem, let alone its text, and no seed can change that.
+Splits are kept apart by hashes, whatever the seed. A problem's numbers (a, b, x + y, t) belong to exactly one of `train`
+(search labels), `heldout` and `test`: no two of these share even the numbers of a problem. A question's text belongs either to
+them or to `agents`, the stream that the tiny agents were trained on, which has all numbers but none of those questions.
 """
 
 import functools
@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 
 FAMILIES = ("packs", "score")
-SPLITS = {"agents": (0, 50), "train": (50, 72), "heldout": (72, 80), "test": (80, 100)}  # percent of all (a, b, n, t)
+SPLITS = {"agents": (0, 100), "train": (0, 45), "heldout": (45, 60), "test": (60, 100)}  # percent of all (a, b, n, t)
 
 NAMES = "Anna Ben Carla David Emma Finn Greta Hugo Ida Jonas Kira Leo Mia Nils Olga Paul Rosa Sam Tom Vera".split()
 
@@ -79,10 +79,10 @@ def numbers_of(family: str, split: str) -> list[tuple[int, int, int, int]]:
     swapping the kinds changes only their names, so a <= b there.
     """
     found = []
-    for a, b in itertools.product(range(2, 13), repeat=2):
-        for x, y in itertools.product(range(1, 10), repeat=2):
+    for a, b in itertools.product(range(2, 10), repeat=2):
+        for x, y in itertools.product(range(1, 9), repeat=2):
             n, t = x + y, total(family, a, b, x, y)
-            if 8 <= n <= 14 and 10 <= t <= 99 and (a < b or family == "score"):
+            if 5 <= n <= 9 and 10 <= t <= 99 and (a < b or family == "score"):
                 digest = hashlib.blake2b(f"{family} {a} {b} {n} {t}".encode(), digest_size=4).digest()
                 point = int.from_bytes(digest, "big") % 100
                 if SPLITS[split][0] <= point < SPLITS[split][1]:
@@ -98,12 +98,16 @@ def make_puzzle(family: str, split: str, index: int) -> Puzzle:
     a, b, x, y = numbers[index % len(numbers)]
     if family == "packs" and rng.random() < 0.5:
         a, b, x, y = b, a, y, x
-    kinds, facts, ask = rng.choice(STORIES[family])
-    name, other = rng.sample(NAMES, 2)
-    asked = rng.randrange(2)
-    sentences = facts.split("|")
-    for distractor in rng.sample(DISTRACTORS, rng.randint(1, 2)):
-        sentences.insert(rng.randint(0, len(sentences)), distractor.replace("{r}", str(rng.randint(2, 60))))
     n, t = x + y, total(family, a, b, x, y)
-    question = " ".join(sentences + [ask]).format(name=name, other=other, n=n, a=a, b=b, t=t, kind=kinds[asked])
+    while True:
+        kinds, facts, ask = rng.choice(STORIES[family])
+        name, other = rng.sample(NAMES, 2)
+        asked = rng.randrange(2)
+        sentences = facts.split("|")
+        for distractor in rng.sample(DISTRACTORS, rng.randint(1, 2)):
+            sentences.insert(rng.randint(0, len(sentences)), distractor.replace("{r}", str(rng.randint(2, 60))))
+        question = " ".join(sentences + [ask]).format(name=name, other=other, n=n, a=a, b=b, t=t, kind=kinds[asked])
+        belongs_to_agents = hashlib.blake2b(question.encode(), digest_size=1).digest()[0] % 4 > 0
+        if belongs_to_agents == (split == "agents"):
+            break
     return Puzzle(f"{family}-{split}-{index:05d}", family, question, kinds, a, b, n, t, x, y, asked)
