@@ -179,11 +179,12 @@ class ValueModel(nn.Module):
         return torch.tanh(self.head(hidden[row, position].float()))[:, 0]            # V = tanh(w.h + b)
 
     @torch.inference_mode()
-    def predict(self, rows: list[Row], *, batch_tokens: int) -> list[list[float]]:
-        """V at each row's positions, in batches of rows of like length."""
+    def predict(self, rows: list[Row], *, batch_tokens: int, progress: str | None) -> list[list[float]]:
+        """V at each row's positions, in batches of rows of like length. progress: the name of a progress bar, or None."""
         self.eval()
         lengths, values = [len(row.ids) for row in rows], [[] for _ in rows]
-        for batch in token_batches(lengths, sorted(range(len(rows)), key=lengths.__getitem__), batch_tokens):
+        batches = list(token_batches(lengths, sorted(range(len(rows)), key=lengths.__getitem__), batch_tokens))
+        for batch in tqdm(batches, desc=progress, leave=False, disable=progress is None):
             at = [(i, position) for i, row in enumerate(batch) for position in rows[row].positions]
             for (i, _), v in zip(at, self([rows[row].ids for row in batch], at).tolist()):
                 values[batch[i]].append(v)
@@ -195,7 +196,7 @@ class ValueModel(nn.Module):
         for state in dict.fromkeys(states):
             ids, ends = self.encode(state)
             rows[state] = Row(ids, [ends[-1]], [])
-        values = dict(zip(rows, self.predict(list(rows.values()), batch_tokens=batch_tokens)))
+        values = dict(zip(rows, self.predict(list(rows.values()), batch_tokens=batch_tokens, progress=None)))
         tokens = {state: len(row.ids) for state, row in rows.items()}
         return [values[state][0] for state in states], [tokens.pop(state, 0) for state in states]
 
@@ -415,7 +416,7 @@ def main(args) -> None:
           f"{sum(len(row.ids) for row in rows):,} tokens an epoch; {len(heldout)} held-out states; {trained:,} trained parameters")
 
     def after_epoch(epoch: int, loss: float) -> None:
-        values = model.predict(heldout_rows, batch_tokens=args.batch_tokens)
+        values = model.predict(heldout_rows, batch_tokens=args.batch_tokens, progress="held-out")
         report = metrics(heldout, [v for row in values for v in row])
         if epoch >= len(resume_jsonl(folder / "metrics.jsonl")):  # else written before the kill that made us redo this epoch
             with open(folder / "metrics.jsonl", "a") as file:

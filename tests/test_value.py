@@ -127,7 +127,7 @@ def test_padded_equals_unpadded_and_one_forward_per_path_equals_one_per_state(re
     states = all_states(records[:3], chain)
     batched, _ = model.score(states, batch_tokens=100_000)
     alone = [model.score([state], batch_tokens=1)[0][0] for state in states]
-    by_path = [v for row in model.predict(make_rows(paths_of(records[:3], chain), model), batch_tokens=2000) for v in row]
+    by_path = [v for row in model.predict(make_rows(paths_of(records[:3], chain), model), batch_tokens=2000, progress=None) for v in row]
     assert batched == pytest.approx(alone, abs=1e-5) and by_path == pytest.approx(alone, abs=1e-5)
     assert len({round(v, 4) for v in alone}) > len(alone) // 2 and all(-1 < v < 1 for v in alone)
 
@@ -188,7 +188,7 @@ def test_lora_and_head_move_and_the_base_does_not(records, chain, tmp_path, quan
 def test_the_loss_is_huber_in_tanh_space(records, chain, tmp_path):
     model = make_model(chain)
     [row] = make_rows([next(path for path in paths_of(records, chain) if len(path) == 4)], model)
-    values = torch.tensor(model.predict([row], batch_tokens=999)[0])
+    values = torch.tensor(model.predict([row], batch_tokens=999, progress=None)[0])
     error = (values - torch.tensor(row.targets)).abs()
     by_hand = torch.where(error <= 1, 0.5 * error ** 2, error - 0.5).mean().item()
     seen = []
