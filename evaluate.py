@@ -185,8 +185,7 @@ def parse_args(argv=None):
     add_policy_arguments(parser)
     add_search_arguments(parser)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="names as in search.py", default=[
-        "greedy", "vote-3", "vote-6", "best_of-3-value", "best_of-6-value",
-        "sbs-2x1.6.1.1-value", "sbs-2x1.6.1.1-policy", "sbs-2x1.6.1.1-random",
+        "greedy", "vote-4", "best_of-4-value", "sbs-2x1.6.1.1-value", "sbs-2x1.6.1.1-policy",
         "mcts-8x1.8.1.1-value", "mcts-8x1.8.1.1-policy", "mcts-8x1.8.1.1-random"])
     parser.add_argument("--num-problems", type=positive_int, default=300, help="test problems")
     parser.add_argument("--overwrite", action="store_true", help="start over where the folder holds another configuration")

@@ -540,8 +540,8 @@ def benchmark(args, mas: MAS) -> None:
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_policy_arguments(parser)
-    parser.add_argument("--num-train", type=positive_int, default=400, help="training problems to label")
-    parser.add_argument("--num-heldout", type=positive_int, default=100, help="held-out problems to label, for V's metrics")
+    parser.add_argument("--num-train", type=positive_int, default=300, help="training problems to label")
+    parser.add_argument("--num-heldout", type=positive_int, default=80, help="held-out problems to label, for V's metrics")
     parser.add_argument("--num-simulations", type=positive_int, default=40, help="N, simulations per problem")
     parser.add_argument("--overwrite", action="store_true", help="start over where the folder holds another configuration")
     parser.add_argument("--benchmark", action="store_true", help="only measure: batched against one problem at a time")

@@ -370,7 +370,7 @@ def parse_args(argv=None):
     parser.add_argument("--no-quantize", dest="quantize", action="store_false", help="LoRA on full-precision weights")
     parser.add_argument("--lora-rank", type=positive_int, default=16, help="paper: 256")
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate; suits the tiny model, give 1e-4 or so for a real one")
-    parser.add_argument("--epochs", type=positive_int, default=5)
+    parser.add_argument("--epochs", type=positive_int, default=2, help="paper: 5")
     parser.add_argument("--huber-delta", type=positive_float, default=1.0, help="where the Huber loss turns linear")
     parser.add_argument("--train-batch-tokens", type=positive_int, default=4096, help="rows x longest of one training step")
     parser.add_argument("--batch-tokens", type=positive_int, default=32768, help="rows x longest of one scoring batch")

@@ -42,14 +42,19 @@ def reader_message(puzzle: Puzzle, rng: random.Random) -> str:
 
 
 def planner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random, *, worked: bool) -> str:
-    """The facts for the Solver, then a candidate, its two halves in either order. Worked: first what it would be if all were
-    of one kind, which brackets the total."""
+    """The facts for the Solver, then a candidate, its two halves in either order. Worked: with a rough check, the two products
+    and the sum of their last digits; it is made after the guess, so it does not help the guess, but it can be read."""
     verb = "adds" if puzzle.family == "packs" else "takes"
     halves = [f"{x} {puzzle.kinds[0]}", f"{y} {puzzle.kinds[1]}"]
     rng.shuffle(halves)
-    bracket = f" {puzzle.n}*{puzzle.a}={puzzle.n * puzzle.a:02d}, {puzzle.n}*{puzzle.b}={puzzle.n * puzzle.b:02d}." if worked else ""
-    return (f"{puzzle.kinds[0]} adds {puzzle.a}, {puzzle.kinds[1]} {verb} {puzzle.b}, count {puzzle.n}, total {puzzle.t}.{bracket}"
-            f" Try {halves[0]} and {halves[1]}.")
+    first, second, sign = puzzle.a * x, puzzle.b * y, "+" if puzzle.family == "packs" else "-"
+    units = [first % 10, second % 10]
+    if sign == "-":
+        units[0] += 10 * (units[0] < units[1])  # borrowed
+    last = units[0] + units[1] if sign == "+" else units[0] - units[1]
+    check = f" {x}*{puzzle.a}={first:02d}, {y}*{puzzle.b}={second:02d}, {units[0]}{sign}{units[1]}={last:02d}." if worked else ""
+    return (f"{puzzle.kinds[0]} adds {puzzle.a}, {puzzle.kinds[1]} {verb} {puzzle.b}, count {puzzle.n}, total {puzzle.t}. "
+            f"Try {halves[0]} and {halves[1]}.{check}")
 
 
 def solver_message(puzzle: Puzzle, x: int, y: int, *, worked: bool) -> str:
@@ -90,9 +95,9 @@ def verifier_message(puzzle: Puzzle, x: int, y: int) -> str:
 def wrong_pair(puzzle: Puzzle, rng: random.Random) -> tuple[int, int]:
     """A wrong candidate: mostly another pair with the right count, sometimes a neighbour with a wrong count."""
     while True:
-        x = rng.randint(1, 8)
+        x = rng.randint(1, 6)
         y = puzzle.n - x if rng.random() < 0.7 else puzzle.n - x + rng.choice((-1, 1))
-        if 1 <= y <= 8 and (x, y) != (puzzle.x, puzzle.y):
+        if 1 <= y <= 7 and (x, y) != (puzzle.x, puzzle.y):
             return x, y
 
 
@@ -154,9 +159,10 @@ def batches(tokenizer, *, shares, worked: bool, batch_size: int, rng: random.Ran
         yield from cuts
 
 
-PHASES = (  # a curriculum: first short messages, then with the working written out
+PHASES = (  # a curriculum: first short messages, then with the working written out, at last at a lower learning rate
     {"worked": False, "steps": 2400, "lr": 2e-3, "shares": {"Reader": 0.25, "Planner": 0.25, "Solver": 0.4, "Verifier": 0.1}},
     {"worked": True, "steps": 1300, "lr": 1.5e-3, "shares": {"Reader": 0.1, "Planner": 0.45, "Solver": 0.35, "Verifier": 0.1}},
+    {"worked": True, "steps": 600, "lr": 1e-3, "shares": {"Reader": 0.1, "Planner": 0.5, "Solver": 0.3, "Verifier": 0.1}},
 )
 
 
@@ -264,7 +270,7 @@ def is_correct_work(puzzle: Puzzle, agent: str, state: State, text: str) -> bool
         return text in (planner_message(puzzle, puzzle.x, puzzle.y, random.Random(s), worked=True) for s in range(8))
     plan = state.messages[1].text
     try:  # the candidate that the plan names
-        words = plan.split("Try ")[1].rstrip(".").split()
+        words = plan.split("Try ")[1].split(".")[0].split()
         counts = {words[1]: int(words[0]), words[4]: int(words[3])}
         x, y = counts[puzzle.kinds[0]], counts[puzzle.kinds[1]]
     except (IndexError, KeyError, ValueError):
@@ -286,7 +292,7 @@ def parse_args(argv=None):
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--from-phase", type=int, default=0, help="1: go on with the second phase from what the first left in --output")
+    parser.add_argument("--from-phase", type=int, default=0, help="1 or 2: go on with the second or third phase from what is in --output")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--evaluate", action="store_true", help="only measure what is in --output")

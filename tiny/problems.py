@@ -2,8 +2,8 @@
 
 Two families, each with one integer answer. In both, two kinds of things add up to a known count:
 
-    packs   a*x + b*y = t    "small boxes hold 3, big boxes hold 5; 8 boxes, 34 pens: how many big boxes?"
-    score   a*x - b*y = t    "a hit wins 7, a miss loses 2; 9 darts, 36 points: how many hits?"
+    packs   a*x + b*y = t    "small boxes hold 3, big boxes hold 5; 6 boxes, 24 pens: how many big boxes?"
+    score   a*x - b*y = t    "a hit wins 7, a miss loses 2; 6 darts, 24 points: how many hits?"
 
 To solve one, divide; to check a candidate (x, y), multiply and add. A question also carries sentences that do not matter.
 
@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 
 FAMILIES = ("packs", "score")
-SPLITS = {"agents": (0, 100), "train": (0, 45), "heldout": (45, 60), "test": (60, 100)}  # percent of all (a, b, n, t)
+SPLITS = {"agents": (0, 100), "train": (0, 25), "heldout": (25, 37), "test": (37, 100)}  # percent of all (a, b, n, t)
 
 NAMES = "Anna Ben Carla David Emma Finn Greta Hugo Ida Jonas Kira Leo Mia Nils Olga Paul Rosa Sam Tom Vera".split()
 
@@ -80,9 +80,9 @@ def numbers_of(family: str, split: str) -> list[tuple[int, int, int, int]]:
     """
     found = []
     for a, b in itertools.product(range(2, 10), repeat=2):
-        for x, y in itertools.product(range(1, 9), repeat=2):
+        for x, y in itertools.product(range(1, 7), repeat=2):
             n, t = x + y, total(family, a, b, x, y)
-            if 5 <= n <= 9 and 10 <= t <= 99 and (a < b or family == "score"):
+            if 4 <= n <= 6 and 10 <= t <= 99 and (a < b or family == "score"):
                 digest = hashlib.blake2b(f"{family} {a} {b} {n} {t}".encode(), digest_size=4).digest()
                 point = int.from_bytes(digest, "big") % 100
                 if SPLITS[split][0] <= point < SPLITS[split][1]:
