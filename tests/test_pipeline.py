@@ -279,3 +279,16 @@ def test_the_same_flag_means_the_same_in_every_script(monkeypatch):
     for module in (generate_rollouts, train_value, search, evaluate):
         module.parse_args([])
     assert len(flags) > 20 and {flag: kinds for flag, kinds in flags.items() if len(kinds) > 1} == {}
+
+
+def test_functions_and_tests_that_the_readme_names_exist():
+    import re
+    from pathlib import Path
+    root = Path(evaluate.__file__).parent
+    readme = (root / "README.md").read_text()
+    tests = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", readme))
+    assert len(named) > 10 and all(f"def {name}(" in tests for name in named), [n for n in named if f"def {n}(" not in tests]
+    for file, name in re.findall(r"`(mas|generate_rollouts|train_value|search|evaluate)\.([\w.]+)`", readme):
+        if name != "py":
+            assert re.search(rf"(def|class) {name.split('.')[-1]}\b", (root / f"{file}.py").read_text()), f"{file}.{name}"
