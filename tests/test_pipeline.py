@@ -131,7 +131,12 @@ def killed_at(moments, module, *argv):
         if after is not None:
             time.sleep(after)
             os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        deadline = time.time() + 120
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if time.time() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.05)
+        status = ended[1]
     assert os.waitstatus_to_exitcode(status) == 0
 
 
