@@ -20,7 +20,7 @@ from generate_rollouts import (Cost, Node, Policy, add_policy_arguments, append_
                                resume_jsonl, run)
 from mas import (MAS, InputError, Parser, Problem, cli, extract_answer, is_correct, load_graph, load_problems, positive_int,
                  question_key, read_jsonl)
-from search import Method, add_search_arguments, load_scorers, make_handlers, parse_method, path_to
+from search import Method, add_search_arguments, load_scorers, make_handlers, model_folder, parse_method, path_to
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")
 
@@ -52,11 +52,6 @@ def evaluate_method(method: Method, problems: list[Problem], mas: MAS, policy: P
             records[problem.id] = answer_record(problem, leaf, cost, scorer)
             append_jsonl(file, records[problem.id])
     return [records[problem.id] for problem in problems]
-
-
-def model_folder(args, name: str) -> Path:
-    """Where V ("value") or the ORM ("outcome") of this run lies."""
-    return Path({"value": args.value or f"{args.run}/value", "outcome": args.orm or f"{args.run}/orm"}[name])
 
 
 def fingerprint(args, name: str) -> str:

@@ -230,16 +230,21 @@ def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Met
     return Method(canonical, "mcts", match["scorer"], int(match["num"]), counts, lam)
 
 
+def model_folder(args, name: str) -> Path:
+    """Where V ("value") or the ORM ("outcome") of this run lies."""
+    return Path({"value": args.value or f"{args.run}/value", "outcome": args.orm or f"{args.run}/orm"}[name])
+
+
 def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
     """What the methods need and nothing else: no ORM is loaded unless a method asks for it."""
     needed = {method.scorer for method in methods} | {"outcome" for method in methods if method.lam > 0}
     scorers: dict[str, Handler] = {"policy": policy_scorer, "random": RandomScorer(args.seed)}
-    for name, folder, fix in (("value", args.value or f"{args.run}/value", "train_value.py makes it"),
-                              ("outcome", args.orm or f"{args.run}/orm", "train_value.py --target outcome makes it")):
+    for name, fix in (("value", "train_value.py makes it"), ("outcome", "train_value.py --target outcome makes it")):
         if name in needed:
-            if not Path(folder).is_dir():
+            folder = model_folder(args, name)
+            if not folder.is_dir():
                 raise InputError(f"{folder}: no trained {name} model there; {fix}")
-            scorers[name] = ModelScorer(ValueModel.load(Path(folder), mas, device=args.device), batch_tokens=args.batch_tokens)
+            scorers[name] = ModelScorer(ValueModel.load(folder, mas, device=args.device), batch_tokens=args.batch_tokens)
     return scorers
 
 

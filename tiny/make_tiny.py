@@ -264,8 +264,7 @@ def evaluate(args) -> dict:
 def is_correct_work(puzzle: Puzzle, agent: str, state: State, text: str) -> bool:
     """Whether a message is what a faultless worker would say, given what this one was given."""
     if agent == "Reader":
-        return sorted(text.replace(".", ",").split(", ")) == sorted(
-            reader_message(puzzle, random.Random(0)).replace(".", ",").split(", ")) or _same_facts(puzzle, text)
+        return _same_facts(puzzle, text)
     if agent == "Planner":
         return text in (planner_message(puzzle, puzzle.x, puzzle.y, random.Random(s), worked=True) for s in range(8))
     plan = state.messages[1].text
