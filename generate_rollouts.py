@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor,
-                          LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.logging import disable_progress_bar
 
 from mas import (HERE, MAS, InputError, Parser, Problem, State, cli, extract_answer, is_correct, load_graph, load_problems,
-                 non_negative_float, positive_float, positive_int, read_jsonl, seeded, unit_float)
+                 non_negative_float, non_negative_int, positive_float, positive_int, positive_unit_float, read_jsonl, seeded)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tree
@@ -129,7 +129,7 @@ def label_tree(problem: Problem, mas: MAS, *, num_simulations: int, num_candidat
             if node.children is not None:
                 node = select(node, c_uct)                                                    # Eq. 2
                 continue
-            [candidates] = yield Sample([node], num_candidates[len(node.state.messages)])
+            [candidates] = yield Sample([node], num_candidates[mas.index(mas.turn(node.state))])
             node = rng.choice(expand(mas, node, candidates))                                  # uniform among the fresh
             for sibling in node.parent.children:
                 if mas.is_terminal(sibling.state):
@@ -212,27 +212,65 @@ def uniforms(count: int, *key) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "big"))).random(count)
 
 
-class SeededSampler(LogitsProcessor):
-    """Draws every row's next token by inverse CDF from that row's own uniforms, whatever else is in the batch.
+def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, greedy: torch.Tensor, *, temperature: float, top_k: int,
+                top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(next token, log pi(token)) per row, by inverse CDF from that row's own uniform, whatever else is in the batch.
 
-    Returns scores that leave only the drawn token, so that `generate` with do_sample=False takes it. This is what makes
-    a message a function of (seed, problem, path, candidate) rather than of the batch. Records log pi(token).
-
-    draws: float64 [rows, max_new_tokens]; greedy: bool [rows], rows that take the most likely token instead.
+    This is what makes a message a function of (seed, problem, path, candidate) rather than of the batch. logits: [rows, vocabulary];
+    draws: float64 [rows] in [0, 1); greedy: bool [rows], rows that take the most likely token instead. log pi is the
+    policy's own: before temperature, top-k and top-p.
     """
+    logits = logits.float()
+    logprobs = logits.log_softmax(-1)
+    cdf = warp(logits, temperature=temperature, top_k=top_k, top_p=top_p).double().softmax(-1).cumsum(-1)
+    tokens = torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.where(greedy[:, None], logprobs.argmax(-1, keepdim=True), tokens)
+    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
-    def __init__(self, draws: torch.Tensor, greedy: torch.Tensor, warpers: LogitsProcessorList):
-        self.draws, self.greedy, self.warpers = draws, greedy, warpers
-        self.logprobs: list[torch.Tensor] = []   # one [rows] per step
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logprobs = scores.float().log_softmax(-1)
-        cdf = self.warpers(input_ids, scores.float()).double().softmax(-1).cumsum(-1)
-        draw = self.draws[:, len(self.logprobs), None] * cdf[:, -1:]
-        tokens = torch.searchsorted(cdf, draw, right=True).clamp(max=scores.shape[-1] - 1)
-        tokens = torch.where(self.greedy[:, None], logprobs.argmax(-1, keepdim=True), tokens)
-        self.logprobs.append(logprobs.gather(-1, tokens)[:, 0])
-        return torch.full_like(scores, -math.inf).scatter(-1, tokens, 0.0)
+def warp(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """Temperature, then the k likeliest (0: all), then the nucleus: the likeliest tokens that together reach top_p (1: all).
+
+    The nucleus is looked for among the 1,024 likeliest first: sorting a whole vocabulary can cost as much as the model.
+    """
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        probs = logits.softmax(-1)
+        for width in (min(1024, probs.shape[-1]), probs.shape[-1]):
+            top = probs.topk(width).values
+            if bool((top.sum(-1) >= top_p).all()):
+                break
+        kept = top.cumsum(-1) - top < top_p          # a token is in while those before it do not reach top_p
+        least = top.masked_fill(~kept, 2.0).min(-1, keepdim=True).values
+        logits = logits.masked_fill(probs < least, -math.inf)
+    return logits
+
+
+class SpareLayer(DynamicLayer):
+    """Keys and values with spare columns behind them: a step writes its own column. `DynamicLayer` copies all that is there
+    at every step (torch.cat), which takes a third of the time on a CPU."""
+
+    SPARE = 64
+    rows = None     # [2, rows, heads, columns and spare ones, head dim]; keys and values are views of it
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        if self.rows is None or self.rows.shape[3] < end:
+            grown = key_states.new_empty((2, *key_states.shape[:2], end + self.SPARE, key_states.shape[-1]))
+            if old:
+                grown[0, :, :, :old], grown[1, :, :, :old] = self.keys, self.values
+            self.rows = grown
+        self.rows[0, :, :, old:end], self.rows[1, :, :, old:end] = key_states, value_states
+        self.keys, self.values = self.rows[:, :, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.rows = None
 
 
 def add_policy_arguments(parser: Parser) -> None:
@@ -242,9 +280,10 @@ def add_policy_arguments(parser: Parser) -> None:
     parser.add_argument("--data", default=None, help="JSON-lines file with `question` and `answer`, instead of --task")
     parser.add_argument("--graph", default="chain", help="communication graph, a constant of mas.py")
     parser.add_argument("--model", default=os.path.relpath(HERE / "tiny" / "agents"), help="the agents' causal LM: folder or hub name")
+    parser.add_argument("--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards")
     parser.add_argument("--temperature", type=positive_float, default=1.0, help="of every sampled message (greedy is greedy)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens only; 0: all")
-    parser.add_argument("--top-p", type=unit_float, default=1.0, help="sample from the nucleus of this mass; 1: all")
+    parser.add_argument("--top-k", type=non_negative_int, default=0, help="sample among the k likeliest tokens only; 0: all")
+    parser.add_argument("--top-p", type=positive_unit_float, default=1.0, help="sample from the nucleus of this mass; 1: all")
     parser.add_argument("--max-new-tokens", type=positive_int, default=128,
                         help="limit of a message beside the agent's own; suits the tiny agents, give 512 or so for a real model")
     parser.add_argument("--num-candidates", default="3", help="C, messages per expansion: 3, or 1.8.1.1, or Planner=8,Reader=2")
@@ -258,143 +297,175 @@ def add_policy_arguments(parser: Parser) -> None:
 
 
 class Policy:
-    """pi: the agents. Answers Sample requests; the only caller of `model.generate`.
+    """pi: the agents. Answers Sample requests; the only one that generates text.
 
-    The weights are bfloat16 on a GPU and float32 on a CPU. `seconds` tells where the time went.
+    The weights are bfloat16 on a GPU and float32 on a CPU, or NF4 (quantize). `seconds` tells where the time went.
+    The decoding loop is our own: `generate` keeps the rows that have ended until the last one ends, cannot tell rows' limits
+    apart, and copies its cache at every step (README, "Speed").
     """
 
     def __init__(self, mas: MAS, model: str, *, seed: int, temperature: float, top_k: int, top_p: float, max_new_tokens: int,
-                 batch_tokens: int, device: str):
+                 batch_tokens: int, device: str, quantize: bool):
         self.mas, self.seed, self.device = mas, seed, torch.device(device)
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
-        self.seconds = {"model": 0.0, "tokenizer": 0.0}
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.model, self.tokenizer = load_pretrained("--model", model, AutoModelForCausalLM, dtype=dtype)
+        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.seconds = {"model": 0.0, "sampling": 0.0, "tokenizer": 0.0}
+        self.model, self.tokenizer = load_pretrained("--model", model, AutoModelForCausalLM, quantize=quantize, device=device)
         if self.tokenizer.chat_template is None:
             raise InputError(f"--model {model}: its tokenizer has no chat template; the agents need a chat model")
-        self.model.to(self.device).eval()
-        ends = self.model.generation_config.eos_token_id
+        self.model.eval()
+        ends = self.model.generation_config.eos_token_id  # nothing else of it is used: no checkpoint's own sampling leaks in
         self.ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        # A checkpoint's own sampling settings (top_k, repetition_penalty, ...) must not leak in: only what we pass counts.
-        self.model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), pad_token_id=self.tokenizer.pad_token_id)
-        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-        if top_k:
-            self.warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            self.warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, requests: list[tuple[Problem, Sample]]) -> list[tuple[list[list[Candidate]], Cost]]:
-        """The handler of Sample. A prompt is computed once for all its candidates; agents do not share a batch, as their
-        messages differ in length."""
+        """The handler of Sample. A prompt is computed once for all its candidates."""
         start = time.perf_counter()
-        flat = [(i, problem, request, node) for i, (problem, request) in enumerate(requests) for node in request.nodes]
-        chats = [self.mas.prompt(node.state) for *_, node in flat]
+        asked = [(i, problem, request, node) for i, (problem, request) in enumerate(requests) for node in request.nodes]
+        chats = [self.mas.prompt(node.state, problem.kind) for _, problem, _, node in asked]
         texts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        limits = [min(self.mas.turn(node.state).max_new_tokens, self.max_new_tokens) for *_, node in asked]
         self.seconds["tokenizer"] += time.perf_counter() - start
+        for (_, problem, _, node), prompt, limit in zip(asked, prompts, limits):
+            if len(prompt) + limit > self.model.config.max_position_embeddings:
+                raise InputError(f"problem {problem.id}: the {self.mas.turn(node.state).name}'s prompt of {len(prompt)} tokens and a message of "
+                                 f"{limit} do not fit into the model's {self.model.config.max_position_embeddings}; lower --max-new-tokens or drop the problem")
 
         costs = [Cost() for _ in requests]
-        candidates: list[list[Candidate]] = [[] for _ in flat]
-        for limit, batch in self._batches(flat, prompts):
+        candidates: list[list[Candidate]] = [[] for _ in asked]
+        todo = sorted(range(len(asked)), key=lambda at: len(prompts[at]) + limits[at])
+        while todo:
+            batch, rows = [], 0
+            while todo and (not batch or (rows + asked[todo[-1]][2].num) * max(len(prompts[at]) + limits[at] for at in (batch[0], todo[-1])) <= self.batch_tokens):
+                batch.append(todo.pop())
+                rows += asked[batch[-1]][2].num
             start = time.perf_counter()
-            rows = [(at, k) for at in batch for k in range(flat[at][2].num)]
-            draws = np.stack([uniforms(limit, self.seed, flat[at][1].id, flat[at][3].path, k) for at, k in rows])
-            tokens, logprobs = self._generate([prompts[at] for at in batch], [flat[at][2].num for at in batch], draws,
-                                              [flat[at][2].greedy for at, _ in rows])
-            for (at, _), row, row_logprobs in zip(rows, tokens, logprobs):
-                candidates[at].append(self._candidate(row, row_logprobs))
+            keys = [(at, k) for at in batch for k in range(asked[at][2].num)]
+            draws = np.zeros((len(keys), max(limits[at] for at in batch)))
+            for row, (at, k) in enumerate(keys):
+                draws[row, :limits[at]] = uniforms(limits[at], self.seed, asked[at][1].id, asked[at][3].path, k)
+            try:
+                messages = self._decode([prompts[at] for at in batch], [asked[at][2].num for at in batch], [limits[at] for at, _ in keys],
+                                        draws, [asked[at][2].greedy for at, _ in keys])
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise InputError(f"out of memory with {rows} messages of one prompt; lower --max-new-tokens or --num-candidates, or give --quantize-policy") from None
+                self.batch_tokens //= 2
+                tqdm.write(f"out of memory: --batch-tokens halved to {self.batch_tokens}", file=sys.stderr)
+                todo += reversed(batch)
+                continue
+            for (at, _), message in zip(keys, messages):
+                candidates[at].append(self._candidate(*message))
+            per_token = (time.perf_counter() - start) / sum(len(tokens) for tokens, _ in messages)
             for at in batch:
-                cost = costs[flat[at][0]]
-                cost += Cost(agent_calls=flat[at][2].num, prompt_tokens=len(prompts[at]),
-                             generated_tokens=sum(c.tokens for c in candidates[at]),
-                             truncated=sum(c.truncated for c in candidates[at]),
-                             seconds=(time.perf_counter() - start) * flat[at][2].num / len(rows))
+                costs[asked[at][0]] += Cost(
+                    agent_calls=asked[at][2].num, prompt_tokens=len(prompts[at]), generated_tokens=(tokens := sum(c.tokens for c in candidates[at])),
+                    truncated=sum(c.truncated for c in candidates[at]), seconds=tokens * per_token)
         replies = iter(candidates)
         return [([next(replies) for _ in request.nodes], cost) for (_, request), cost in zip(requests, costs)]
 
-    def _batches(self, flat, prompts) -> Iterator[tuple[int, list[int]]]:
-        """(token limit, indices into `flat`): one agent per batch, sorted by length, within the token budget."""
-        agents = [self.mas.turn(node.state) for *_, node in flat]
-        order = sorted(range(len(flat)), key=lambda at: (agents[at].name, len(prompts[at])), reverse=True)
-        room = self.model.config.max_position_embeddings
-        batch, rows = [], 0
-        for at in order:
-            limit = min(agents[at].max_new_tokens, self.max_new_tokens)
-            if len(prompts[at]) + limit > room:
-                raise InputError(f"problem {flat[at][1].id}: the {agents[at].name}'s prompt of {len(prompts[at])} tokens and a message of "
-                                 f"{limit} do not fit into the model's {room}; lower --max-new-tokens or drop the problem")
-            full = batch and (rows + flat[at][2].num) * (len(prompts[batch[0]]) + limit) > self.batch_tokens
-            if batch and (full or agents[at] != agents[batch[0]]):
-                yield min(agents[batch[0]].max_new_tokens, self.max_new_tokens), batch
-                batch, rows = [], 0
-            batch.append(at)
-            rows += flat[at][2].num
-        if batch:
-            yield min(agents[batch[0]].max_new_tokens, self.max_new_tokens), batch
-
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], repeats: list[int], draws: np.ndarray, greedy: list[bool]):
-        """Prefill each prompt once, copy its cache to its rows, decode all rows together.
+    def _decode(self, prompts: list[list[int]], repeats: list[int], limits: list[int], draws: np.ndarray,
+                greedy: list[bool]) -> list[tuple[list[int], list[float]]]:
+        """Prefill each prompt once, copy its cache to its rows, decode all rows together and drop the rows that have ended.
 
-        draws: [rows, limit] with rows = sum(repeats). Returns (tokens, logprobs): a list per row, to be cut at its end.
+        repeats: rows per prompt. limits, greedy: per row. draws: [rows, longest limit]. Returns (tokens, log-probabilities) per row.
         """
-        start = time.perf_counter()
-        width = max(map(len, prompts))
+        clock, device = time.perf_counter(), self.device
+        width, steps = max(map(len, prompts)), draws.shape[1]
         ids = torch.full((len(prompts), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros((len(prompts), width), dtype=torch.long)
-        for i, prompt in enumerate(prompts):
+        mask = torch.ones((len(prompts), width + steps), dtype=torch.long)
+        for i, prompt in enumerate(prompts):   # padded on the left, so that every row writes into the same column
             ids[i, width - len(prompt):] = torch.tensor(prompt)
-            mask[i, width - len(prompt):] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(repeats)).to(self.device)
+            mask[i, :width - len(prompt)] = 0
+        ids, mask = ids.to(device), mask.to(device)
         cache = DynamicCache(config=self.model.config)
-        self.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, logits_to_keep=1,
-                   position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1])
-        cache.batch_select_indices(rows)  # all but the last prompt token, which `generate` feeds itself
-        sampler = SeededSampler(torch.from_numpy(draws).to(self.device), torch.tensor(greedy, device=self.device), self.warpers)
-        out = self.model.generate(
-            input_ids=ids[rows], attention_mask=mask[rows], past_key_values=cache, use_cache=True,
-            logits_processor=LogitsProcessorList([sampler]), do_sample=False, num_beams=1, max_new_tokens=draws.shape[1])
-        tokens, logprobs = out[:, width:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
-        self.seconds["model"] += time.perf_counter() - start
-        return tokens, logprobs
+        cache.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self.model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions[:, :width], past_key_values=cache,
+                            logits_to_keep=1).logits[:, -1]
+
+        live = torch.arange(len(draws), device=device)                        # the rows of the batch, of which fewer and fewer are left
+        prompt_of = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(repeats)).to(device)
+        cache.batch_select_indices(prompt_of)
+        logits, mask, positions = logits[prompt_of], mask[prompt_of], positions[prompt_of]
+        draws, greedy = torch.from_numpy(draws).to(device), torch.tensor(greedy, device=device)
+        limit, ends = torch.tensor(limits, device=device), torch.tensor(sorted(self.ends), device=device)
+        tokens = torch.zeros(draws.shape, dtype=torch.long, device=device)
+        logprobs = torch.zeros(draws.shape, device=device)
+        lengths = torch.zeros(len(draws), dtype=torch.long, device=device)    # 0: not ended
+        for step in range(steps):
+            clock = self._spent("model", clock)
+            newest, newest_logprobs = draw_tokens(logits, draws[live, step], greedy[live], **self.sampling)
+            tokens[live, step], logprobs[live, step] = newest, newest_logprobs
+            ended = (lengths[live] == 0) & (torch.isin(newest, ends) | (limit[live] == step + 1))
+            lengths[live[ended]] = step + 1
+            going = (lengths[live] == 0).nonzero()[:, 0]
+            clock = self._spent("sampling", clock)
+            if not len(going):
+                break
+            if len(going) < 0.8 * len(live):   # ended rows are dropped when it pays for copying the others
+                cache.batch_select_indices(going)
+                live, newest, mask, positions = live[going], newest[going], mask[going], positions[going]
+            at = width + step
+            logits = self.model(input_ids=newest[:, None], attention_mask=mask[:, :at + 1], position_ids=positions[:, at:at + 1],
+                                past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return [(row[:length], row_logprobs[:length]) for row, row_logprobs, length in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist())]
+
+    def _spent(self, what: str, since: float) -> float:
+        now = time.perf_counter()
+        self.seconds[what] += now - since
+        return now
 
     def _candidate(self, tokens: list[int], logprobs: list[float]) -> Candidate:
         start = time.perf_counter()
-        end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
-        length = len(tokens) if end is None else end + 1
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-        self.seconds["tokenizer"] += time.perf_counter() - start
-        return Candidate(text, length, sum(logprobs[:length]), end is None)
+        truncated = tokens[-1] not in self.ends
+        text = self.tokenizer.decode(tokens if truncated else tokens[:-1], skip_special_tokens=True).strip()
+        self._spent("tokenizer", start)
+        return Candidate(text, len(tokens), sum(logprobs), truncated)
 
 
-def load_pretrained(flag: str, name: str, auto_class, **options):
-    """(model, tokenizer) by folder or hub name through `from_pretrained`; what cannot be loaded is the user's to know."""
+def load_pretrained(flag: str, name: str, auto_class, *, quantize: bool, device: str):
+    """(model, tokenizer) by folder or hub name through `from_pretrained`; what cannot be loaded is the user's to know.
+
+    bfloat16 on a GPU, float32 on a CPU; quantize: NF4 with double quantisation, computing in that type. Needs bitsandbytes.
+    """
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise InputError(f"{flag} {name}: no model here (there is no config.json in it)")
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    nf4 = {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
     disable_progress_bar()  # of transformers' weight loading
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = auto_class.from_pretrained(name, **options)
+        model = auto_class.from_pretrained(name, dtype=dtype, **(nf4 if quantize else {}))
+    except ImportError as error:
+        raise InputError(f"{flag} {name}: NF4 needs bitsandbytes ({error}); install it, or "
+                         f"{'give --no-quantize' if flag == '--backbone' else 'leave out --quantize-policy'}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {name}: cannot be loaded as a folder or from the hub: {str(error).splitlines()[0]}") from None
+    for module in model.modules() if quantize else ():
+        if type(module).__name__ == "Linear4bit":
+            # On some CPUs bitsandbytes would repack the weights for a bfloat16 kernel whenever it is not training:
+            # V would then differ between training and search, and from one machine to another.
+            module.support_avx512bf16_for_cpu = False
     if tokenizer.eos_token_id is None:
         raise InputError(f"{flag} {name}: its tokenizer has no end-of-message (eos) token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return (model if quantize else model.to(device)), tokenizer
 
 
 def make_policy(args, mas: MAS) -> Policy:
     torch.set_num_threads(args.num_threads)
     return Policy(mas, args.model, seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                  max_new_tokens=args.max_new_tokens, batch_tokens=args.batch_tokens, device=args.device)
+                  max_new_tokens=args.max_new_tokens, batch_tokens=args.batch_tokens, device=args.device, quantize=args.quantize_policy)
 
 
 def policy_settings(args, mas: MAS) -> dict:
     """What decides the policy's messages: recorded, and compared when a run is resumed."""
     return {"model": args.model, "graph": asdict(mas), "seed": args.seed, "temperature": args.temperature, "top_k": args.top_k,
-            "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
+            "top_p": args.top_p, "max_new_tokens": args.max_new_tokens, "quantize_policy": args.quantize_policy}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,9 +601,9 @@ def benchmark(args, mas: MAS) -> None:
         seconds = time.perf_counter() - start
         rates.append(60 * len(problems) / seconds)
         trees.append(found)
-        inside = policy.seconds["model"] + policy.seconds["tokenizer"]
-        print(f"{max_active:4d} in flight: {rates[-1]:7.1f} trees/min; time in model and sampling {policy.seconds['model'] / seconds:.1%}, "
-              f"tokenizer {policy.seconds['tokenizer'] / seconds:.1%}, outside both {1 - inside / seconds:.1%}")
+        inside = sum(policy.seconds.values())
+        print(f"{max_active:4d} in flight: {rates[-1]:7.1f} trees/min; time in "
+              + ", ".join(f"{name} {spent / seconds:.1%}" for name, spent in policy.seconds.items()) + f", driver and tree {1 - inside / seconds:.1%}")
     same = sum(trees[0][problem.id] == trees[1][problem.id] for problem in problems)
     print(f"ratio {rates[0] / rates[1]:.1f}; {same} of {len(problems)} trees are equal")
 

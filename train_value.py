@@ -33,7 +33,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModel, BitsAndBytesConfig
+from transformers import AutoModel
 
 from generate_rollouts import append_jsonl, load_pretrained, open_run, read_config, resume_jsonl, write_config
 from mas import (HERE, MAS, InputError, Parser, State, cli, positive_float, positive_int, question_key,
@@ -123,24 +123,9 @@ def token_batches(lengths: list[int], order: list[int], batch_tokens: int) -> It
 
 def load_backbone(name: str, *, quantize: bool, device: str):
     """(backbone without its LM head, tokenizer). quantize: NF4 with double quantisation (QLoRA), which needs bitsandbytes."""
+    backbone, tokenizer = load_pretrained("--backbone", name, AutoModel, quantize=quantize, device=device)
     on_gpu = torch.device(device).type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    if not quantize:
-        backbone, tokenizer = load_pretrained("--backbone", name, AutoModel, dtype=dtype)
-        return backbone.to(device), tokenizer
-    try:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                    bnb_4bit_compute_dtype=dtype)
-        backbone, tokenizer = load_pretrained("--backbone", name, AutoModel, dtype=dtype, quantization_config=config,
-                                              device_map={"": device})
-    except ImportError as error:
-        raise InputError(f"NF4 needs bitsandbytes ({error}); install it, or give --no-quantize") from None
-    for module in backbone.modules():
-        if type(module).__name__ == "Linear4bit":
-            # On some CPUs bitsandbytes would repack the weights for a bfloat16 kernel whenever it is not training:
-            # V would then differ between training and search, and from one machine to another.
-            module.support_avx512bf16_for_cpu = False
-    return prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=on_gpu), tokenizer
+    return (prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=on_gpu) if quantize else backbone), tokenizer
 
 
 class ValueModel(nn.Module):

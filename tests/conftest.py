@@ -73,7 +73,7 @@ def duo() -> MAS:
 
 
 def make_tiny_policy(chain, **changes) -> Policy:
-    settings = dict(seed=0, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=128, batch_tokens=32768, device="cpu")
+    settings = dict(seed=0, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=128, batch_tokens=32768, device="cpu", quantize=False)
     return Policy(chain, changes.pop("model", AGENTS), **(settings | changes))
 
 

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from conftest import AGENTS, NoProgress, make_tiny_policy
-from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
 
-from generate_rollouts import Sample, SeededSampler, expand, label_tree, make_root, run, tree_record
+from generate_rollouts import Sample, SpareLayer, draw_tokens, expand, label_tree, make_root, run, tree_record, warp
 from mas import InputError, load_problems, seeded
 
 PROBLEMS = load_problems(task="tiny", data=None, split="test", num=8)
@@ -51,7 +52,7 @@ def test_another_seed_gives_other_messages(chain, policy):
 
 def plain_generate(policy, problem):
     """Greedy decoding by `generate` alone, without our cache, sampler or batching."""
-    chat = policy.mas.prompt(make_root(problem.question).state)
+    chat = policy.mas.prompt(make_root(problem.question).state, problem.kind)
     text = policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     ids = policy.tokenizer(text, add_special_tokens=False, return_tensors="pt")
     out = policy.model.generate(**ids, generation_config=GenerationConfig(do_sample=False, max_new_tokens=128, eos_token_id=policy.tokenizer.eos_token_id,
@@ -79,16 +80,70 @@ def test_greedy_and_sampled_rows_share_a_batch_without_touching(policy):
 
 def test_the_sampler_draws_from_the_distribution():
     """Inverse CDF by hand, and frequencies over evenly spaced uniforms."""
-    scores = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]])).repeat(1000, 1)
-    draws = (torch.arange(1000).double()[:, None] + 0.5) / 1000
-    sampler = SeededSampler(draws, torch.zeros(1000, dtype=torch.bool), LogitsProcessorList([TemperatureLogitsWarper(1.0)]))
-    tokens = sampler(torch.zeros(1000, 1, dtype=torch.long), scores).argmax(-1)
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]])).repeat(1000, 1)
+    draws, sampled = (torch.arange(1000).double() + 0.5) / 1000, torch.zeros(1000, dtype=torch.bool)
+    tokens, logprobs = draw_tokens(logits, draws, sampled, temperature=1.0, top_k=0, top_p=1.0)
     assert tokens.bincount().tolist() == [100, 200, 300, 400] and tokens[:100].eq(0).all() and tokens[-400:].eq(3).all()
-    assert sampler.logprobs[0][tokens == 1] == pytest.approx(math.log(0.2), abs=1e-6)
-    hot = SeededSampler(draws, torch.zeros(1000, dtype=torch.bool), LogitsProcessorList([TemperatureLogitsWarper(0.5), TopKLogitsWarper(2)]))
-    tokens = hot(torch.zeros(1000, 1, dtype=torch.long), scores).argmax(-1)
+    assert logprobs[tokens == 1] == pytest.approx(math.log(0.2), abs=1e-6)
+    tokens, logprobs = draw_tokens(logits, draws, sampled, temperature=0.5, top_k=2, top_p=1.0)
     assert tokens.bincount(minlength=4).tolist() == [0, 0, 360, 640]       # 0.3^2 : 0.4^2
-    assert hot.logprobs[0][tokens == 3] == pytest.approx(math.log(0.4), abs=1e-6)  # the policy's own, before temperature
+    assert logprobs[tokens == 3] == pytest.approx(math.log(0.4), abs=1e-6)  # the policy's own, before temperature
+    tokens, _ = draw_tokens(logits, draws, ~sampled, temperature=0.5, top_k=0, top_p=1.0)
+    assert tokens.eq(3).all()
+
+
+@pytest.mark.parametrize("size", [50, 3000])   # 3,000: the nucleus may have to be looked for beyond the 1,024 likeliest
+@pytest.mark.parametrize("top_k, top_p, spread", [(0, 0.9, 1.0), (0, 0.9, 5.0), (7, 1.0, 1.0), (20, 0.5, 2.0), (0, 0.05, 1.0), (10_000, 0.999, 0.1)])
+def test_warping_equals_the_librarys(size, top_k, top_p, spread):
+    logits = spread * torch.randn((5, size), generator=torch.Generator().manual_seed(0))
+    expected = TemperatureLogitsWarper(0.7)(None, logits)
+    expected = TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+    expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
+    assert torch.equal(warp(logits, temperature=0.7, top_k=top_k, top_p=top_p), expected)
+
+
+def test_a_cache_with_spare_columns_equals_one_that_copies():
+    ours, theirs, generator = SpareLayer(), DynamicLayer(), torch.Generator().manual_seed(0)
+    rows = 3
+    for columns in [5] + [1] * (SpareLayer.SPARE + 3) + [4]:
+        new = torch.randn((2, rows, 2, columns, 8), generator=generator)
+        for a, b in zip(ours.update(*new), theirs.update(*new)):
+            assert torch.equal(a, b)
+        if theirs.get_seq_length() in (9, 40):    # drop and reorder rows, as when some have ended
+            rows = 2
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor([1, 0]))
+    assert ours.get_seq_length() == theirs.get_seq_length() > SpareLayer.SPARE
+
+
+def test_rows_with_other_limits_and_agents_share_a_batch(chain, policy):
+    """Dropping the rows that have ended changes nothing for the others."""
+    fresh = [make_root(problem.question) for problem in PROBLEMS]
+    nodes = list(fresh)
+    for i, [reply] in zip(range(4), (reply for reply, _ in policy([(p, Sample([n], 1)) for p, n in zip(PROBLEMS[:4], fresh)]))):
+        [nodes[i]] = expand(chain, fresh[i], reply)
+    mixed = policy([(p, Sample([n], 2)) for p, n in zip(PROBLEMS, nodes)])
+    assert {chain.turn(n.state).name for n in nodes} == {"Reader", "Planner"}
+    for problem, node, ([candidates], _) in zip(PROBLEMS, nodes, mixed):
+        [([alone], _)] = policy([(problem, Sample([node], 2))])
+        assert_same(candidates, alone)
+
+
+def test_out_of_memory_halves_the_token_budget_and_goes_on(chain, policy, monkeypatch, capsys):
+    small, decode, sizes = make_tiny_policy(chain, batch_tokens=8000), type(policy)._decode, []
+
+    def scarce(self, prompts, *rest):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return decode(self, prompts, *rest)
+
+    monkeypatch.setattr(type(policy), "_decode", scarce)
+    found, _ = ask(small, PROBLEMS)
+    assert max(sizes) > 2 and small.batch_tokens < 8000 and "out of memory: --batch-tokens halved" in capsys.readouterr().err
+    monkeypatch.undo()
+    for a, b in zip(found, ask(policy, PROBLEMS)[0]):
+        assert_same(a, b)
 
 
 def test_a_checkpoints_own_sampling_settings_do_not_leak_in(chain, policy, tmp_path):

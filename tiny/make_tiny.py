@@ -26,8 +26,9 @@ from mas import GRAPHS, State, extract_answer  # noqa: E402
 from tiny.problems import FAMILIES, Puzzle, make_puzzle, total  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-CHAIN = GRAPHS["chain"]
-WRONG_SHARE = 0.65  # of the Solver's and the Verifier's examples; with fewer, the Solver learns to find what the plan hopes for
+CHAIN, REFINE = GRAPHS["chain"], GRAPHS["refine"]
+# The share of an agent's examples about a wrong candidate; with fewer, the Solver learns to find what the plan hopes for.
+WRONG_SHARE = {"Reader": 0.0, "Planner": 0.4, "Solver": 0.65, "Verifier": 0.65, "Refiner": 0.4}
 CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -41,39 +42,45 @@ def reader_message(puzzle: Puzzle, rng: random.Random) -> str:
     return f"Facts: {', '.join(facts)}. Asked: {puzzle.kinds[puzzle.asked]}."
 
 
-def planner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random, *, worked: bool) -> str:
-    """The facts for the Solver, then a candidate, its two halves in either order. Worked: with a rough check, the two products
-    and the sum of their last digits; it is made after the guess, so it does not help the guess, but it can be read."""
+def planner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> tuple[str, str]:
+    """(the facts for the Solver and a candidate, its two halves in either order; a rough check of it). See `rough_check`."""
     verb = "adds" if puzzle.family == "packs" else "takes"
+    return (f"{puzzle.kinds[0]} adds {puzzle.a}, {puzzle.kinds[1]} {verb} {puzzle.b}, count {puzzle.n}, total {puzzle.t}. "
+            f"{candidate(puzzle, x, y, rng)}", rough_check(puzzle, x, y))
+
+
+def candidate(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> str:
     halves = [f"{x} {puzzle.kinds[0]}", f"{y} {puzzle.kinds[1]}"]
     rng.shuffle(halves)
-    first, second, sign = puzzle.a * x, puzzle.b * y, "+" if puzzle.family == "packs" else "-"
-    units = [first % 10, second % 10]
-    if sign == "-":
-        units[0] += 10 * (units[0] < units[1])  # borrowed
-    last = units[0] + units[1] if sign == "+" else units[0] - units[1]
-    check = f" {x}*{puzzle.a}={first:02d}, {y}*{puzzle.b}={second:02d}, {units[0]}{sign}{units[1]}={last:02d}." if worked else ""
-    return (f"{puzzle.kinds[0]} adds {puzzle.a}, {puzzle.kinds[1]} {verb} {puzzle.b}, count {puzzle.n}, total {puzzle.t}. "
-            f"Try {halves[0]} and {halves[1]}.{check}")
+    return f"Try {halves[0]} and {halves[1]}."
 
 
-def solver_message(puzzle: Puzzle, x: int, y: int, *, worked: bool) -> str:
-    """What the candidate comes to, and the comparison digit by digit (products have two digits, so that they line up).
-    Worked: the sum is taken column by column, units first, carrying."""
+def rough_check(puzzle: Puzzle, x: int, y: int) -> str:
+    """The last digit of what a candidate comes to, beside the wanted one. It is written after the guess, so it cannot help
+    the guess, but it can be read: a rough check made by the agent whose work it is, and local enough to be learnt."""
     first, second = puzzle.a * x, puzzle.b * y
-    got, sign = total(puzzle.family, puzzle.a, puzzle.b, x, y), "+" if puzzle.family == "packs" else "-"
-    shown = f"={got:02d}" if got >= 0 else f"=-{-got:02d}"
-    columns = ""
-    if worked and got < 0:
-        shown = "<0"
-    elif worked:
-        units = [first % 10, second % 10]
-        carry = units[0] + units[1] > 9 if sign == "+" else units[0] < units[1]
-        if sign == "-":
-            units[0] += 10 * carry  # borrowed
-        unit, tens = (units[0] + units[1], first // 10 + second // 10 + carry) if sign == "+" else (
-            units[0] - units[1], first // 10 - second // 10 - carry)
-        columns = f"{units[0]}{sign}{units[1]}={unit:02d}. {first // 10}{sign}{second // 10}{sign}{int(carry)}={tens:02d}. "
+    units, sign, unit = add_units(puzzle, first, second)
+    return f" {x}*{puzzle.a}={first:02d}, {y}*{puzzle.b}={second:02d}, {units[0]}{sign}{units[1]}={unit:02d}, {compare_digit(unit % 10, puzzle.t % 10)}."
+
+
+def add_units(puzzle: Puzzle, first: int, second: int) -> tuple[tuple[int, int], str, int]:
+    """The units' column: (its two numbers, with a borrowed ten where one is needed; the sign; what they come to)."""
+    units = first % 10, second % 10
+    if puzzle.family == "packs":
+        return units, "+", units[0] + units[1]
+    units = units[0] + 10 * (units[0] < units[1]), units[1]
+    return units, "-", units[0] - units[1]
+
+
+def solver_message(puzzle: Puzzle, x: int, y: int) -> str:
+    """What the candidate comes to, and the comparison digit by digit (products have two digits, so that they line up).
+    The sum is taken column by column, units first, carrying."""
+    first, second, got = puzzle.a * x, puzzle.b * y, total(puzzle.family, puzzle.a, puzzle.b, x, y)
+    units, sign, unit = add_units(puzzle, first, second)
+    carry = int(unit > 9 if sign == "+" else units[0] > 9)
+    tens = first // 10 + second // 10 + carry if sign == "+" else first // 10 - second // 10 - carry
+    columns = f"{units[0]}{sign}{units[1]}={unit:02d}. {first // 10}{sign}{second // 10}{sign}{carry}={tens:02d}. " if got >= 0 else ""
+    shown = f"={got:02d}" if got >= 0 else "<0"
     return (f"{x} {puzzle.kinds[0]}: {x}*{puzzle.a}={first:02d}. {y} {puzzle.kinds[1]}: {y}*{puzzle.b}={second:02d}. "
             f"{columns}{first:02d}{sign}{second:02d}{shown}. {x}+{y}={x + y}. "
             f"Total: {compare(got, puzzle.t)}. Count: {x + y}|{puzzle.n} {'same' if x + y == puzzle.n else 'off'}.")
@@ -83,7 +90,11 @@ def compare(got: int, want: int) -> str:
     """Two-digit numbers digit by digit, "3|3 same, 4|8 off"; one phrase where `got` has no two digits."""
     if not 0 <= got <= 99:
         return "out of range, off"
-    return ", ".join(f"{g}|{w} {'same' if g == w else 'off'}" for g, w in zip(f"{got:02d}", f"{want:02d}"))
+    return ", ".join(compare_digit(int(g), int(w)) for g, w in zip(f"{got:02d}", f"{want:02d}"))
+
+
+def compare_digit(got: int, want: int) -> str:
+    return f"{got}|{want} {'same' if got == want else 'off'}"
 
 
 def verifier_message(puzzle: Puzzle, x: int, y: int) -> str:
@@ -92,26 +103,41 @@ def verifier_message(puzzle: Puzzle, x: int, y: int) -> str:
     return f"The check {'holds' if fits else 'fails'}. Final answer: {(x, y)[puzzle.asked]}"
 
 
+def refiner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> tuple[str, str]:
+    """(another candidate; a rough check of it and the answer it gives)."""
+    return candidate(puzzle, x, y, rng), f"{rough_check(puzzle, x, y)} Final answer: {(x, y)[puzzle.asked]}"
+
+
 def wrong_pair(puzzle: Puzzle, rng: random.Random) -> tuple[int, int]:
     """A wrong candidate: mostly another pair with the right count, sometimes a neighbour with a wrong count."""
     while True:
-        x = rng.randint(1, 6)
+        x = rng.randint(1, puzzle.n - 1)
         y = puzzle.n - x if rng.random() < 0.7 else puzzle.n - x + rng.choice((-1, 1))
-        if 1 <= y <= 7 and (x, y) != (puzzle.x, puzzle.y):
+        if 1 <= y <= 8 and (x, y) != (puzzle.x, puzzle.y):
             return x, y
 
 
-def make_example(puzzle: Puzzle, agent: str, rng: random.Random, *, worked: bool) -> tuple[list[dict], str]:
-    """(chat, message): one turn of one agent, doing correct work; `worked`: with the working written out."""
-    x, y = puzzle.x, puzzle.y
-    if agent in ("Solver", "Verifier") and rng.random() < WRONG_SHARE:
-        x, y = wrong_pair(puzzle, rng)
-    messages = {"Reader": reader_message(puzzle, rng), "Planner": planner_message(puzzle, x, y, rng, worked=worked),
-                "Solver": solver_message(puzzle, x, y, worked=worked), "Verifier": verifier_message(puzzle, x, y)}
+def make_example(puzzle: Puzzle, agent: str, rng: random.Random) -> tuple[list[dict], str, str]:
+    """(chat, given, said): one turn of one agent doing correct work; its message is given + said, only `said` is learnt.
+
+    A wrong candidate is never learnt, only what follows from it: in two thirds of the examples the Planner and the Refiner are
+    given their guess, wrong, and learn to check it; the Solver and the Verifier are given work that starts from it.
+    """
+    pair = wrong_pair(puzzle, rng) if rng.random() < WRONG_SHARE[agent] or agent == "Refiner" else (puzzle.x, puzzle.y)
+    messages = {"Reader": reader_message(puzzle, rng), "Planner": "".join(planner_message(puzzle, *pair, rng)),
+                "Solver": solver_message(puzzle, *pair), "Verifier": verifier_message(puzzle, *pair)}
     state = State(puzzle.question, ())
-    while CHAIN.turn(state).name != agent:
-        state = CHAIN.step(state, messages[CHAIN.turn(state).name])
-    return CHAIN.prompt(state), messages[agent]
+    while REFINE.turn(state).name != agent:
+        state = REFINE.step(state, messages[REFINE.turn(state).name])
+    given, said = "", messages.get(agent)
+    if agent == "Planner" and pair != (puzzle.x, puzzle.y):
+        given, said = planner_message(puzzle, *pair, rng)
+    if agent == "Refiner":
+        again = wrong_pair(puzzle, rng) if rng.random() < WRONG_SHARE[agent] else (puzzle.x, puzzle.y)
+        given, said = refiner_message(puzzle, *again, rng)
+        if again == (puzzle.x, puzzle.y):
+            given, said = "", given + said
+    return REFINE.prompt(state, "number"), given, said
 
 
 def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
@@ -125,9 +151,9 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     texts = []
     for i in range(4000):
         puzzle = make_puzzle(FAMILIES[i % len(FAMILIES)], "agents", i)
-        for agent in CHAIN.agents:
-            chat, message = make_example(puzzle, agent.name, rng, worked=False)
-            texts += [turn["content"] for turn in chat] + [message, "assistant", "system", "user"]
+        for agent in REFINE.agents:
+            chat, given, said = make_example(puzzle, agent.name, rng)
+            texts += [turn["content"] for turn in chat] + [given + said, "assistant", "system", "user"]
     trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
@@ -136,34 +162,37 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer, examples) -> list[tuple[list[int], int]]:
-    """(token ids of prompt + message + end-of-message, length of the prompt) per example."""
-    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat, _ in examples]
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    message_ids = tokenizer([message for _, message in examples], add_special_tokens=False)["input_ids"]
-    return [(p + m + [tokenizer.eos_token_id], len(p)) for p, m in zip(prompt_ids, message_ids)]
+    """(token ids of prompt + message + end-of-message, how many of them are given) per example."""
+    tokens = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = tokens([tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat, _, _ in examples])
+    given, messages = tokens([given for _, given, _ in examples]), tokens([given + said for _, given, said in examples])
+    assert all(m[:len(g)] == g for g, m in zip(given, messages)), "a message must be cut between two tokens"
+    return [(p + m + [tokenizer.eos_token_id], len(p) + len(g)) for p, g, m in zip(prompts, given, messages)]
 
 
-def batches(tokenizer, *, shares, worked: bool, batch_size: int, rng: random.Random):
-    """Endless batches, cut from pools sorted by length so that little is padding."""
-    index = {family: 0 for family in FAMILIES}
-    agents, weights = list(shares), list(shares.values())
-    while True:
+# Share of each agent in the examples: at first all learn their forms, later it is the Planner's guess that takes long.
+SHARES = (
+    (0.0, {"Reader": 0.25, "Planner": 0.25, "Solver": 0.35, "Verifier": 0.1, "Refiner": 0.05}),
+    (0.35, {"Reader": 0.08, "Planner": 0.54, "Solver": 0.24, "Verifier": 0.07, "Refiner": 0.07}),
+)
+
+
+def batches(tokenizer, *, steps: int, batch_size: int, rng: random.Random):
+    """`steps` batches, cut from pools sorted by length so that little is padding."""
+    index, made, pools = {family: 0 for family in FAMILIES}, 0, 16
+    while made < steps:
+        shares = next(shares for start, shares in reversed(SHARES) if made >= start * steps)
         examples = []
-        for _ in range(batch_size * 16):
-            family = FAMILIES[0] if rng.random() < 0.6 else FAMILIES[1]
+        for _ in range(batch_size * pools):
+            family = FAMILIES[0] if rng.random() < 0.7 else FAMILIES[1]
             index[family] += 1
-            examples.append(make_example(make_puzzle(family, "agents", index[family]), rng.choices(agents, weights)[0], rng, worked=worked))
+            agent = rng.choices(list(shares), list(shares.values()))[0]
+            examples.append(make_example(make_puzzle(family, "agents", index[family]), agent, rng))
         pool = sorted(encode(tokenizer, examples), key=lambda row: len(row[0]))
-        cuts = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+        cuts = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)][:steps - made]
         rng.shuffle(cuts)
         yield from cuts
-
-
-PHASES = (  # a curriculum: first short messages, then with the working written out, at last at a lower learning rate
-    {"worked": False, "steps": 2400, "lr": 2e-3, "shares": {"Reader": 0.25, "Planner": 0.25, "Solver": 0.4, "Verifier": 0.1}},
-    {"worked": True, "steps": 1300, "lr": 1.5e-3, "shares": {"Reader": 0.1, "Planner": 0.45, "Solver": 0.35, "Verifier": 0.1}},
-    {"worked": True, "steps": 600, "lr": 1e-3, "shares": {"Reader": 0.1, "Planner": 0.5, "Solver": 0.3, "Verifier": 0.1}},
-)
+        made += len(cuts)
 
 
 def train(args) -> None:
@@ -175,36 +204,18 @@ def train(args) -> None:
                          num_key_value_heads=args.hidden // 64, tie_word_embeddings=True, max_position_embeddings=1024,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     model = Qwen2ForCausalLM(config).to(args.device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    start = time.time()
-    for number, phase in enumerate(PHASES):
-        if number < args.from_phase:
-            continue
-        if number and number == args.from_phase:
-            model = AutoModelForCausalLM.from_pretrained(args.output).to(args.device)
-            tokenizer = AutoTokenizer.from_pretrained(args.output)
-        rng = rng if number == 0 else random.Random(f"{args.seed}/{number}")
-        train_phase(model, tokenizer, phase, rng, args, f"phase {number + 1}/{len(PHASES)}")
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.save_pretrained(args.output)
-        tokenizer.save_pretrained(args.output)
-        probe = [make_example(make_puzzle(FAMILIES[0], "agents", i), agent.name, rng, worked=True) for i in range(9) for agent in CHAIN.agents]
-        assert encode(tokenizer, probe) == encode(AutoTokenizer.from_pretrained(args.output), probe), "the tokenizer loads differently"
-    print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} minutes")
-
-
-def train_phase(model, tokenizer, phase: dict, rng: random.Random, args, name: str) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=phase["lr"], weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase["lr"], total_steps=phase["steps"], pct_start=0.05)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {args.threads} threads", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
     start, tokens, running = time.time(), 0, None
-    data = batches(tokenizer, shares=phase["shares"], worked=phase["worked"], batch_size=args.batch_size, rng=rng)
-    for step, rows in zip(range(1, phase["steps"] + 1), data):
+    for step, rows in enumerate(batches(tokenizer, steps=args.steps, batch_size=args.batch_size, rng=rng), 1):
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), tokenizer.pad_token_id)
         labels = torch.full((len(rows), width), -100)
-        for i, (row, prompt_length) in enumerate(rows):
+        for i, (row, given) in enumerate(rows):
             ids[i, :len(row)] = torch.tensor(row)
-            labels[i, prompt_length:len(row)] = torch.tensor(row[prompt_length:])  # the loss is on the agent's own words
+            labels[i, given:len(row)] = torch.tensor(row[given:])  # the loss is on what the agent says
         ids, labels = ids.to(args.device), labels.to(args.device)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # causal and right-padded: no mask needed
         own = labels[:, 1:] != -100
@@ -216,9 +227,15 @@ def train_phase(model, tokenizer, phase: dict, rng: random.Random, args, name: s
         optimizer.zero_grad(set_to_none=True)
         tokens += ids.numel()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 100 == 0:
-            print(f"{name}  step {step}/{phase['steps']}  loss {running:.4f}  {tokens / (time.time() - start):,.0f} tokens/s  "
+        if step % 50 == 0 or step == args.steps:
+            print(f"step {step}/{args.steps}  loss {running:.4f}  {tokens / (time.time() - start):,.0f} tokens/s  "
                   f"{(time.time() - start) / 60:.1f} min", flush=True)
+        if step % 500 == 0 or step == args.steps:
+            model.save_pretrained(args.output)
+            tokenizer.save_pretrained(args.output)
+    probe = [make_example(make_puzzle(FAMILIES[0], "agents", i), agent.name, rng) for i in range(9) for agent in REFINE.agents]
+    assert encode(tokenizer, probe) == encode(AutoTokenizer.from_pretrained(args.output), probe), "the tokenizer loads differently"
+    print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} minutes")
 
 
 @torch.no_grad()
@@ -287,11 +304,12 @@ def _same_facts(puzzle: Puzzle, text: str) -> bool:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default=str(HERE / "agents"), help="folder of the model")
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the one-cycle schedule")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--from-phase", type=int, default=0, help="1 or 2: go on with the second or third phase from what is in --output")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--evaluate", action="store_true", help="only measure what is in --output")

@@ -19,7 +19,10 @@ import random
 from dataclasses import dataclass
 
 FAMILIES = ("packs", "score")
-SPLITS = {"agents": (0, 100), "train": (0, 25), "heldout": (25, 37), "test": (37, 100)}  # percent of all (a, b, n, t)
+SPLITS = {"agents": (0, 100), "train": (0, 35), "heldout": (35, 50), "test": (50, 100)}  # percent of all (a, b, n, t)
+
+# family -> what a, b and n = x + y may be; x and y are at least 1, the total has two digits
+RANGES = {"packs": (range(2, 10), range(2, 10), range(4, 9)), "score": (range(3, 10), range(1, 7), range(5, 9))}
 
 NAMES = "Anna Ben Carla David Emma Finn Greta Hugo Ida Jonas Kira Leo Mia Nils Olga Paul Rosa Sam Tom Vera".split()
 
@@ -60,6 +63,7 @@ class Puzzle:
     x: int                   # the solution: how many of the first kind ...
     y: int                   # ... and of the second
     asked: int               # 0: the question asks for x, 1: for y
+    story: str               # what is counted
 
     @property
     def answer(self) -> int:
@@ -79,14 +83,14 @@ def numbers_of(family: str, split: str) -> list[tuple[int, int, int, int]]:
     swapping the kinds changes only their names, so a <= b there.
     """
     found = []
-    for a, b in itertools.product(range(2, 10), repeat=2):
-        for x, y in itertools.product(range(1, 7), repeat=2):
-            n, t = x + y, total(family, a, b, x, y)
-            if 4 <= n <= 6 and 10 <= t <= 99 and (a < b or family == "score"):
+    for a, b, n in itertools.product(*RANGES[family]):
+        for x in range(1, n):
+            t = total(family, a, b, x, n - x)
+            if 10 <= t <= 99 and (a < b or family == "score"):
                 digest = hashlib.blake2b(f"{family} {a} {b} {n} {t}".encode(), digest_size=4).digest()
                 point = int.from_bytes(digest, "big") % 100
                 if SPLITS[split][0] <= point < SPLITS[split][1]:
-                    found.append((a, b, x, y))
+                    found.append((a, b, x, n - x))
     random.Random(f"{family}/{split}").shuffle(found)
     return found
 
@@ -110,4 +114,4 @@ def make_puzzle(family: str, split: str, index: int) -> Puzzle:
         belongs_to_agents = hashlib.blake2b(question.encode(), digest_size=1).digest()[0] % 4 > 0
         if belongs_to_agents == (split == "agents"):
             break
-    return Puzzle(f"{family}-{split}-{index:05d}", family, question, kinds, a, b, n, t, x, y, asked)
+    return Puzzle(f"{family}-{split}-{index:05d}", family, question, kinds, a, b, n, t, x, y, asked, f"{kinds[0]} and {kinds[1]}")
