@@ -1,16 +1,54 @@
 # `make demo`: the whole method on the embedded agents. `make test`: the tests. Both set up .venv where it is missing.
+# The paper's experiments in small, each after `make demo`: main, rollout-count, lambda, transfer, losses, refine.
 PYTHON ?= python3
+RUN := .venv/bin/python
+SEARCH := best_of-4-value sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
 
-.PHONY: demo test clean
+.PHONY: demo test clean main rollout-count lambda transfer losses refine
 
 demo: .venv/.installed
-	.venv/bin/python generate_rollouts.py
-	.venv/bin/python train_value.py
-	.venv/bin/python search.py
-	.venv/bin/python evaluate.py
+	$(RUN) generate_rollouts.py
+	$(RUN) train_value.py
+	$(RUN) search.py
+	$(RUN) evaluate.py
 
 test: .venv/.installed
-	.venv/bin/python -m pytest -q tests
+	$(RUN) -m pytest -q tests
+
+main: .venv/.installed
+	$(RUN) train_value.py --target outcome
+	$(RUN) evaluate.py --methods greedy vote-4 vote-8 best_of-4-policy best_of-4-value best_of-4-outcome sbs-2x1.6.1.1-policy sbs-2x1.6.1.1-value \
+	  mcts-8x1.8.1.1-random mcts-8x1.8.1.1-policy mcts-8x1.8.1.1-policy-lam0.5 mcts-8x1.8.1.1-value mcts-8x1.8.1.1-value-lam0.5
+
+rollout-count: .venv/.installed
+	for n in 10 20 80; do \
+	  $(RUN) generate_rollouts.py --run runs/n$$n --num-simulations $$n && $(RUN) train_value.py --run runs/n$$n && \
+	  $(RUN) evaluate.py --run runs/n$$n --methods greedy $(SEARCH) || exit 1; done
+	$(RUN) evaluate.py --compare runs/tiny runs/n10 runs/n20 runs/n80
+
+lambda: .venv/.installed
+	$(RUN) train_value.py --target outcome
+	$(RUN) evaluate.py --methods greedy $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
+
+transfer: .venv/.installed
+	$(RUN) generate_rollouts.py --run runs/score --task tiny-score
+	$(RUN) train_value.py --run runs/score
+	$(RUN) evaluate.py --run runs/score --task tiny-score --methods greedy vote-4 $(SEARCH) mcts-8x1.8.1.1-policy
+	$(RUN) evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score --by subject level --methods greedy vote-4 $(SEARCH) mcts-8x1.8.1.1-policy
+	$(RUN) evaluate.py --compare runs/score runs/transfer
+
+losses: .venv/.installed
+	for loss in mse rank dist; do \
+	  $(RUN) train_value.py --run runs/$$loss --rollouts runs/tiny/rollouts --loss $$loss && \
+	  $(RUN) evaluate.py --run runs/$$loss --methods greedy $(SEARCH) || exit 1; done
+	$(RUN) train_value.py --run runs/local --rollouts runs/tiny/rollouts --view local
+	$(RUN) evaluate.py --run runs/local --methods greedy $(SEARCH)
+	$(RUN) evaluate.py --compare runs/tiny runs/mse runs/rank runs/dist runs/local
+
+refine: .venv/.installed
+	$(RUN) generate_rollouts.py --run runs/refine --graph refine
+	$(RUN) train_value.py --run runs/refine
+	$(RUN) evaluate.py --run runs/refine --graph refine --methods greedy vote-4 best_of-4-value sbs-2x1.6.1.1.1-value mcts-8x1.8.1.1.1-value
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

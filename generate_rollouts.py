@@ -4,6 +4,7 @@ For each training problem, N simulations over the agents; the final answer's rew
 path; the mean reward Q(s, a) of an edge is the target for V at next(s, a). No value model is involved here.
 
     python generate_rollouts.py                        # the embedded default -> runs/tiny/rollouts/trees.jsonl
+    accelerate launch --num_processes 4 generate_rollouts.py     # the same trees, by four processes (one GPU each)
     python generate_rollouts.py --benchmark            # batched over many problems against one problem at a time
 
 Searches are plain sequential generators: one search knows one problem, yields requests, is resumed with replies and
@@ -20,8 +21,9 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +36,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils.logging import disable_progress_bar
 
 from mas import (HERE, MAS, InputError, Parser, Problem, State, cli, extract_answer, is_correct, load_graph, load_problems,
-                 non_negative_float, non_negative_int, positive_float, positive_int, positive_unit_float, read_jsonl, seeded)
+                 non_negative_float, non_negative_int, parse_jsonl, positive_float, positive_int, positive_unit_float, seeded, source)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tree
@@ -152,12 +154,12 @@ class Cost:
     prompt_tokens: int = 0      # prefilled; a prompt counts once for all candidates drawn from it
     generated_tokens: int = 0   # end-of-message tokens included
     scored_tokens: int = 0      # read by a value or outcome model
-    truncated: int = 0          # messages that ran into their token limit
+    truncated: Counter = field(default_factory=Counter)   # agent -> messages that ran into their token limit
     seconds: float = 0.0
 
     def __iadd__(self, other: "Cost") -> "Cost":
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
         return self
 
 
@@ -360,7 +362,7 @@ class Policy:
             for at in batch:
                 costs[asked[at][0]] += Cost(
                     agent_calls=asked[at][2].num, prompt_tokens=len(prompts[at]), generated_tokens=(tokens := sum(c.tokens for c in candidates[at])),
-                    truncated=sum(c.truncated for c in candidates[at]), seconds=tokens * per_token)
+                    truncated=Counter([self.mas.turn(asked[at][3].state).name] * sum(c.truncated for c in candidates[at])), seconds=tokens * per_token)
         replies = iter(candidates)
         return [([next(replies) for _ in request.nodes], cost) for (_, request), cost in zip(requests, costs)]
 
@@ -459,7 +461,7 @@ def load_pretrained(flag: str, name: str, auto_class, *, quantize: bool, device:
 def make_policy(args, mas: MAS) -> Policy:
     torch.set_num_threads(args.num_threads)
     return Policy(mas, args.model, seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                  max_new_tokens=args.max_new_tokens, batch_tokens=args.batch_tokens, device=args.device, quantize=args.quantize_policy)
+                  max_new_tokens=args.max_new_tokens, batch_tokens=args.batch_tokens, device=own_device(args.device), quantize=args.quantize_policy)
 
 
 def policy_settings(args, mas: MAS) -> dict:
@@ -477,6 +479,8 @@ def open_run(folder: Path, settings: dict, *, overwrite: bool) -> None:
     settings = json.loads(json.dumps(settings))  # as they will be read back
     config = folder / "config.json"
     if config.is_file() and overwrite:
+        if process()[1] > 1:
+            raise InputError(f"--overwrite works in one process only (another may have begun to write); delete {folder} first")
         for path in [config, *folder.glob("*.jsonl")]:
             path.unlink()
     if config.is_file():
@@ -510,7 +514,7 @@ def read_config(folder: Path) -> dict:
 
 def write_config(folder: Path, config: dict) -> None:
     """All or nothing: a kill leaves the old file or the new one."""
-    temporary = folder / "config.json.part"
+    temporary = folder / f"config.json.{os.getpid()}.part"
     temporary.write_text(json.dumps(config, indent=1) + "\n")
     temporary.replace(folder / "config.json")
 
@@ -525,16 +529,39 @@ def provenance() -> dict:
             "started": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def resume_jsonl(path: Path) -> list[dict]:
-    """The records of an earlier run. A line torn by a kill is cut off; its problem is then done again."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    complete = data.rfind(b"\n") + 1
-    if complete < len(data):
-        print(f"{path}: the last line is torn; it is cut off and its problem done again", file=sys.stderr)
-        os.truncate(path, complete)
-    return read_jsonl(path)
+def process() -> tuple[int, int]:
+    """(rank, number of processes) under `accelerate launch` or torchrun; (0, 1) alone. No process waits for another here."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def mine(problems: list[Problem]) -> list[Problem]:
+    """What this process does, by a hash of the problem's id: nothing is done twice, in whatever order and whenever they start."""
+    rank, world = process()
+    return [p for p in problems if int.from_bytes(hashlib.blake2b(p.id.encode(), digest_size=8).digest(), "big") % world == rank]
+
+
+def own_device(device: str) -> str:
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def own_shard(path: Path) -> Path:
+    """The file that this process appends to: `path` itself, or one per process beside it."""
+    rank, world = process()
+    return path if world == 1 else path.with_suffix(f".{rank}of{world}.jsonl")
+
+
+def resume_jsonl(path: Path) -> dict[str, dict]:
+    """Problem id -> record, of an earlier run and of all processes, sorted by id. A line torn by a kill does not count, and is cut off
+    where this process goes on writing; its problem is then done again."""
+    records = {}
+    for shard in (path, *sorted(path.parent.glob(f"{path.stem}.*of*.jsonl"))):
+        data = shard.read_bytes() if shard.is_file() else b""
+        complete = data.rfind(b"\n") + 1
+        if complete < len(data) and shard == own_shard(path):
+            print(f"{shard}: the last line is torn; it is cut off and its problem done again", file=sys.stderr)
+            os.truncate(shard, complete)
+        records |= {record["id"]: record for record in parse_jsonl(data[:complete].decode(), shard)}
+    return dict(sorted(records.items()))
 
 
 def append_jsonl(file, record: dict) -> None:
@@ -559,7 +586,7 @@ def tree_record(problem: Problem, root: Node, cost: Cost) -> dict:
         if node.reward is not None:
             nodes[-1] |= {"reward": node.reward, "answer": extract_answer(node.state.messages[-1].text, problem.kind)}
         stack += reversed(node.children or [])
-    return {**asdict(problem), "nodes": nodes, "cost": asdict(cost)}
+    return {**asdict(problem), "nodes": nodes, "cost": vars(cost)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -628,17 +655,22 @@ def main(args) -> None:
                 for problem in load_problems(task=args.task, data=args.data, split=split, num=num)]
     policy = make_policy(args, mas)
     folder = Path(args.run) / "rollouts"
-    open_run(folder, policy_settings(args, mas) | {"task": args.data or args.task, "num_simulations": args.num_simulations,
-                                                   "num_candidates": num_candidates, "c_uct": args.c_uct}, overwrite=args.overwrite)
-    path = folder / "trees.jsonl"
-    done = {record["id"] for record in resume_jsonl(path)}
-    todo = [problem for problem in problems if problem.id not in done]
+    open_run(folder, policy_settings(args, mas) | source(args.task, args.data) | {
+        "num_simulations": args.num_simulations, "num_candidates": num_candidates, "c_uct": args.c_uct}, overwrite=args.overwrite)
+    path, (rank, world) = folder / "trees.jsonl", process()
+    done = resume_jsonl(path)
+    todo = [problem for problem in mine(problems) if problem.id not in done]
     print(f"labelling {len(todo)} problems with N = {args.num_simulations}, C = {num_candidates} "
-          f"({len(problems) - len(todo)} are done already) -> {path}")
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="trees", unit="tree", disable=not todo) as progress:
+          f"({sum(p.id in done for p in problems)} of {len(problems)} are done already) -> {own_shard(path)}")
+    with open(own_shard(path), "a", encoding="utf-8") as file, \
+            tqdm(total=len(todo), desc="trees", unit="tree", disable=not todo or rank > 0) as progress:
         for problem, root, cost in run(make_searches(todo, mas, args), {Sample: policy}, max_active=args.max_active, progress=progress):
             append_jsonl(file, tree_record(problem, root, cost))
-    print(summarise(resume_jsonl(path), mas))
+    records = resume_jsonl(path)
+    if missing := sum(problem.id not in records for problem in problems):
+        print(f"process {rank} of {world} is done; {missing} problems are left to others (or to this command, once more)")
+    else:
+        print(summarise(list(records.values()), mas))
 
 
 if __name__ == "__main__":

@@ -637,10 +637,14 @@ def read_jsonl(path: Path) -> list[dict]:
     """All rows of a JSON-lines file; a line that is not JSON is named."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    return parse_jsonl(path.read_text(encoding="utf-8"), path)
+
+
+def parse_jsonl(text: str, path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):   # not splitlines: a message may hold other line separators
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {number}: not JSON ({error.msg}); the file is torn or not JSON lines") from None
     return rows

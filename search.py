@@ -27,8 +27,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from generate_rollouts import (Cost, Handler, Node, Outcome, Policy, Sample, Score, add_policy_arguments, backup, expand,
-                               make_child, make_policy, make_root, run, select, uniforms)
-from mas import (MAS, InputError, Parser, Problem, cli, extract_answer, is_correct, load_graph, load_problems, positive_int,
+                               make_child, make_policy, make_root, own_device, run, select, uniforms)
+from mas import (MAS, TASKS, InputError, Parser, Problem, cli, extract_answer, is_correct, load_graph, load_problems, positive_int,
                  same_answer, unit_float)
 from train_value import ValueModel
 
@@ -245,7 +245,7 @@ def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
             folder = model_folder(args, name)
             if not folder.is_dir():
                 raise InputError(f"{folder}: no trained {name} model there; {fix}")
-            scorers[name] = ModelScorer(ValueModel.load(folder, mas, device=args.device), batch_tokens=args.batch_tokens)
+            scorers[name] = ModelScorer(ValueModel.load(folder, mas, device=own_device(args.device)), batch_tokens=args.batch_tokens)
     return scorers
 
 
@@ -309,7 +309,7 @@ def main(args) -> None:
         raise InputError("--question is empty; give a question, or leave the flag out for an embedded problem")
     method = parse_method(args.method, mas, num_candidates=args.num_candidates, lam=args.lam)
     if args.question is not None:
-        problem = Problem("question", "test", args.question.strip(), "", "number" if args.data is None else "math")
+        problem = Problem("question", "test", args.question.strip(), "", TASKS[args.task].kind if args.task in TASKS else "number")
     else:
         problems = load_problems(task=args.task, data=args.data, split="test", num=args.index)
         if len(problems) < args.index:
@@ -336,7 +336,7 @@ def report(problem: Problem, method: Method, leaf: Node, cost: Cost) -> None:
     if root.children:
         print(f"\nThe tree ({name} stands under V; N counts the virtual visit):\n{show_tree(root, leaf)}")
     print(f"\n{method.name}: {cost.agent_calls} agent calls; tokens: {cost.prompt_tokens} prompt, {cost.generated_tokens} generated, "
-          f"{cost.scored_tokens} scored; {cost.truncated} messages cut; {cost.seconds:.2f} s")
+          f"{cost.scored_tokens} scored; {cost.truncated.total()} messages cut; {cost.seconds:.2f} s")
 
 
 if __name__ == "__main__":

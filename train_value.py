@@ -6,17 +6,21 @@ QLoRA; Huber loss between V and y = Q(s, a) in tanh space (paper section 4.2). P
     python train_value.py                      # runs/tiny/rollouts -> runs/tiny/value
     python train_value.py --target outcome     # runs/tiny/rollouts -> runs/tiny/orm: terminal states only, targets +1 / -1
     python train_value.py --no-quantize        # LoRA on full-precision weights; does without bitsandbytes
+    python train_value.py --loss rank          # not the paper's: huber (default), mse, rank (Bradley-Terry), dist (distributional head)
+    accelerate launch --num_processes 2 train_value.py     # data-parallel: one step takes a batch on every process
 
 A transcript is read causally, so one forward over a root-to-leaf path holds V of every state on it: rows are paths, and
 each edge of the tree is labelled in exactly one of them.
 """
 
+import datetime
 import functools
 import hashlib
 import json
 import logging
 import os
 import random
+import resource
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -35,7 +39,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel
 
-from generate_rollouts import append_jsonl, load_pretrained, open_run, read_config, resume_jsonl, write_config
+from generate_rollouts import append_jsonl, load_pretrained, open_run, own_device, process, read_config, resume_jsonl, write_config
 from mas import (HERE, MAS, InputError, Parser, State, cli, positive_float, positive_int, question_key,
                  read_jsonl, seeded)
 
@@ -87,6 +91,7 @@ class Row:
     ids: list[int]
     positions: list[int]      # of the tokens that end the labelled messages
     targets: list[float]
+    groups: list[tuple[str, str]]   # (problem, agent) of each label: what `rank` compares
 
 
 def make_rows(paths: list[list[Edge]], model: "ValueModel") -> list[Row]:
@@ -95,12 +100,23 @@ def make_rows(paths: list[list[Edge]], model: "ValueModel") -> list[Row]:
     for path in paths:
         if model.view == "full" and path:
             ids, ends = model.encode(path[-1].state)
-            rows.append(Row(ids, [ends[len(edge.state.messages)] for edge in path], [edge.y for edge in path]))
+            rows.append(Row(ids, [ends[len(edge.state.messages)] for edge in path], [edge.y for edge in path], [(edge.problem_id, edge.agent) for edge in path]))
         elif model.view == "local":
             for edge in path:
                 ids, ends = model.encode(edge.state)
-                rows.append(Row(ids, [ends[-1]], [edge.y]))
+                rows.append(Row(ids, [ends[-1]], [edge.y], [(edge.problem_id, edge.agent)]))
     return rows
+
+
+def distinct_tokens(rows: list[Row]) -> int:
+    """How many tokens would be left if a prefix shared by several rows were read once."""
+    seen = set()
+    for row in rows:
+        prefix = 0
+        for token in row.ids:
+            prefix = hash((prefix, token))
+            seen.add(prefix)
+    return len(seen)
 
 
 def token_batches(lengths: list[int], order: list[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -132,12 +148,16 @@ class ValueModel(nn.Module):
     """V(s) = tanh(w.h + b) in [-1, 1]; h at the token that ends the newest message. Head and tanh are float32.
 
     view: what of a state is rendered, "full" or "local" (MAS.value_text).
+    loss: what it is trained with; "dist" has a head of BINS outputs instead of one (not in the paper): a distribution over
+    values evenly spaced in [-1, 1], whose mean is V.
     """
 
-    def __init__(self, backbone: nn.Module, tokenizer, mas: MAS, view: str):
+    BINS = 21
+
+    def __init__(self, backbone: nn.Module, tokenizer, mas: MAS, view: str, loss: str):
         super().__init__()
-        self.backbone, self.tokenizer, self.mas, self.view = backbone, tokenizer, mas, view
-        self.head = nn.Linear(backbone.config.hidden_size, 1, device=backbone.device, dtype=torch.float32)
+        self.backbone, self.tokenizer, self.mas, self.view, self.loss = backbone, tokenizer, mas, view, loss
+        self.head = nn.Linear(backbone.config.hidden_size, self.BINS if loss == "dist" else 1, device=backbone.device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)  # V starts at 0, the middle of its range
         nn.init.zeros_(self.head.bias)
         self._segment_ids = functools.lru_cache(maxsize=1 << 16)(
@@ -155,13 +175,26 @@ class ValueModel(nn.Module):
                              f"{state.question[:60]!r}...; lower --max-new-tokens or take another --backbone")
         return ids, ends
 
-    def forward(self, rows: list[list[int]], at: list[tuple[int, int]]) -> torch.Tensor:
-        """V at each (row, position) of `at`: float32 [len(at)]. Causal and padded on the right, so no mask is needed."""
+    def outputs(self, rows: list[list[int]], at: list[tuple[int, int]]) -> torch.Tensor:
+        """w.h + b at each (row, position) of `at`: float32 [len(at), outputs]. Causal and padded on the right, so no mask is needed."""
         width = max(map(len, rows))
         ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=self.backbone.device)
         hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state     # [rows, width, hidden]
         row, position = torch.tensor(at, device=self.backbone.device).T
-        return torch.tanh(self.head(hidden[row, position].float()))[:, 0]            # V = tanh(w.h + b)
+        return self.head(hidden[row, position].float())
+
+    def value(self, outputs: torch.Tensor) -> torch.Tensor:
+        """V in [-1, 1]: float32 [len(outputs)]."""
+        if self.loss == "dist":
+            return outputs.softmax(-1) @ self.bins()
+        return torch.tanh(outputs)[:, 0]                                             # V = tanh(w.h + b)
+
+    def bins(self) -> torch.Tensor:
+        return torch.linspace(-1, 1, self.BINS, device=self.head.weight.device)
+
+    def forward(self, rows: list[list[int]], at: list[tuple[int, int]]) -> torch.Tensor:
+        """V at each (row, position) of `at`: float32 [len(at)]."""
+        return self.value(self.outputs(rows, at))
 
     @torch.inference_mode()
     def predict(self, rows: list[Row], *, batch_tokens: int, progress: str | None) -> list[list[float]]:
@@ -180,7 +213,7 @@ class ValueModel(nn.Module):
         rows = {}
         for state in dict.fromkeys(states):
             ids, ends = self.encode(state)
-            rows[state] = Row(ids, [ends[-1]], [])
+            rows[state] = Row(ids, [ends[-1]], [], [])
         values = dict(zip(rows, self.predict(list(rows.values()), batch_tokens=batch_tokens, progress=None)))
         tokens = {state: len(row.ids) for state, row in rows.items()}
         return [values[state][0] for state in states], [tokens.pop(state, 0) for state in states]
@@ -210,7 +243,7 @@ class ValueModel(nn.Module):
             if not (folder / part).is_file():
                 raise InputError(f"{folder}: {part} is missing; train_value.py writes it")
         backbone, tokenizer = load_backbone(settings["backbone"], quantize=settings["quantize"], device=device)
-        model = cls(PeftModel.from_pretrained(backbone, folder / "adapter"), tokenizer, mas, settings["view"])
+        model = cls(PeftModel.from_pretrained(backbone, folder / "adapter"), tokenizer, mas, settings["view"], settings["loss"])
         model.head.load_state_dict(load_file(folder / "head.safetensors"))
         return model.to(device).eval()
 
@@ -241,8 +274,14 @@ def interval(samples: list[float]) -> tuple[float, float]:
     return tuple(float(x) for x in np.quantile(draws, (0.025, 0.975)))
 
 
+def calibration_error(v: np.ndarray, y: np.ndarray) -> float:
+    """Expected calibration error in units of V: |mean V - mean Q| in ten equal bins of V, weighted by how many fall in each."""
+    bins = np.minimum((v + 1) / 2 * 10, 9).astype(int)
+    return float(sum(abs(v[bins == b].mean() - y[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)))
+
+
 def metrics(edges: list[Edge], values: list[float]) -> dict[str, dict]:
-    """Per agent: RMSE and Pearson of V against Q; AUC within a problem; how often V's best sibling is the best.
+    """Per agent: RMSE, Pearson and calibration error of V against Q; AUC within a problem; how often V's best sibling is the best.
 
     auc:   right (y > 0) against wrong (y < 0) states of the same agent and the same problem, averaged over the problems
            that have both: it cannot be won by telling easy problems from hard ones.
@@ -262,7 +301,7 @@ def metrics(edges: list[Edge], values: list[float]) -> dict[str, dict]:
         groups = [group for group in siblings.values() if len({y for _, y in group}) > 1]
         best = [max(y for _, y in group) for group in groups]
         report[agent] = {
-            "n": len(own), "rmse": float(np.sqrt(np.mean((v - y) ** 2))), "rmse_of_mean": float(np.std(y)),
+            "n": len(own), "rmse": float(np.sqrt(np.mean((v - y) ** 2))), "rmse_of_mean": float(np.std(y)), "ece": calibration_error(v, y),
             "pearson": float(np.corrcoef(v, y)[0, 1]) if np.std(v) > 0 and np.std(y) > 0 else None,
             "auc": float(np.mean(aucs)) if aucs else None, "auc_95": interval(aucs) if aucs else None, "auc_problems": len(aucs),
             "top1": float(np.mean([max(group)[1] == top for group, top in zip(groups, best)])) if groups else None,
@@ -273,10 +312,10 @@ def metrics(edges: list[Edge], values: list[float]) -> dict[str, dict]:
 
 def metrics_table(report: dict[str, dict]) -> str:
     show = lambda x, form="{:.3f}": "-" if x is None else form.format(x)
-    lines = ["held-out     edges   RMSE  (of mean)  Pearson    AUC    95 % interval  problems   top-1  chance  groups"]
+    lines = ["held-out     edges   RMSE  (of mean)  calib.  Pearson    AUC    95 % interval  problems   top-1  chance  groups"]
     for agent, m in report.items():
         low, high = m["auc_95"] or (None, None)
-        lines.append(f"{agent:10s} {m['n']:7d} {m['rmse']:6.3f} {m['rmse_of_mean']:10.3f} {show(m['pearson']):>8s} {show(m['auc']):>6s}  "
+        lines.append(f"{agent:10s} {m['n']:7d} {m['rmse']:6.3f} {m['rmse_of_mean']:10.3f} {m['ece']:7.3f} {show(m['pearson']):>8s} {show(m['auc']):>6s}  "
                      f"[{show(low)}, {show(high)}] {m['auc_problems']:9d} {show(m['top1']):>7s} {show(m['chance']):>7s} {m['sibling_groups']:7d}")
     return "\n".join(lines)
 
@@ -285,16 +324,38 @@ def metrics_table(report: dict[str, dict]) -> str:
 # The training loop
 
 
+def training_loss(model: ValueModel, outputs: torch.Tensor, targets: torch.Tensor, groups: list, *, huber_delta: float) -> torch.Tensor:
+    """Mean loss over the labels. outputs: [n, outputs of the head]; targets: y [n]; groups: (problem, agent) per label."""
+    if model.loss == "huber":
+        return nn.functional.huber_loss(model.value(outputs), targets, delta=huber_delta)   # section 4.2: Huber in tanh space
+    if model.loss == "mse":
+        return nn.functional.mse_loss(model.value(outputs), targets)
+    if model.loss == "dist":   # cross-entropy with y split between its two neighbouring bins, so that the mean is y
+        place = (targets + 1) / 2 * (model.BINS - 1)
+        low = place.floor().long().clamp(max=model.BINS - 2)
+        share = (place - low)[:, None]
+        logs = outputs.log_softmax(-1)
+        return -((1 - share) * logs.gather(1, low[:, None]) + share * logs.gather(1, low[:, None] + 1)).mean()
+    # rank, Bradley-Terry: -log sigmoid(difference of w.h + b) over all pairs of states of one agent in one tree with different y.
+    # Siblings are among them; siblings alone would leave an agent whose copies agree without any pair.
+    names = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    group = torch.tensor([names[g] for g in groups], device=targets.device)
+    better, worse = ((group[:, None] == group) & (targets[:, None] > targets)).nonzero(as_tuple=True)
+    return nn.functional.softplus(outputs[worse, 0] - outputs[better, 0]).sum() / max(1, len(better))
+
+
 def train(model: ValueModel, rows: list[Row], *, epochs: int, lr: float, batch_tokens: int, huber_delta: float, seed: int,
           checkpoint: Path, after_epoch) -> None:
-    """AdamW with warm-up and cosine decay; a step per token-budget batch; every labelled edge counts once per epoch.
+    """AdamW with warm-up and cosine decay; a step per token-budget batch (one on each process); every labelled edge counts once
+    per epoch.
 
     The order of an epoch is a function of (seed, epoch), so a run that was killed goes on from its last whole epoch.
-    after_epoch(epoch, mean training loss): called after each.
+    after_epoch(epoch, mean training loss): called after each, on the first process.
     """
-    lengths = [len(row.ids) for row in rows]
-    schedule_of_epochs = [epoch_batches(lengths, batch_tokens, seeded(seed, "epoch", epoch)) for epoch in range(epochs)]
-    total_steps = sum(map(len, schedule_of_epochs))
+    rank, world = process()
+    schedule_of_epochs = [epoch_batches(rows, batch_tokens, seeded(seed, "epoch", epoch), by_tree=model.loss == "rank") for epoch in range(epochs)]
+    steps_of_epochs = [[batches[at:at + world] for at in range(0, len(batches), world)] for batches in schedule_of_epochs]
+    total_steps = sum(map(len, steps_of_epochs))
     trained = model.trained_state()
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total_steps + 1, pct_start=0.05)
@@ -307,23 +368,32 @@ def train(model: ValueModel, rows: list[Row], *, epochs: int, lr: float, batch_t
         scheduler.load_state_dict(saved["scheduler"])
         start = saved["epoch"] + 1
         print(f"going on after epoch {start}")
-    with tqdm(total=total_steps, initial=sum(map(len, schedule_of_epochs[:start])), desc="training", unit="step") as progress:
+    with tqdm(total=total_steps, initial=sum(map(len, steps_of_epochs[:start])), desc="training", unit="step", disable=rank > 0) as progress:
         for epoch in range(start, epochs):
             model.train()
             losses = []
-            for batch in schedule_of_epochs[epoch]:
-                at = [(i, position) for i, row in enumerate(batch) for position in rows[row].positions]
-                targets = torch.tensor([y for row in batch for y in rows[row].targets], device=model.backbone.device)
-                values = model([rows[row].ids for row in batch], at)
-                loss = nn.functional.huber_loss(values, targets, delta=huber_delta)   # section 4.2: Huber in tanh space
-                loss.backward()
+            for step in steps_of_epochs[epoch]:
+                labels = [sum(len(rows[row].targets) for row in batch) for batch in step]
+                mean = 0.0
+                if rank < len(step):   # the last step may have fewer batches than there are processes
+                    batch = step[rank]
+                    at = [(i, position) for i, row in enumerate(batch) for position in rows[row].positions]
+                    targets = torch.tensor([y for row in batch for y in rows[row].targets], device=model.backbone.device)
+                    loss = training_loss(model, model.outputs([rows[row].ids for row in batch], at), targets,
+                                         [group for row in batch for group in rows[row].groups], huber_delta=huber_delta)
+                    (loss * labels[rank] / sum(labels)).backward()
+                    mean = loss.item()
+                if world > 1:
+                    add_gradients(trained)
                 nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
-                losses.append((loss.item(), len(at)))
+                losses.append((mean, labels[min(rank, len(step) - 1)]))
                 progress.update()
-                progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+                progress.set_postfix_str(f"loss {mean:.3f}", refresh=False)
+            if rank > 0:
+                continue
             after_epoch(epoch, sum(loss * n for loss, n in losses) / sum(n for _, n in losses))
             temporary = checkpoint.with_suffix(".part")
             torch.save({"epoch": epoch, "trained": {n: p.detach().clone() for n, p in trained.items()},
@@ -331,12 +401,27 @@ def train(model: ValueModel, rows: list[Row], *, epochs: int, lr: float, batch_t
             temporary.replace(checkpoint)  # all or nothing
 
 
-def epoch_batches(lengths: list[int], batch_tokens: int, rng: random.Random) -> list[list[int]]:
-    """Shuffled rows, sorted by length within pools of a few hundred (little padding), cut into batches, shuffled again."""
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    pooled = [i for at in range(0, len(order), 512) for i in sorted(order[at:at + 512], key=lengths.__getitem__)]
-    batches = list(token_batches(lengths, pooled, batch_tokens))
+def add_gradients(trained: dict[str, torch.Tensor]) -> None:
+    """The sum over processes; each has weighted its own by its share of the labels. LoRA and head are small: one message."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained.values()])
+    torch.distributed.all_reduce(flat)
+    for parameter, gradient in zip(trained.values(), flat.split([p.numel() for p in trained.values()])):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def epoch_batches(rows: list[Row], batch_tokens: int, rng: random.Random, *, by_tree: bool) -> list[list[int]]:
+    """Shuffled rows, sorted by length within pools of a few hundred (little padding), cut into batches, shuffled again.
+    by_tree: the rows of a tree stay together instead, so that a batch has what `rank` compares."""
+    lengths = [len(row.ids) for row in rows]
+    if by_tree:
+        trees = defaultdict(list)
+        for i, row in enumerate(rows):
+            trees[row.groups[0][0]].append(i)
+        order = [i for tree in rng.sample(list(trees.values()), len(trees)) for i in tree]
+    else:
+        shuffled = rng.sample(range(len(rows)), len(rows))
+        order = [i for at in range(0, len(rows), 512) for i in sorted(shuffled[at:at + 512], key=lengths.__getitem__)]
+    batches = list(token_batches(lengths, order, batch_tokens))
     rng.shuffle(batches)
     return batches
 
@@ -347,6 +432,7 @@ def epoch_batches(lengths: list[int], batch_tokens: int, rng: random.Random) -> 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--run", default="runs/tiny", help="run folder")
+    parser.add_argument("--rollouts", default=None, help="folder of the labels (default: RUN/rollouts)")
     parser.add_argument("--target", choices=("search", "outcome"), default="search",
                         help="search: V on every visited edge; outcome: an ORM on terminal states")
     parser.add_argument("--backbone", default=os.path.relpath(HERE / "tiny" / "agents"), help="causal LM: folder or hub name (paper: Qwen2.5-1.5B)")
@@ -356,6 +442,7 @@ def parse_args(argv=None):
     parser.add_argument("--lora-rank", type=positive_int, default=16, help="paper: 256")
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate; suits the tiny model, give 1e-4 or so for a real one")
     parser.add_argument("--epochs", type=positive_int, default=2, help="paper: 5")
+    parser.add_argument("--loss", choices=("huber", "mse", "rank", "dist"), default="huber", help="paper: huber")
     parser.add_argument("--huber-delta", type=positive_float, default=1.0, help="where the Huber loss turns linear")
     parser.add_argument("--train-batch-tokens", type=positive_int, default=4096, help="rows x longest of one training step")
     parser.add_argument("--batch-tokens", type=positive_int, default=32768, help="rows x longest of one scoring batch")
@@ -369,11 +456,10 @@ def parse_args(argv=None):
 
 def main(args) -> None:
     torch.set_num_threads(args.num_threads)
-    torch.manual_seed(args.seed)
-    rollouts = Path(args.run) / "rollouts"
+    rollouts = Path(args.rollouts or f"{args.run}/rollouts")
     labels_from = read_config(rollouts)["settings"]
     mas = MAS.from_dict(labels_from["graph"])
-    records = read_jsonl(rollouts / "trees.jsonl")
+    records = list(resume_jsonl(rollouts / "trees.jsonl").values())
     paths = {split: [path for record in records if record["split"] == split for path in tree_paths(record, mas, args.target)]
              for split in ("train", "heldout")}
     for split in paths:
@@ -383,41 +469,57 @@ def main(args) -> None:
     folder = Path(args.run) / ("value" if args.target == "search" else "orm")
     if args.overwrite:
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-    open_run(folder, {name: getattr(args, name) for name in ("target", "backbone", "view", "quantize", "lora_rank", "lr", "epochs",
+    open_run(folder, {name: getattr(args, name) for name in ("target", "backbone", "view", "loss", "quantize", "lora_rank", "lr", "epochs",
                                                              "huber_delta", "train_batch_tokens", "seed")}
              | {"graph": asdict(mas), "rendering": rendering(mas, args.view), "rollouts": labels_from,
-                "digest of trees.jsonl": hashlib.blake2b((rollouts / "trees.jsonl").read_bytes(), digest_size=8).hexdigest()}, overwrite=args.overwrite)
+                "digest of the trees": hashlib.blake2b(json.dumps(records).encode(), digest_size=8).hexdigest()}, overwrite=args.overwrite)
     if read_config(folder).get("finished"):
-        print(f"{folder} is finished already (--overwrite trains it again)\n{metrics_table(resume_jsonl(folder / 'metrics.jsonl')[-1]['heldout'])}")
+        print(f"{folder} is finished already (--overwrite trains it again)\n{metrics_table(read_jsonl(folder / 'metrics.jsonl')[-1]['heldout'])}")
         return
 
-    backbone, tokenizer = load_backbone(args.backbone, quantize=args.quantize, device=args.device)
+    rank, world = process()
+    device = own_device(args.device)
+    if world > 1:   # the others wait while the first one measures and saves: no time-out may end that
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(days=1))
+    backbone, tokenizer = load_backbone(args.backbone, quantize=args.quantize, device=device)
     lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, lora_dropout=0.0, target_modules="all-linear")
-    model = ValueModel(get_peft_model(backbone, lora), tokenizer, mas, args.view)
+    torch.manual_seed(args.seed)   # the same LoRA on every process
+    model = ValueModel(get_peft_model(backbone, lora), tokenizer, mas, args.view, args.loss)
     rows = make_rows(paths["train"], model)
     heldout_rows, heldout = make_rows(paths["heldout"], model), [edge for path in paths["heldout"] for edge in path]
     trained = sum(p.numel() for p in model.trained_state().values())
+    tokens = sum(len(row.ids) for row in rows)
     print(f"{sum(len(row.targets) for row in rows)} labelled states of {sum(r['split'] == 'train' for r in records)} problems in {len(rows)} rows, "
-          f"{sum(len(row.ids) for row in rows):,} tokens an epoch; {len(heldout)} held-out states; {trained:,} trained parameters")
+          f"{tokens:,} tokens an epoch ({tokens / distinct_tokens(rows):.2f} times the distinct ones); {len(heldout)} held-out states; {trained:,} trained parameters")
 
     def after_epoch(epoch: int, loss: float) -> None:
         values = model.predict(heldout_rows, batch_tokens=args.batch_tokens, progress="held-out")
         report = metrics(heldout, [v for row in values for v in row])
-        if epoch >= len(resume_jsonl(folder / "metrics.jsonl")):  # else written before the kill that made us redo this epoch
-            with open(folder / "metrics.jsonl", "a") as file:
-                append_jsonl(file, {"epoch": epoch, "train_loss": loss, "heldout": report})
+        log = folder / "metrics.jsonl"
+        text = log.read_text() if log.is_file() else ""
+        with open(log, "w") as file:   # without what was written before a kill that made us redo this epoch
+            file.writelines(text.splitlines(keepends=True)[:epoch])
+            append_jsonl(file, {"epoch": epoch, "train_loss": loss, "heldout": report})
         tqdm.write(f"epoch {epoch + 1}: training loss {loss:.4f}; held-out RMSE "
                    + ", ".join(f"{agent} {m['rmse']:.3f}" for agent, m in report.items()))
 
     train(model, rows, epochs=args.epochs, lr=args.lr, batch_tokens=args.train_batch_tokens, huber_delta=args.huber_delta,
           seed=args.seed, checkpoint=folder / "checkpoint.pt", after_epoch=after_epoch)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
+    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory: {peak / 2**30:.1f} GiB {'allocated on the GPU' if device.startswith('cuda') else 'of the process'}")
     with open(folder / "problems.jsonl", "w") as file:  # so that evaluate.py can refuse to test on what V was trained on
         for record in records:
             append_jsonl(file, {"id": record["id"], "split": record["split"], "question_key": question_key(record["question"])})
     model.save(folder)
-    verify_saved(model, folder, [edge.state for edge in heldout[:64]], device=args.device, batch_tokens=args.batch_tokens)
+    verify_saved(model, folder, [edge.state for edge in heldout[:64]], device=device, batch_tokens=args.batch_tokens)
     (folder / "checkpoint.pt").unlink()
-    print(metrics_table(resume_jsonl(folder / "metrics.jsonl")[-1]["heldout"]))
+    print(metrics_table(read_jsonl(folder / "metrics.jsonl")[-1]["heldout"]))
 
 
 def verify_saved(model: ValueModel, folder: Path, states: list[State], *, device: str, batch_tokens: int) -> None:

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
@@ -47,7 +49,7 @@ def rows(path, volatile=("seconds", "cost", "logprob", "V")):
         if isinstance(value, dict):
             return {k: strip(v) for k, v in value.items() if k not in volatile}
         return [strip(v) for v in value] if isinstance(value, list) else value
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for shard in sorted(path.parent.glob(f"{path.stem}*jsonl")) for line in shard.read_text().splitlines()]
     assert len({record["id"] for record in records}) == len(records)
     return {record["id"]: strip(record) for record in records}
 
@@ -155,6 +157,24 @@ def test_evaluation_killed_and_resumed_equals_the_uninterrupted_run(finished, tm
         assert rows(tmp_path / "eval" / f"{name}.jsonl") == {k: done[k] for k in sorted(done)[:6]}
 
 
+def test_two_processes_give_the_trees_of_one_and_go_on_after_a_kill(finished, tmp_path):
+    """By `accelerate launch`, as the README says; killed once on the way."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+               "--dynamo_backend", "no", "--main_process_port", "0", generate_rollouts.__file__, "--run", str(tmp_path), *ROLLOUTS, "--num-threads", "1"]
+    with open(tmp_path / "log", "w") as log:
+        first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.time() + 120
+        while not list((tmp_path / "rollouts").glob("trees.*")) and time.time() < deadline:
+            time.sleep(0.05)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    shards = [json.loads(line)["id"] for path in sorted((tmp_path / "rollouts").glob("trees.*of2.jsonl")) for line in path.read_text().splitlines()]
+    assert len(shards) == 14 and not (tmp_path / "rollouts" / "trees.jsonl").exists() and "14 trees" in done.stdout
+    assert rows(tmp_path / "rollouts" / "trees.jsonl") == rows(finished.run / "rollouts" / "trees.jsonl")
+
+
 # Bad input: one line, exit code 2, nothing lost
 
 
@@ -174,6 +194,9 @@ def complaint(module, *argv) -> str:
     (generate_rollouts, ["--num-candidates", "Plumber=2"], "no agent Plumber in graph chain; it has Reader"),
     (generate_rollouts, ["--temperature", "0"], "--temperature: '0' is not a number above 0"),
     (generate_rollouts, ["--c-uct", "-1"], "--c-uct: '-1' is not a number at least 0"),
+    (generate_rollouts, ["--top-k", "-1"], "--top-k: '-1' is not a whole number"),
+    (generate_rollouts, ["--top-p", "0"], "--top-p: '0' is not a number above 0 and at most 1"),
+    (generate_rollouts, ["--graph", "none.toml"], "--graph none.toml: no such file"),
     (generate_rollouts, ["--data", "none.jsonl"], "none.jsonl: no such file"),
     (generate_rollouts, ["--model", "no/such/model"], "--model no/such/model: cannot be loaded"),
     (generate_rollouts, ["--simulations", "3"], "unrecognized arguments"),

@@ -7,7 +7,8 @@ import random
 import pytest
 from conftest import NoProgress, ScriptedPolicy, drive
 
-from generate_rollouts import (Candidate, Cost, Sample, Score, append_jsonl, backup, expand, label_tree, make_root, open_run, resume_jsonl, run,
+from generate_rollouts import (Candidate, Cost, Sample, Score, append_jsonl, backup, expand, label_tree, make_root, mine, open_run, own_shard,
+                              resume_jsonl, run,
                                select, tree_record, uniforms)
 from mas import InputError, Problem, seeded
 
@@ -199,10 +200,27 @@ def test_a_torn_last_line_is_cut_and_a_torn_middle_is_named(tmp_path):
     with open(path, "w") as file:
         append_jsonl(file, {"id": 1})
         file.write('{"id": 2, "que')
-    assert resume_jsonl(path) == [{"id": 1}] and path.read_text() == '{"id": 1}\n'
+    assert resume_jsonl(path) == {1: {"id": 1}} and path.read_text() == '{"id": 1}\n'
     path.write_text('{"id": 1}\n{"id": 2, \n{"id": 3}\n')
     with pytest.raises(InputError, match="x.jsonl, line 2"):
         resume_jsonl(path)
+
+
+def test_processes_share_the_problems_and_see_each_others_records(tmp_path, monkeypatch):
+    problems, path = [Problem(f"p{i}", "train", "q", "1", "number") for i in range(40)], tmp_path / "x.jsonl"
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "3")
+        shares.append({p.id for p in mine(problems)})
+        assert own_shard(path).name == f"x.{rank}of3.jsonl" and mine(problems[::-1]) == mine(problems)[::-1]
+        with open(own_shard(path), "w") as file:
+            append_jsonl(file, {"id": f"by {rank}"})
+            file.write('{"torn')
+    assert set.union(*shares) == {p.id for p in problems} and sum(map(len, shares)) == 40 and min(map(len, shares)) > 5
+    assert list(resume_jsonl(path)) == ["by 0", "by 1", "by 2"]
+    assert own_shard(path).read_text() == '{"id": "by 2"}\n' and (tmp_path / "x.0of3.jsonl").read_text().endswith("torn")   # only its own is cut
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    assert own_shard(path) == path and mine(problems) == problems and len(resume_jsonl(path)) == 3
 
 
 def test_another_configuration_is_refused_by_name_unless_overwritten(tmp_path):

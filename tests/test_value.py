@@ -1,6 +1,7 @@
 """The value model: labels, rendering to token ids, scoring, the training loop, saving and loading, held-out metrics."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,10 +45,10 @@ def records():
     return scripted_trees(GRAPHS["chain"])
 
 
-def make_model(chain, *, quantize=False, view="full", rank=4):
+def make_model(chain, *, quantize=False, view="full", rank=4, loss="huber"):
     torch.manual_seed(0)
     backbone, tokenizer = load_backbone(AGENTS, quantize=quantize, device="cpu")
-    model = ValueModel(get_peft_model(backbone, LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear")), tokenizer, chain, view)
+    model = ValueModel(get_peft_model(backbone, LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear")), tokenizer, chain, view, loss)
     nn.init.normal_(model.head.weight, std=0.02)
     return model
 
@@ -87,7 +88,7 @@ def test_outcome_labels_are_terminal_states_and_rewards(records, chain):
 @pytest.mark.parametrize("view", ["full", "local"])
 def test_rows_read_v_at_the_token_that_ends_the_labelled_message(records, chain, model, view):
     """V at a row's position sees exactly the ids of that state: the row up to there is the state encoded alone."""
-    model = ValueModel(model.backbone, model.tokenizer, chain, view)
+    model = ValueModel(model.backbone, model.tokenizer, chain, view, "huber")
     paths = paths_of(records, chain)
     rows, edges = make_rows(paths, model), iter([edge for path in paths for edge in path])
     for row in rows:
@@ -105,6 +106,11 @@ def test_paths_share_their_prefix_instead_of_repeating_it(records, chain, model)
     rows = make_rows(paths, model)
     assert sum(len(row.ids) for row in rows) < 0.7 * sum(len(model.encode(edge.state)[0]) for path in paths for edge in path)
     assert len(rows) == sum("reward" in node and node["N"] > 0 for record in records for node in record["nodes"])
+
+
+def test_distinct_tokens_by_hand():
+    rows = [train_value.Row(ids, [], [], []) for ids in ([1, 2, 3], [1, 2, 4], [1, 5], [2, 3], [1, 2])]
+    assert train_value.distinct_tokens(rows) == 7   # 1, 12, 123, 124, 15, 2, 23
 
 
 def test_no_problem_is_on_both_sides(records, chain):
@@ -196,6 +202,48 @@ def test_the_loss_is_huber_in_tanh_space(records, chain, tmp_path):
     assert seen == [pytest.approx(by_hand, abs=1e-5)]
 
 
+def test_every_loss_by_hand(chain):
+    """Four labels in two trees; outputs as the head gives them."""
+    targets, groups = torch.tensor([1.0, -1.0, 0.5, 0.0]), [("p", "Solver"), ("p", "Solver"), ("p", "Planner"), ("q", "Solver")]
+    outputs = torch.tensor([[0.3], [0.8], [-0.2], [0.1]])
+    loss = lambda name, out: train_value.training_loss(make_model(chain, loss=name), out, targets, groups, huber_delta=1.0).item()
+    error = (torch.tanh(outputs)[:, 0] - targets).abs()
+    assert loss("huber", outputs) == pytest.approx(torch.where(error <= 1, error ** 2 / 2, error - 0.5).mean().item())
+    assert loss("mse", outputs) == pytest.approx((error ** 2).mean().item())
+    # One pair only: the two Solver states of tree p. -log sigmoid(0.3 - 0.8)
+    assert loss("rank", outputs) == pytest.approx(-math.log(1 / (1 + math.exp(0.5))))
+    assert train_value.training_loss(make_model(chain, loss="rank"), outputs[2:], targets[2:], groups[2:], huber_delta=1.0).item() == 0.0
+    bins = ValueModel.BINS
+    flat = torch.zeros(4, bins)
+    assert loss("dist", flat) == pytest.approx(math.log(bins))
+    exact = torch.full((4, bins), -50.0)   # all mass on the bins that hold 1, -1, 0.5 (half on each of two: 15 is 0.5) and 0
+    for row, bin_of_y in enumerate((20, 0, 15, 10)):
+        exact[row, bin_of_y] = 50.0
+    assert loss("dist", exact) == pytest.approx(0.0, abs=1e-6)
+    assert make_model(chain, loss="dist").value(exact).tolist() == pytest.approx(targets.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["mse", "rank", "dist"])
+def test_the_other_losses_train_save_and_load(records, chain, tmp_path, loss):
+    from dataclasses import asdict
+    model, losses = make_model(chain, loss=loss), []
+    fit(model, make_rows(paths_of(records, chain)[:12], model), tmp_path, epochs=8, after_epoch=lambda epoch, mean: losses.append(mean))
+    assert losses[-1] < losses[0]
+    open_run(tmp_path / "value", {"graph": asdict(chain), "view": "full", "rendering": train_value.rendering(chain, "full"), "backbone": AGENTS,
+                                  "quantize": False, "loss": loss}, overwrite=False)
+    model.save(tmp_path / "value")
+    train_value.verify_saved(model, tmp_path / "value", all_states(records[:1], chain), device="cpu", batch_tokens=4000)
+    assert all(-1 <= v <= 1 for v in model.score(all_states(records[:1], chain), batch_tokens=4000)[0])
+
+
+def test_rank_batches_hold_whole_trees(records, chain, model):
+    rows = make_rows(paths_of(records, chain), model)
+    batches = train_value.epoch_batches(rows, 10**9, seeded(0), by_tree=True)
+    order = [rows[i].groups[0][0] for batch in batches for i in batch]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
+    assert len([a for a, b in zip(order, order[1:]) if a != b]) == len({*order}) - 1
+
+
 def test_training_resumed_after_a_kill_equals_uninterrupted_training(records, chain, tmp_path):
     rows = make_rows(paths_of(records, chain)[:12], make_model(chain))
     straight, broken = make_model(chain), make_model(chain)
@@ -222,7 +270,7 @@ def test_saved_and_reloaded_v_is_equal_in_a_fresh_process(records, chain, tmp_pa
     from dataclasses import asdict
     model = make_model(chain, quantize=quantize)
     fit(model, make_rows(paths_of(records, chain)[:6], model), tmp_path, epochs=1)
-    settings = {"graph": asdict(chain), "view": "full", "rendering": train_value.rendering(chain, "full"), "backbone": AGENTS, "quantize": quantize}
+    settings = {"graph": asdict(chain), "view": "full", "rendering": train_value.rendering(chain, "full"), "backbone": AGENTS, "quantize": quantize, "loss": "huber"}
     open_run(tmp_path / "value", settings, overwrite=False)
     model.save(tmp_path / "value")
     train_value.verify_saved(model, tmp_path / "value", all_states(records[:1], chain), device="cpu", batch_tokens=4000)
@@ -279,6 +327,9 @@ def test_metrics_by_hand():
     report = metrics(edges, values)["Solver"]
     assert report["auc"] == pytest.approx((0.5 + 2 / 3) / 2) and report["auc_problems"] == 2
     assert report["sibling_groups"] == 2 and report["top1"] == 0.0 and report["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    bins = [(0.9, 1.0), (0.95, -1.0), (0.8, -1.0), (-0.9, 1.0), (-0.8, -0.5), (0.1, 0.5), (0.0, 0.5)]   # 0.8 to 1: the first three; -1 to -0.8; -0.8 to -0.6; 0 to 0.2
+    by_hand = (abs(sum(v for v, _ in bins[:3]) + 1) + abs(-0.9 - 1) + abs(-0.8 + 0.5) + abs(0.1 - 1.0)) / 7
+    assert report["ece"] == pytest.approx(by_hand)
     assert report["rmse"] == pytest.approx((sum((v - e.y) ** 2 for v, e in zip(values, edges)) / 7) ** 0.5)
 
 

@@ -4,9 +4,9 @@
     python tiny/make_tiny.py --evaluate            # measure what is in tiny/agents
 
 The agents are honest workers: they are trained on correct work only. The Reader copies the facts that matter, the Planner
-proposes the pair that solves the problem, the Solver carries out whatever pair it is given (also wrong ones: two thirds
-of its and the Verifier's examples start from a wrong pair) and compares, the Verifier reports the comparison and answers. Reading,
-multiplying and comparing are learnt well; the Planner, which would have to divide, is left guessing near the solution.
+proposes the pair that solves the problem and checks its last digit, the Solver carries out whatever pair it is given (also wrong
+ones) and compares, the Verifier reports the comparison and answers; the Refiner of the graph `refine` proposes another pair where
+the check fails. Reading, multiplying and comparing are learnt well; the Planner, which would have to divide, is left guessing.
 The prompts are those of `mas.py`, in the model's chat template, as a real checkpoint would get them.
 """
 
@@ -42,11 +42,13 @@ def reader_message(puzzle: Puzzle, rng: random.Random) -> str:
     return f"Facts: {', '.join(facts)}. Asked: {puzzle.kinds[puzzle.asked]}."
 
 
-def planner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> tuple[str, str]:
-    """(the facts for the Solver and a candidate, its two halves in either order; a rough check of it). See `rough_check`."""
+def planner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random, *, estimate: bool) -> tuple[str, str]:
+    """(the facts for the Solver and a candidate, its two halves in either order; a rough check of it). See `rough_check`.
+    estimate: with what the total would be if all were of one kind, between which the candidate is guessed."""
     verb = "adds" if puzzle.family == "packs" else "takes"
+    bounds = f"If all: {puzzle.n}*{puzzle.a}={puzzle.n * puzzle.a:02d}, {puzzle.n}*{puzzle.b}={puzzle.n * puzzle.b:02d}. " if estimate else ""
     return (f"{puzzle.kinds[0]} adds {puzzle.a}, {puzzle.kinds[1]} {verb} {puzzle.b}, count {puzzle.n}, total {puzzle.t}. "
-            f"{candidate(puzzle, x, y, rng)}", rough_check(puzzle, x, y))
+            f"{bounds}{candidate(puzzle, x, y, rng)}", rough_check(puzzle, x, y))
 
 
 def candidate(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> str:
@@ -117,21 +119,21 @@ def wrong_pair(puzzle: Puzzle, rng: random.Random) -> tuple[int, int]:
             return x, y
 
 
-def make_example(puzzle: Puzzle, agent: str, rng: random.Random) -> tuple[list[dict], str, str]:
+def make_example(puzzle: Puzzle, agent: str, rng: random.Random, *, estimate: bool) -> tuple[list[dict], str, str]:
     """(chat, given, said): one turn of one agent doing correct work; its message is given + said, only `said` is learnt.
 
     A wrong candidate is never learnt, only what follows from it: in two thirds of the examples the Planner and the Refiner are
     given their guess, wrong, and learn to check it; the Solver and the Verifier are given work that starts from it.
     """
     pair = wrong_pair(puzzle, rng) if rng.random() < WRONG_SHARE[agent] or agent == "Refiner" else (puzzle.x, puzzle.y)
-    messages = {"Reader": reader_message(puzzle, rng), "Planner": "".join(planner_message(puzzle, *pair, rng)),
+    messages = {"Reader": reader_message(puzzle, rng), "Planner": "".join(planner_message(puzzle, *pair, rng, estimate=estimate)),
                 "Solver": solver_message(puzzle, *pair), "Verifier": verifier_message(puzzle, *pair)}
     state = State(puzzle.question, ())
     while REFINE.turn(state).name != agent:
         state = REFINE.step(state, messages[REFINE.turn(state).name])
     given, said = "", messages.get(agent)
     if agent == "Planner" and pair != (puzzle.x, puzzle.y):
-        given, said = planner_message(puzzle, *pair, rng)
+        given, said = planner_message(puzzle, *pair, rng, estimate=estimate)
     if agent == "Refiner":
         again = wrong_pair(puzzle, rng) if rng.random() < WRONG_SHARE[agent] else (puzzle.x, puzzle.y)
         given, said = refiner_message(puzzle, *again, rng)
@@ -152,7 +154,7 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     for i in range(4000):
         puzzle = make_puzzle(FAMILIES[i % len(FAMILIES)], "agents", i)
         for agent in REFINE.agents:
-            chat, given, said = make_example(puzzle, agent.name, rng)
+            chat, given, said = make_example(puzzle, agent.name, rng, estimate=False)
             texts += [turn["content"] for turn in chat] + [given + said, "assistant", "system", "user"]
     trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
@@ -170,33 +172,35 @@ def encode(tokenizer, examples) -> list[tuple[list[int], int]]:
     return [(p + m + [tokenizer.eos_token_id], len(p) + len(g)) for p, g, m in zip(prompts, given, messages)]
 
 
-# Share of each agent in the examples: at first all learn their forms, later it is the Planner's guess that takes long.
-SHARES = (
-    (0.0, {"Reader": 0.25, "Planner": 0.25, "Solver": 0.35, "Verifier": 0.1, "Refiner": 0.05}),
-    (0.35, {"Reader": 0.08, "Planner": 0.54, "Solver": 0.24, "Verifier": 0.07, "Refiner": 0.07}),
+PHASES = (  # each has a one-cycle schedule of its own; shares: (from which part of the phase on, share of each agent in the examples)
+    {"steps": 4000, "lr": 2e-3, "estimate": False, "shares": (   # all learn their forms, and arithmetic
+        (0.0, {"Reader": 0.25, "Planner": 0.25, "Solver": 0.35, "Verifier": 0.1, "Refiner": 0.05}),
+        (0.35, {"Reader": 0.08, "Planner": 0.54, "Solver": 0.24, "Verifier": 0.07, "Refiner": 0.07}))},
+    {"steps": 1200, "lr": 1.5e-3, "estimate": True, "shares": (  # the Planner learns to guess between two bounds
+        (0.0, {"Reader": 0.07, "Planner": 0.6, "Solver": 0.1, "Verifier": 0.17, "Refiner": 0.06}),)},
 )
 
 
-def batches(tokenizer, *, steps: int, batch_size: int, rng: random.Random):
-    """`steps` batches, cut from pools sorted by length so that little is padding."""
+def batches(tokenizer, phase: dict, *, batch_size: int, rng: random.Random):
+    """A phase's batches, cut from pools sorted by length so that little is padding."""
     index, made, pools = {family: 0 for family in FAMILIES}, 0, 16
-    while made < steps:
-        shares = next(shares for start, shares in reversed(SHARES) if made >= start * steps)
+    while made < phase["steps"]:
+        shares = next(shares for start, shares in reversed(phase["shares"]) if made >= start * phase["steps"])
         examples = []
         for _ in range(batch_size * pools):
             family = FAMILIES[0] if rng.random() < 0.7 else FAMILIES[1]
             index[family] += 1
             agent = rng.choices(list(shares), list(shares.values()))[0]
-            examples.append(make_example(make_puzzle(family, "agents", index[family]), agent, rng))
+            examples.append(make_example(make_puzzle(family, "agents", index[family]), agent, rng, estimate=phase["estimate"]))
         pool = sorted(encode(tokenizer, examples), key=lambda row: len(row[0]))
-        cuts = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)][:steps - made]
+        cuts = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)][:phase["steps"] - made]
         rng.shuffle(cuts)
         yield from cuts
         made += len(cuts)
 
 
 def train(args) -> None:
-    rng = random.Random(args.seed)
+    rng, start = random.Random(args.seed), time.time()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(rng)
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden,
@@ -204,12 +208,26 @@ def train(args) -> None:
                          num_key_value_heads=args.hidden // 64, tie_word_embeddings=True, max_position_embeddings=1024,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     model = Qwen2ForCausalLM(config).to(args.device)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {args.threads} threads", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
+    for number, phase in enumerate(PHASES, 1):
+        if number < args.from_phase:
+            continue
+        if number > 1:   # as saved, so that going on from a saved phase is the same as going straight through
+            model = AutoModelForCausalLM.from_pretrained(args.output).to(args.device)
+            tokenizer, rng = AutoTokenizer.from_pretrained(args.output), random.Random(f"{args.seed}/{number}")
+        train_phase(model, tokenizer, phase, rng, args, f"phase {number}/{len(PHASES)}")
+    probe = [make_example(make_puzzle(FAMILIES[0], "agents", i), agent.name, rng, estimate=True) for i in range(9) for agent in REFINE.agents]
+    assert encode(tokenizer, probe) == encode(AutoTokenizer.from_pretrained(args.output), probe), "the tokenizer loads differently"
+    print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} minutes")
+
+
+def train_phase(model, tokenizer, phase: dict, rng: random.Random, args, name: str) -> None:
+    model.train()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase["lr"], weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase["lr"], total_steps=phase["steps"], pct_start=0.05)
     start, tokens, running = time.time(), 0, None
-    for step, rows in enumerate(batches(tokenizer, steps=args.steps, batch_size=args.batch_size, rng=rng), 1):
+    for step, rows in enumerate(batches(tokenizer, phase, batch_size=args.batch_size, rng=rng), 1):
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), tokenizer.pad_token_id)
         labels = torch.full((len(rows), width), -100)
@@ -227,21 +245,20 @@ def train(args) -> None:
         optimizer.zero_grad(set_to_none=True)
         tokens += ids.numel()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 0 or step == args.steps:
-            print(f"step {step}/{args.steps}  loss {running:.4f}  {tokens / (time.time() - start):,.0f} tokens/s  "
+        if step % 300 == 0:
+            model.save_pretrained(args.output + ".part")
+            tokenizer.save_pretrained(args.output + ".part")
+        if step % 50 == 0 or step == phase["steps"]:
+            print(f"{name}  step {step}/{phase['steps']}  loss {running:.4f}  {tokens / (time.time() - start):,.0f} tokens/s  "
                   f"{(time.time() - start) / 60:.1f} min", flush=True)
-        if step % 500 == 0 or step == args.steps:
-            model.save_pretrained(args.output)
-            tokenizer.save_pretrained(args.output)
-    probe = [make_example(make_puzzle(FAMILIES[0], "agents", i), agent.name, rng) for i in range(9) for agent in REFINE.agents]
-    assert encode(tokenizer, probe) == encode(AutoTokenizer.from_pretrained(args.output), probe), "the tokenizer loads differently"
-    print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} minutes")
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
 
 
 @torch.no_grad()
 def say(model, tokenizer, states, *, temperature: float, generator) -> list[str]:
     """One message per state from the agent on turn; a plain padded decode, only for measuring here."""
-    ids = tokenizer([tokenizer.apply_chat_template(CHAIN.prompt(s), add_generation_prompt=True, tokenize=False) for s in states],
+    ids = tokenizer([tokenizer.apply_chat_template(REFINE.prompt(s, "number"), add_generation_prompt=True, tokenize=False) for s in states],
                     add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     torch.manual_seed(generator.randrange(2**31))
@@ -259,20 +276,25 @@ def evaluate(args) -> dict:
         wins, right, said = [0] * len(puzzles), {}, {}
         for run in range(args.passes + 1):  # run 0 is greedy
             states = [State(p.question, ()) for p in puzzles]
-            for agent in CHAIN.agents:
-                texts = say(model, tokenizer, states, temperature=0.0 if run == 0 else 1.0, generator=rng)
-                for puzzle, state, text in zip(puzzles, states, texts):
+            refined = []
+            for agent in REFINE.agents:   # the chain, and where its Verifier objects, the Refiner
+                live = [i for i, state in enumerate(states) if REFINE.turn(state) == agent]
+                if agent.name == "Refiner":
+                    hits, refined = [extract_answer(s.messages[-1].text, "number") == str(p.answer) for s, p in zip(states, puzzles)], live
+                texts = say(model, tokenizer, [states[i] for i in live], temperature=0.0 if run == 0 else 1.0, generator=rng) if live else []
+                for i, text in zip(live, texts):
                     said[agent.name] = said.get(agent.name, 0) + 1
-                    right[agent.name] = right.get(agent.name, 0) + is_correct_work(puzzle, agent.name, state, text)
-                states = [CHAIN.step(state, text) for state, text in zip(states, texts)]
-            hits = [extract_answer(s.messages[-1].text, "number") == str(p.answer) for s, p in zip(states, puzzles)]
+                    right[agent.name] = right.get(agent.name, 0) + is_correct_work(puzzles[i], agent.name, states[i], text)
+                    states[i] = REFINE.step(states[i], text)
+            after = [extract_answer(s.messages[-1].text, "number") == str(p.answer) for s, p in zip(states, puzzles)]
             if run == 0:
-                report[f"{family}/greedy"] = sum(hits) / len(hits)
+                report[f"{family}/greedy"], report[f"{family}/greedy, refined"] = sum(hits) / len(hits), sum(after) / len(after)
+                report[f"{family}/share refined"] = len(refined) / len(puzzles)
             else:
                 wins = [w + h for w, h in zip(wins, hits)]
         report[f"{family}/sample"] = sum(wins) / len(wins) / max(1, args.passes)
         report[f"{family}/oracle@{args.passes}"] = sum(w > 0 for w in wins) / len(wins)
-        report |= {f"{family}/{name} correct work": right[name] / said[name] for name in right}
+        report |= {f"{family}/{name} correct work": right[name] / said[name] for name in said}
     for name, value in report.items():
         print(f"{name:32s} {value:.3f}")
     return report
@@ -283,15 +305,16 @@ def is_correct_work(puzzle: Puzzle, agent: str, state: State, text: str) -> bool
     if agent == "Reader":
         return _same_facts(puzzle, text)
     if agent == "Planner":
-        return text in (planner_message(puzzle, puzzle.x, puzzle.y, random.Random(s), worked=True) for s in range(8))
-    plan = state.messages[1].text
-    try:  # the candidate that the plan names
-        words = plan.split("Try ")[1].split(".")[0].split()
+        return text in ("".join(planner_message(puzzle, puzzle.x, puzzle.y, random.Random(s), estimate=True)) for s in range(8))
+    try:  # the candidate that was made
+        words = (text if agent == "Refiner" else state.messages[1].text).split("Try ")[1].split(".")[0].split()
         counts = {words[1]: int(words[0]), words[4]: int(words[3])}
         x, y = counts[puzzle.kinds[0]], counts[puzzle.kinds[1]]
     except (IndexError, KeyError, ValueError):
         return False
-    return text == (solver_message(puzzle, x, y, worked=True) if agent == "Solver" else verifier_message(puzzle, x, y))
+    if agent == "Refiner":
+        return (x, y) == (puzzle.x, puzzle.y) and text.endswith("".join(refiner_message(puzzle, x, y, random.Random(0))).split(".", 1)[1])
+    return text == (solver_message(puzzle, x, y) if agent == "Solver" else verifier_message(puzzle, x, y))
 
 
 def _same_facts(puzzle: Puzzle, text: str) -> bool:
@@ -304,9 +327,8 @@ def _same_facts(puzzle: Puzzle, text: str) -> bool:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default=str(HERE / "agents"), help="folder of the model")
-    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the one-cycle schedule")
+    parser.add_argument("--from-phase", type=int, default=1, help="go on with this phase (of PHASES) from what the one before saved in --output")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 FAMILIES = ("packs", "score")
 SPLITS = {"agents": (0, 100), "train": (0, 35), "heldout": (35, 50), "test": (50, 100)}  # percent of all (a, b, n, t)
 
-# family -> what a, b and n = x + y may be; x and y are at least 1, the total has two digits
+# family -> what a, b and n = x + y may be; x and y are at least 1, the total has two digits. MOST: the largest n outside of `agents`,
+# who have practised on more. It sets the operating point: the more ways to split n, the rarer a guess is right.
 RANGES = {"packs": (range(2, 10), range(2, 10), range(4, 9)), "score": (range(3, 10), range(1, 7), range(5, 9))}
+MOST = {"packs": 6, "score": 8}
 
 NAMES = "Anna Ben Carla David Emma Finn Greta Hugo Ida Jonas Kira Leo Mia Nils Olga Paul Rosa Sam Tom Vera".split()
 
@@ -86,7 +88,7 @@ def numbers_of(family: str, split: str) -> list[tuple[int, int, int, int]]:
     for a, b, n in itertools.product(*RANGES[family]):
         for x in range(1, n):
             t = total(family, a, b, x, n - x)
-            if 10 <= t <= 99 and (a < b or family == "score"):
+            if 10 <= t <= 99 and (a < b or family == "score") and (n <= MOST[family] or split == "agents"):
                 digest = hashlib.blake2b(f"{family} {a} {b} {n} {t}".encode(), digest_size=4).digest()
                 point = int.from_bytes(digest, "big") % 100
                 if SPLITS[split][0] <= point < SPLITS[split][1]:
