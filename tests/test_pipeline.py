@@ -158,8 +158,8 @@ def test_evaluation_killed_and_resumed_equals_the_uninterrupted_run(finished, tm
 
 
 def test_two_processes_give_the_trees_of_one_and_go_on_after_a_kill(finished, tmp_path):
-    """By `accelerate launch`, as the README says; killed once on the way."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+    """By `accelerate launch`, as the README says (--multi_gpu: several processes, on a CPU, too); killed once on the way."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
                "--dynamo_backend", "no", "--main_process_port", "0", generate_rollouts.__file__, "--run", str(tmp_path), *ROLLOUTS, "--num-threads", "1"]
     with open(tmp_path / "log", "w") as log:
         first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

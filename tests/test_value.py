@@ -176,8 +176,8 @@ def test_token_batches_cover_all_rows_within_the_budget():
 # Training
 
 
-def fit(model, rows, tmp_path, epochs=2, after_epoch=lambda epoch, loss: None):
-    train(model, rows, epochs=epochs, lr=3e-3, batch_tokens=1500, huber_delta=1.0, seed=0, checkpoint=tmp_path / "checkpoint.pt", after_epoch=after_epoch)
+def fit(model, rows, tmp_path, epochs=2, after_epoch=lambda epoch, loss: None, batch_tokens=1500):
+    train(model, rows, epochs=epochs, lr=3e-3, batch_tokens=batch_tokens, huber_delta=1.0, seed=0, checkpoint=tmp_path / "checkpoint.pt", after_epoch=after_epoch)
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -263,6 +263,38 @@ def test_training_resumed_after_a_kill_equals_uninterrupted_training(records, ch
     assert epochs == [1, 2]
     for name, p in resumed.trained_state().items():
         assert torch.allclose(p, straight.trained_state()[name], atol=1e-6), name
+
+
+TWO_PROCESSES = """if True:
+    import sys; sys.path[:0] = sys.argv[1:3]
+    from test_value import *
+    torch.distributed.init_process_group("gloo")
+    model = make_model(GRAPHS["chain"])
+    fit(model, make_rows(paths_of(scripted_trees(GRAPHS["chain"]), GRAPHS["chain"])[:13], model), Path(sys.argv[3]), batch_tokens=300)
+    if train_value.process()[0] == 0:
+        torch.save(model.trained_state(), Path(sys.argv[3]) / "two.pt")
+"""
+
+
+def test_data_parallel_training_equals_one_process_with_the_batches_together(records, chain, tmp_path, monkeypatch):
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "two.py"), str(HERE), str(HERE.parent),
+                           str(tmp_path)], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "one").mkdir()
+    separate, sizes = train_value.epoch_batches, []
+
+    def together(rows, *rest, **options):
+        batches = separate(rows, *rest, **options)
+        sizes.append(len(batches))
+        return [sum(batches[at:at + 2], []) for at in range(0, len(batches), 2)]
+    monkeypatch.setattr(train_value, "epoch_batches", together)
+    one = make_model(chain)
+    fit(one, make_rows(paths_of(records, chain)[:13], one), tmp_path / "one", batch_tokens=300)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert min(sizes) > 2 and any(size % 2 for size in sizes)   # an odd one at the end: one process has nothing to do in that step
+    for name, p in one.trained_state().items():
+        assert torch.allclose(p, two[name], atol=1e-5), name
 
 
 @pytest.mark.parametrize("quantize", [False, True])
