@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from mas import (HERE, MAS, InputError, Parser, Problem, State, cli, extract_answer, is_correct, load_graph, load_problems,
                  non_negative_float, non_negative_int, parse_jsonl, positive_float, positive_int, positive_unit_float, seeded, source)
@@ -437,15 +437,18 @@ def load_pretrained(flag: str, name: str, auto_class, *, quantize: bool, device:
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     nf4 = {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
-    disable_progress_bar()  # of transformers' weight loading
+    disable_progress_bar()  # of transformers' weight loading, and its report, which is checked here instead
+    set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = auto_class.from_pretrained(name, dtype=dtype, **(nf4 if quantize else {}))
+        model, report = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **(nf4 if quantize else {}))
     except ImportError as error:
         raise InputError(f"{flag} {name}: NF4 needs bitsandbytes ({error}); install it, or "
                          f"{'give --no-quantize' if flag == '--backbone' else 'leave out --quantize-policy'}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {name}: cannot be loaded as a folder or from the hub: {str(error).splitlines()[0]}") from None
+    if absent := [*report["missing_keys"], *report["mismatched_keys"]]:   # they would be random
+        raise InputError(f"{flag} {name}: its files do not hold all weights of {type(model).__name__}: {', '.join(map(str, sorted(absent)[:3]))} ...")
     for module in model.modules() if quantize else ():
         if type(module).__name__ == "Linear4bit":
             # On some CPUs bitsandbytes would repack the weights for a bfloat16 kernel whenever it is not training:

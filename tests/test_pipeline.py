@@ -17,7 +17,7 @@ import evaluate
 import generate_rollouts
 import search
 import train_value
-from mas import Parser, cli
+from mas import GRAPHS, Parser, cli
 from search import parse_method
 
 ROLLOUTS = "--num-train 10 --num-heldout 4 --num-simulations 6 --num-candidates 2 --max-active 5".split()
@@ -117,6 +117,32 @@ def test_search_prints_transcript_tree_and_cost(finished):
         assert needle in out
     own = ok(search, "--run", finished.run, "--method", "greedy", "--question", "Tom packs 9 boxes. How many?")
     assert "Question: Tom packs 9 boxes. How many?" in own and "gold" not in own
+
+
+def test_a_graph_from_a_file_with_a_conditional_agent_runs_through_all_stages(tmp_path):
+    """The Refiner speaks only when the Verifier objects: transcripts of four and of five messages in labels, V and search."""
+    toml = 'name = "mine"\n' + "".join(f"[[agents]]\nname = {json.dumps(a.name)}\nsees = {json.dumps(a.sees)}\nprompt = {json.dumps(a.prompt)}\n"
+                                      f"max_new_tokens = {a.max_new_tokens}\n" + (f"when = {json.dumps(a.when)}\n" if a.when else "") for a in GRAPHS["refine"].agents)
+    (tmp_path / "mine.toml").write_text(toml)
+    graph = ["--run", tmp_path / "r", "--graph", tmp_path / "mine.toml"]
+    ok(generate_rollouts, *graph, "--num-train", 6, "--num-heldout", 2, "--num-simulations", 8, "--num-candidates", "1.3.1.1.2")
+    records = [json.loads(line) for line in (tmp_path / "r" / "rollouts" / "trees.jsonl").read_text().splitlines()]
+    ends = {node["agent"] for record in records for node in record["nodes"] if "reward" in node}
+    assert ends == {"Verifier", "Refiner"}
+    for record in records:
+        for at, node in enumerate(record["nodes"]):
+            objects = node.get("agent") == "Verifier" and "check fails" in node["message"]
+            children = {child["agent"] for child in record["nodes"] if child.get("parent") == at}
+            assert children <= {"Refiner"} if objects else "Refiner" not in children
+            assert not (objects and "reward" in node)
+    for view in ("full", "local"):
+        ok(train_value, "--run", tmp_path / "r" if view == "full" else tmp_path / view, "--rollouts", tmp_path / "r" / "rollouts", *VALUE, "--view", view)
+    ok(evaluate, *graph, "--num-problems", 6, "--methods", "greedy", "vote-2", "sbs-2x1.3.1.1.2-value", "mcts-4x1.3.1.1.2-value", "mcts-4x2-policy")
+    for path in (tmp_path / "r" / "eval").glob("*.jsonl"):
+        for record in map(json.loads, path.read_text().splitlines()):
+            said = [turn["agent"] for turn in record["transcript"]]
+            assert said[:4] == ["Reader", "Planner", "Solver", "Verifier"] and (said[4:] == ["Refiner"]) == ("check fails" in record["transcript"][3]["message"])
+    assert "--graph" in complaint(search, "--run", tmp_path / "r", "--method", "mcts-3-value")   # V of this graph, asked for another one
 
 
 def killed_at(moments, module, *argv):

@@ -201,3 +201,12 @@ def test_a_wrong_model_folder_is_named(chain, tmp_path, files, complaint):
         make_tiny_policy(chain, model=str(tmp_path))
     with pytest.raises(InputError, match="--model no/such/model"):
         make_tiny_policy(chain, model="no/such/model")
+
+
+def test_a_checkpoint_with_weights_missing_is_refused(chain, tmp_path):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(AGENTS, tmp_path / "agents")
+    weights = load_file(tmp_path / "agents" / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.2.mlp" not in k}, tmp_path / "agents" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="do not hold all weights of Qwen2ForCausalLM: model.layers.2.mlp"):
+        make_tiny_policy(chain, model=str(tmp_path / "agents"))
