@@ -278,9 +278,9 @@ class SpareLayer(DynamicLayer):
 def add_policy_arguments(parser: Parser) -> None:
     """The flags that generate_rollouts.py, search.py and evaluate.py share: the agents and how they are sampled."""
     parser.add_argument("--run", default="runs/tiny", help="run folder")
-    parser.add_argument("--task", default="tiny", help="embedded problems: tiny or tiny-score")
-    parser.add_argument("--data", default=None, help="JSON-lines file with `question` and `answer`, instead of --task")
-    parser.add_argument("--graph", default="chain", help="communication graph, a constant of mas.py")
+    parser.add_argument("--task", default="tiny", help="tiny, tiny-score (embedded), gsm8k, math, mmlu or logiqa")
+    parser.add_argument("--data", default=None, help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`, graded as --task")
+    parser.add_argument("--graph", default="chain", help="communication graph: a constant of mas.py (chain, single, debate, constraints, refine) or FILE.toml")
     parser.add_argument("--model", default=os.path.relpath(HERE / "tiny" / "agents"), help="the agents' causal LM: folder or hub name")
     parser.add_argument("--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards")
     parser.add_argument("--temperature", type=positive_float, default=1.0, help="of every sampled message (greedy is greedy)")

@@ -33,7 +33,7 @@ class NaivePolicy(Policy):
     """The usual way: all that wait in one padded `generate`, each prompt repeated for its candidates, all rows kept to the end."""
 
     def _decode(self, prompts, repeats, limits, draws, greedy):
-        start, (rows, steps), step = time.perf_counter(), draws.shape, iter(range(draws.shape[1]))
+        start, steps, step = time.perf_counter(), draws.shape[1], iter(range(draws.shape[1]))
         prompts = [prompt for prompt, n in zip(prompts, repeats) for _ in range(n)]
         width = max(map(len, prompts))
         ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
@@ -130,8 +130,8 @@ def engine(args, own) -> None:
     prompt = torch.randint(10, config.vocab_size, (own.prompt,)).tolist()
 
     def per_node():
-        model.generate(input_ids=torch.tensor([prompt], device=device), attention_mask=torch.ones((1, own.prompt), dtype=torch.long, device=device),
-                       generation_config=GenerationConfig(do_sample=True, top_k=0, top_p=1.0, num_return_sequences=num, min_new_tokens=own.new, max_new_tokens=own.new,
+        policy.model.generate(input_ids=torch.tensor([prompt], device=device), attention_mask=torch.ones((1, own.prompt), dtype=torch.long, device=device),
+                              generation_config=GenerationConfig(do_sample=True, top_k=0, top_p=1.0, num_return_sequences=num, min_new_tokens=own.new, max_new_tokens=own.new,
                                                           eos_token_id=1, pad_token_id=0))
     alone = num * own.new / timed(per_node, device)
     print(f"{own.shape} shape, {weights / 2**30:.2f} GiB of weights, {own.prompt} prompt tokens, {own.new} new, {torch.cuda.get_device_name() if device != 'cpu' else 'CPU'}")

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +266,7 @@ def test_training_resumed_after_a_kill_equals_uninterrupted_training(records, ch
 
 TWO_PROCESSES = """if True:
     import sys; sys.path[:0] = sys.argv[1:3]
+    from pathlib import Path
     from test_value import *
     torch.distributed.init_process_group("gloo")
     model = make_model(GRAPHS["chain"])

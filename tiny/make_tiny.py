@@ -26,7 +26,7 @@ from mas import GRAPHS, State, extract_answer  # noqa: E402
 from tiny.problems import FAMILIES, Puzzle, make_puzzle, total  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-CHAIN, REFINE = GRAPHS["chain"], GRAPHS["refine"]
+REFINE = GRAPHS["refine"]  # the chain, and a Refiner
 # The share of an agent's examples about a wrong candidate; with fewer, the Solver learns to find what the plan hopes for.
 WRONG_SHARE = {"Reader": 0.0, "Planner": 0.4, "Solver": 0.65, "Verifier": 0.65, "Refiner": 0.4}
 CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -245,9 +245,6 @@ def train_phase(model, tokenizer, phase: dict, rng: random.Random, args, name: s
         optimizer.zero_grad(set_to_none=True)
         tokens += ids.numel()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 300 == 0:
-            model.save_pretrained(args.output + ".part")
-            tokenizer.save_pretrained(args.output + ".part")
         if step % 50 == 0 or step == phase["steps"]:
             print(f"{name}  step {step}/{phase['steps']}  loss {running:.4f}  {tokens / (time.time() - start):,.0f} tokens/s  "
                   f"{(time.time() - start) / 60:.1f} min", flush=True)
