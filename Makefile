@@ -2,7 +2,7 @@
 # The paper's experiments in small, each after `make demo`: main, rollout-count, lambda, transfer, losses, refine.
 PYTHON ?= python3
 RUN := .venv/bin/python
-SEARCH := best_of-4-value sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
+SEARCH := sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
 
 .PHONY: demo test clean main rollout-count lambda transfer losses refine
 
@@ -27,14 +27,16 @@ rollout-count: .venv/.installed
 	$(RUN) evaluate.py --compare runs/tiny runs/n10 runs/n20 runs/n80
 
 lambda: .venv/.installed
-	$(RUN) train_value.py --target outcome
-	$(RUN) evaluate.py --methods greedy $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
+	$(RUN) generate_rollouts.py --run runs/few --num-train 30
+	$(RUN) train_value.py --run runs/few
+	$(RUN) train_value.py --run runs/few --target outcome
+	$(RUN) evaluate.py --run runs/few --methods greedy best_of-4-value best_of-4-outcome $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
 
 transfer: .venv/.installed
 	$(RUN) generate_rollouts.py --run runs/score --task tiny-score
 	$(RUN) train_value.py --run runs/score
-	$(RUN) evaluate.py --run runs/score --task tiny-score --methods greedy vote-4 $(SEARCH) mcts-8x1.8.1.1-policy
-	$(RUN) evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score --by subject level --methods greedy vote-4 $(SEARCH) mcts-8x1.8.1.1-policy
+	$(RUN) evaluate.py --run runs/score --task tiny-score --methods greedy vote-4 best_of-4-value $(SEARCH) mcts-8x1.8.1.1-policy
+	$(RUN) evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score --by subject level --methods greedy vote-4 best_of-4-value $(SEARCH) mcts-8x1.8.1.1-policy
 	$(RUN) evaluate.py --compare runs/score runs/transfer
 
 losses: .venv/.installed
@@ -48,7 +50,7 @@ losses: .venv/.installed
 refine: .venv/.installed
 	$(RUN) generate_rollouts.py --run runs/refine --graph refine
 	$(RUN) train_value.py --run runs/refine
-	$(RUN) evaluate.py --run runs/refine --graph refine --methods greedy vote-4 best_of-4-value sbs-2x1.6.1.1.1-value mcts-8x1.8.1.1.1-value
+	$(RUN) evaluate.py --run runs/refine --graph refine --methods greedy vote-4 sbs-2x1.6.1.1.1-value mcts-8x1.8.1.1.1-value
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

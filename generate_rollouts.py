@@ -335,34 +335,35 @@ class Policy:
 
         costs = [Cost() for _ in requests]
         candidates: list[list[Candidate]] = [[] for _ in asked]
-        todo = sorted(range(len(asked)), key=lambda at: len(prompts[at]) + limits[at])
+        num, size = [request.num for _, _, request, _ in asked], [len(prompt) + limit for prompt, limit in zip(prompts, limits)]
+        todo = sorted(range(len(asked)), key=size.__getitem__)
         while todo:
-            batch, rows = [], 0
-            while todo and (not batch or (rows + asked[todo[-1]][2].num) * max(len(prompts[at]) + limits[at] for at in (batch[0], todo[-1])) <= self.batch_tokens):
+            start, batch = time.perf_counter(), [todo.pop()]   # the longest first, then those that fit in beside it
+            while todo and (sum(num[at] for at in batch) + num[todo[-1]]) * size[batch[0]] <= self.batch_tokens:
                 batch.append(todo.pop())
-                rows += asked[batch[-1]][2].num
-            start = time.perf_counter()
-            keys = [(at, k) for at in batch for k in range(asked[at][2].num)]
-            draws = np.zeros((len(keys), max(limits[at] for at in batch)))
-            for row, (at, k) in enumerate(keys):
-                draws[row, :limits[at]] = uniforms(limits[at], self.seed, asked[at][1].id, asked[at][3].path, k)
+            rows = [(at, k) for at in batch for k in range(num[at])]
+            draws = np.zeros((len(rows), max(limits[at] for at in batch)))
+            for row, (at, k) in enumerate(rows):
+                _, problem, _, node = asked[at]
+                draws[row, :limits[at]] = uniforms(limits[at], self.seed, problem.id, node.path, k)
             try:
-                messages = self._decode([prompts[at] for at in batch], [asked[at][2].num for at in batch], [limits[at] for at, _ in keys],
-                                        draws, [asked[at][2].greedy for at, _ in keys])
+                messages = self._decode([prompts[at] for at in batch], [num[at] for at in batch], [limits[at] for at, _ in rows], draws,
+                                        [asked[at][2].greedy for at, _ in rows])
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
-                    raise InputError(f"out of memory with {rows} messages of one prompt; lower --max-new-tokens or --num-candidates, or give --quantize-policy") from None
+                    raise InputError(f"out of memory with {len(rows)} messages of one prompt; lower --max-new-tokens or --num-candidates, or give --quantize-policy") from None
                 self.batch_tokens //= 2
                 tqdm.write(f"out of memory: --batch-tokens halved to {self.batch_tokens}", file=sys.stderr)
                 todo += reversed(batch)
                 continue
-            for (at, _), message in zip(keys, messages):
+            for (at, _), message in zip(rows, messages):
                 candidates[at].append(self._candidate(*message))
             per_token = (time.perf_counter() - start) / sum(len(tokens) for tokens, _ in messages)
             for at in batch:
-                costs[asked[at][0]] += Cost(
-                    agent_calls=asked[at][2].num, prompt_tokens=len(prompts[at]), generated_tokens=(tokens := sum(c.tokens for c in candidates[at])),
-                    truncated=Counter([self.mas.turn(asked[at][3].state).name] * sum(c.truncated for c in candidates[at])), seconds=tokens * per_token)
+                i, _, _, node = asked[at]
+                tokens, truncated = sum(c.tokens for c in candidates[at]), sum(c.truncated for c in candidates[at])
+                costs[i] += Cost(agent_calls=num[at], prompt_tokens=len(prompts[at]), generated_tokens=tokens, seconds=tokens * per_token,
+                                 truncated=Counter({self.mas.turn(node.state).name: truncated} if truncated else {}))
         replies = iter(candidates)
         return [([next(replies) for _ in request.nodes], cost) for (_, request), cost in zip(requests, costs)]
 

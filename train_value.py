@@ -21,6 +21,7 @@ import logging
 import os
 import random
 import resource
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -202,10 +203,21 @@ class ValueModel(nn.Module):
         self.eval()
         lengths, values = [len(row.ids) for row in rows], [[] for _ in rows]
         batches = list(token_batches(lengths, sorted(range(len(rows)), key=lengths.__getitem__), batch_tokens))
-        for batch in tqdm(batches, desc=progress, leave=False, disable=progress is None):
-            at = [(i, position) for i, row in enumerate(batch) for position in rows[row].positions]
-            for (i, _), v in zip(at, self([rows[row].ids for row in batch], at).tolist()):
-                values[batch[i]].append(v)
+        with tqdm(total=len(rows), desc=progress, leave=False, disable=progress is None) as bar:
+            while batches:
+                batch = batches.pop()   # the longest first: memory runs out at once or never
+                at = [(i, position) for i, row in enumerate(batch) for position in rows[row].positions]
+                try:
+                    found = self([rows[row].ids for row in batch], at).tolist()
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise InputError(f"out of memory with one transcript of {lengths[batch[0]]} tokens; take a smaller --backbone") from None
+                    tqdm.write(f"out of memory: {len(batch)} transcripts are scored in two batches", file=sys.stderr)
+                    batches += [batch[:len(batch) // 2], batch[len(batch) // 2:]]
+                    continue
+                for (i, _), v in zip(at, found):
+                    values[batch[i]].append(v)
+                bar.update(len(batch))
         return values
 
     def score(self, states: list[State], *, batch_tokens: int) -> tuple[list[float], list[int]]:
@@ -505,8 +517,11 @@ def main(args) -> None:
         tqdm.write(f"epoch {epoch + 1}: training loss {loss:.4f}; held-out RMSE "
                    + ", ".join(f"{agent} {m['rmse']:.3f}" for agent, m in report.items()))
 
-    train(model, rows, epochs=args.epochs, lr=args.lr, batch_tokens=args.train_batch_tokens, huber_delta=args.huber_delta,
-          seed=args.seed, checkpoint=folder / "checkpoint.pt", after_epoch=after_epoch)
+    try:
+        train(model, rows, epochs=args.epochs, lr=args.lr, batch_tokens=args.train_batch_tokens, huber_delta=args.huber_delta,
+              seed=args.seed, checkpoint=folder / "checkpoint.pt", after_epoch=after_epoch)
+    except torch.OutOfMemoryError:
+        raise InputError("out of memory; lower --train-batch-tokens or --lora-rank, with --overwrite") from None
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:

@@ -154,6 +154,19 @@ def test_a_later_message_does_not_change_an_earlier_value(chain, model):
     assert at_parent == pytest.approx(model.score([state], batch_tokens=99)[0][0], abs=1e-6) and at_parent != at_child
 
 
+def test_out_of_memory_splits_the_batch_and_goes_on(records, chain, model, monkeypatch, capsys):
+    states, forward = all_states(records[:2], chain), ValueModel.outputs
+
+    def scarce(self, rows, at):
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, rows, at)
+    expected, _ = model.score(states, batch_tokens=100_000)
+    monkeypatch.setattr(ValueModel, "outputs", scarce)
+    assert model.score(states, batch_tokens=100_000)[0] == pytest.approx(expected, abs=1e-5)
+    assert "out of memory" in capsys.readouterr().err
+
+
 def test_equal_states_are_read_once_and_paid_once(chain, model):
     state = chain.step(State("q", ()), "facts")
     values, tokens = model.score([state, state], batch_tokens=99)
