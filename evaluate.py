@@ -12,6 +12,7 @@ picture are derived from them and can be derived again. search.py lists the meth
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -171,24 +172,18 @@ def compare(runs: list[str]) -> str:
             lines.append(f"| {run_name} | {settings['rollouts']['num_simulations']} | {settings['loss']} | {settings['view']} | {agent} | {m['rmse']:.3f} | {m['ece']:.3f} | "
                          f"{show(m['auc'])} | {show(low)} to {show(high)} | {show(m['top1'])} | {show(m['chance'])} |")
     lines += ["", "| method | run | n | EM % | 95 % interval | agent calls | against the first | 95 % interval |", "|---" * 8 + "|"]
-    names = [name for name in _summary(runs[0])["methods"] if all(name in _summary(other)["methods"] for other in runs)]
-    for name in names:
-        first = resume_jsonl(Path(runs[0]) / "eval" / f"{name}.jsonl")
-        for run_name in runs:
-            row, own = _summary(run_name)["methods"][name], resume_jsonl(Path(run_name) / "eval" / f"{name}.jsonl")
-            both = [problem for problem in own if problem in first]
-            result = paired([own[p]["correct"] for p in both], [first[p]["correct"] for p in both])
-            against = "" if run_name == runs[0] else f"{100 * result['difference']:+.1f}"
-            interval = "" if run_name == runs[0] else f"{100 * result['low']:+.1f} to {100 * result['high']:+.1f}"
-            lines.append(f"| {name} | {run_name} | {row['n']} | {100 * row['em']:.1f} | {100 * row['low']:.1f} to {100 * row['high']:.1f} | {row['agent_calls']:.1f} | {against} | {interval} |")
+    folders = [Path(run_name) / "eval" for run_name in runs]
+    names = [sorted({re.sub(r"(\.\d+of\d+)?\.jsonl$", "", path.name) for path in folder.glob("*.jsonl")}) for folder in folders]
+    for name in (name for name in names[0] if all(name in others for others in names)):
+        found = [resume_jsonl(folder / f"{name}.jsonl") for folder in folders]
+        ids = [problem for problem in found[0] if all(problem in others for others in found)]
+        for run_name, own in zip(runs, found):
+            right = [own[problem]["correct"] for problem in ids]
+            result, (low, high) = paired(right, [found[0][problem]["correct"] for problem in ids]), wilson(sum(right), len(ids))
+            against = "| |" if run_name == runs[0] else f"{100 * result['difference']:+.1f} | {100 * result['low']:+.1f} to {100 * result['high']:+.1f} |"
+            lines.append(f"| {name} | {run_name} | {len(ids)} | {100 * sum(right) / len(ids):.1f} | {100 * low:.1f} to {100 * high:.1f} | "
+                         f"{sum(own[problem]['agent_calls'] for problem in ids) / len(ids):.1f} | {against}")
     return "\n".join(lines)
-
-
-def _summary(run_name: str) -> dict:
-    path = Path(run_name) / "eval" / "summary.json"
-    if not path.is_file():
-        raise InputError(f"{path}: not there; evaluate.py --run {run_name} writes it")
-    return json.loads(path.read_text())
 
 
 def plot(methods: list[Method], summary: dict, path: Path) -> None:

@@ -111,6 +111,23 @@ def test_the_orm_answers_where_it_is_asked(finished):
     assert len(lines) == 3 and all("outcome#" in json.loads(line)["scorer"] and "value#" in json.loads(line)["scorer"] for line in lines)
 
 
+def test_runs_are_compared_from_their_records(finished, tmp_path):
+    import shutil
+    shutil.copytree(finished.run, tmp_path / "other")
+    path = tmp_path / "other" / "eval" / "vote-3.jsonl"
+    lines = path.read_text().splitlines()
+    flipped = [json.dumps(record | {"correct": not record["correct"]}) for record in map(json.loads, lines)]
+    path.write_text("\n".join(flipped[:2]) + "\n")                                       # two records in the one file,
+    (path.parent / "vote-3.1of2.jsonl").write_text("\n".join(flipped[2:]) + "\n")        # the others in another process's
+    out = ok(evaluate, "--compare", finished.run, tmp_path / "other")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| vote-3")]
+    right = sum(json.loads(line)["correct"] for line in lines)
+    assert [float(row[3]) for row in rows] == [pytest.approx(100 * right / 6, abs=0.1), pytest.approx(100 - 100 * right / 6, abs=0.1)]
+    assert rows[0][6] == "" and float(rows[1][6]) == pytest.approx(100 - 200 * right / 6, abs=0.1) and "| Planner |" in out
+    (tmp_path / "other" / "value" / "config.json").unlink()
+    assert "no config.json" in complaint(evaluate, "--compare", tmp_path / "other")
+
+
 def test_search_prints_transcript_tree_and_cost(finished):
     out = ok(search, "--run", finished.run, "--method", "mcts-3x1.3.1.1-value")
     for needle in ("Reader:", "Planner:", "Solver:", "Verifier:", "V = ", "Answer:", "gold", "N ", "Q ", "agent calls", "scored"):
