@@ -27,10 +27,8 @@ rollout-count: .venv/.installed
 	$(RUN) evaluate.py --compare runs/tiny runs/n10 runs/n20 runs/n80
 
 lambda: .venv/.installed
-	$(RUN) generate_rollouts.py --run runs/few --num-train 30
-	$(RUN) train_value.py --run runs/few
-	$(RUN) train_value.py --run runs/few --target outcome
-	$(RUN) evaluate.py --run runs/few --methods greedy best_of-4-value best_of-4-outcome $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
+	$(RUN) train_value.py --target outcome
+	$(RUN) evaluate.py --methods greedy $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
 
 transfer: .venv/.installed
 	$(RUN) generate_rollouts.py --run runs/score --task tiny-score
