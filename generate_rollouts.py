@@ -327,7 +327,7 @@ class Policy:
         texts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         limits = [min(self.mas.turn(node.state).max_new_tokens, self.max_new_tokens) for *_, node in asked]
-        self.seconds["tokenizer"] += time.perf_counter() - start
+        self._spent("tokenizer", start)
         for (_, problem, _, node), prompt, limit in zip(asked, prompts, limits):
             if len(prompt) + limit > self.model.config.max_position_embeddings:
                 raise InputError(f"problem {problem.id}: the {self.mas.turn(node.state).name}'s prompt of {len(prompt)} tokens and a message of "

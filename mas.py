@@ -167,8 +167,7 @@ class MAS:
     @classmethod
     def from_dict(cls, fields: dict) -> "MAS":
         """The graph that a config.json records."""
-        tuples = lambda agent: {key: tuple(value) if isinstance(value, list) else value for key, value in agent.items()}
-        return cls(fields["name"], tuple(Agent(**tuples(agent)) for agent in fields["agents"]))
+        return cls(fields["name"], tuple(map(_agent, fields["agents"])))
 
     def index(self, agent: Agent) -> int:
         """The agent's place in the schedule, which is also its place in a count per agent (`per_agent`)."""
@@ -251,6 +250,11 @@ def _words(text: str) -> str:
     return f" {' '.join(words)} " if words else ""
 
 
+def _agent(fields: dict) -> Agent:
+    """An agent from JSON or TOML, which have lists where an Agent has tuples."""
+    return Agent(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
 def _listed(names) -> str:
     return ", ".join(names)
 
@@ -322,7 +326,7 @@ def _read_agent(fields: dict, where: str) -> Agent:
         raise InputError(f"{where}: {missing[0]} is missing")
     if not re.fullmatch(r"\w+", fields["name"]) or fields["max_new_tokens"] < 1 or len(fields.get("when", ("", ""))) != 2:
         raise InputError(f"{where}: name is one word, max_new_tokens at least 1, when = [\"Agent\", \"words it says\"]")
-    return Agent(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    return _agent(fields)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,11 @@ class Puzzle:
     x: int                   # the solution: how many of the first kind ...
     y: int                   # ... and of the second
     asked: int               # 0: the question asks for x, 1: for y
-    story: str               # what is counted
+
+    @property
+    def story(self) -> str:
+        """What is counted."""
+        return f"{self.kinds[0]} and {self.kinds[1]}"
 
     @property
     def answer(self) -> int:
@@ -116,4 +120,4 @@ def make_puzzle(family: str, split: str, index: int) -> Puzzle:
         belongs_to_agents = hashlib.blake2b(question.encode(), digest_size=1).digest()[0] % 4 > 0
         if belongs_to_agents == (split == "agents"):
             break
-    return Puzzle(f"{family}-{split}-{index:05d}", family, question, kinds, a, b, n, t, x, y, asked, f"{kinds[0]} and {kinds[1]}")
+    return Puzzle(f"{family}-{split}-{index:05d}", family, question, kinds, a, b, n, t, x, y, asked)
