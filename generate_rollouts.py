@@ -271,8 +271,8 @@ class SpareLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.rows = None
+        end, self.rows = self.get_seq_length(), self.rows[:, indices]
+        self.keys, self.values = self.rows[:, :, :, :end]
 
 
 def add_policy_arguments(parser: Parser) -> None:
@@ -302,8 +302,8 @@ class Policy:
     """pi: the agents. Answers Sample requests; the only one that generates text.
 
     The weights are bfloat16 on a GPU and float32 on a CPU, or NF4 (quantize). `seconds` tells where the time went.
-    The decoding loop is our own: `generate` keeps the rows that have ended until the last one ends, cannot tell rows' limits
-    apart, and copies its cache at every step (README, "Speed").
+    The decoding loop is our own: `generate` computes equal messages as often as they are drawn, keeps the rows that have ended until
+    the last one ends, cannot tell rows' limits apart, and copies its cache at every step (README, "Speed").
     """
 
     def __init__(self, mas: MAS, model: str, *, seed: int, temperature: float, top_k: int, top_p: float, max_new_tokens: int,
@@ -370,9 +370,11 @@ class Policy:
     @torch.inference_mode()
     def _decode(self, prompts: list[list[int]], repeats: list[int], limits: list[int], draws: np.ndarray,
                 greedy: list[bool]) -> list[tuple[list[int], list[float]]]:
-        """Prefill each prompt once, copy its cache to its rows, decode all rows together and drop the rows that have ended.
+        """Prefill each prompt once and decode all messages together. The messages of one prompt share a row of the cache for as
+        long as they are the same, and rows whose messages have ended are dropped.
 
-        repeats: rows per prompt. limits, greedy: per row. draws: [rows, longest limit]. Returns (tokens, log-probabilities) per row.
+        repeats: messages per prompt. limits, greedy: per message. draws: [messages, longest limit]. Returns (tokens,
+        log-probabilities) per message.
         """
         clock, device = time.perf_counter(), self.device
         width, steps = max(map(len, prompts)), draws.shape[1]
@@ -388,32 +390,34 @@ class Policy:
         logits = self.model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions[:, :width], past_key_values=cache,
                             logits_to_keep=1).logits[:, -1]
 
-        live = torch.arange(len(draws), device=device)                        # the rows of the batch, of which fewer and fewer are left
-        prompt_of = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(repeats)).to(device)
-        cache.batch_select_indices(prompt_of)
-        logits, mask, positions = logits[prompt_of], mask[prompt_of], positions[prompt_of]
+        row = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(repeats)).to(device)   # of the cache, for each live message
+        live = torch.arange(len(row), device=device)
         draws, greedy = torch.from_numpy(draws).to(device), torch.tensor(greedy, device=device)
         limit, ends = torch.tensor(limits, device=device), torch.tensor(sorted(self.ends), device=device)
         tokens = torch.zeros(draws.shape, dtype=torch.long, device=device)
         logprobs = torch.zeros(draws.shape, device=device)
-        lengths = torch.zeros(len(draws), dtype=torch.long, device=device)    # 0: not ended
+        lengths = torch.zeros(len(draws), dtype=torch.long, device=device)
         for step in range(steps):
             clock = self._spent("model", clock)
-            newest, newest_logprobs = draw_tokens(logits, draws[live, step], greedy[live], **self.sampling)
-            tokens[live, step], logprobs[live, step] = newest, newest_logprobs
-            ended = (lengths[live] == 0) & (torch.isin(newest, ends) | (limit[live] == step + 1))
-            lengths[live[ended]] = step + 1
-            going = (lengths[live] == 0).nonzero()[:, 0]
-            clock = self._spent("sampling", clock)
+            newest, newest_logprobs = draw_tokens(logits[row], draws[live, step], greedy[live], **self.sampling)
+            tokens[live, step], logprobs[live, step], lengths[live] = newest, newest_logprobs, step + 1
+            going = (~torch.isin(newest, ends) & (limit[live] > step + 1)).nonzero()[:, 0]
             if not len(going):
                 break
-            if len(going) < 0.8 * len(live):   # ended rows are dropped when it pays for copying the others
-                cache.batch_select_indices(going)
-                live, newest, mask, positions = live[going], newest[going], mask[going], positions[going]
+            live, row = live[going], row[going]
+            rows, vocabulary = logits.shape
+            alike, branch = torch.unique(row * vocabulary + newest[going], return_inverse=True)   # one row, one token: still the same
+            parent, newest = alike // vocabulary, alike % vocabulary
+            if len(alike) > len(parent.unique()) or len(alike) < 0.8 * rows:   # some part ways, or enough have ended to pay for the copy
+                cache.batch_select_indices(parent)
+                row, mask, positions = branch, mask[parent], positions[parent]
+            else:
+                newest = newest.new_zeros(rows).index_copy(0, parent, newest)
+            clock = self._spent("sampling", clock)
             at = width + step
             logits = self.model(input_ids=newest[:, None], attention_mask=mask[:, :at + 1], position_ids=positions[:, at:at + 1],
                                 past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        return [(row[:length], row_logprobs[:length]) for row, row_logprobs, length in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist())]
+        return [(own[:length], own_logprobs[:length]) for own, own_logprobs, length in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist())]
 
     def _spent(self, what: str, since: float) -> float:
         now = time.perf_counter()

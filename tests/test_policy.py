@@ -129,6 +129,25 @@ def test_rows_with_other_limits_and_agents_share_a_batch(chain, policy):
         assert_same(candidates, alone)
 
 
+def test_messages_of_one_prompt_are_computed_once_for_as_long_as_they_are_the_same(policy, monkeypatch):
+    """What the model reads is every prompt and every distinct beginning of its messages, up to rows that have ended and are not dropped yet."""
+    forward, fed, drawn = policy.model.forward, [], []
+    monkeypatch.setattr(policy.model, "forward", lambda input_ids, **rest: fed.append(input_ids.numel()) or forward(input_ids=input_ids, **rest))
+    decode = type(policy)._decode
+    monkeypatch.setattr(type(policy), "_decode", lambda *args: drawn.append(decode(*args)) or drawn[-1])
+    problem = PROBLEMS[0]
+    for greedy in (True, False):
+        fed.clear()
+        drawn.clear()
+        policy([(problem, Sample([make_root(problem.question)], 8, greedy))])
+        [messages] = drawn
+        beginnings = {tuple(tokens[:end]) for tokens, _ in messages for end in range(1, len(tokens))}   # the last token of a message is not read
+        assert len(beginnings) <= sum(fed[1:]) <= len(beginnings) / 0.8
+        distinct = len({tuple(tokens) for tokens, _ in messages})
+        assert len(messages) == 8 and (distinct == 1 if greedy else distinct > 1)
+        assert sum(fed[1:]) < sum(len(tokens) - 1 for tokens, _ in messages)
+
+
 def test_out_of_memory_halves_the_token_budget_and_goes_on(chain, policy, monkeypatch, capsys):
     small, decode, sizes = make_tiny_policy(chain, batch_tokens=8000), type(policy)._decode, []
 
