@@ -1,10 +1,10 @@
 # `make demo`: the whole method on the embedded agents. `make test`: the tests. Both set up .venv where it is missing.
-# The paper's experiments in small, each after `make demo`: main, rollout-count, lambda, transfer, losses, refine.
+# The paper's experiments in small: main and transfer (both after `make demo`), rollout-count, lambda, losses, refine.
 PYTHON ?= python3
 RUN := .venv/bin/python
 SEARCH := sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
 
-.PHONY: demo test clean main rollout-count lambda transfer losses refine
+.PHONY: demo test clean main hard rollout-count lambda transfer losses refine
 
 demo: .venv/.installed
 	$(RUN) generate_rollouts.py
@@ -20,15 +20,21 @@ main: .venv/.installed
 	$(RUN) evaluate.py --methods greedy vote-4 vote-8 best_of-4-policy best_of-4-value best_of-4-outcome sbs-2x1.6.1.1-policy sbs-2x1.6.1.1-value \
 	  mcts-8x1.8.1.1-random mcts-8x1.8.1.1-policy mcts-8x1.8.1.1-policy-lam0.5 mcts-8x1.8.1.1-value mcts-8x1.8.1.1-value-lam0.5
 
-rollout-count: .venv/.installed
-	for n in 10 20 80; do \
-	  $(RUN) generate_rollouts.py --run runs/n$$n --num-simulations $$n && $(RUN) train_value.py --run runs/n$$n && \
-	  $(RUN) evaluate.py --run runs/n$$n --methods greedy $(SEARCH) || exit 1; done
-	$(RUN) evaluate.py --compare runs/tiny runs/n10 runs/n20 runs/n80
+# Where V is hard to learn: agents at temperature 1.5, 100 training problems. All V meet the held-out labels of 80 simulations.
+HARD := $(RUN) train_value.py --heldout-rollouts runs/n80/rollouts --epochs 4
+hard: .venv/.installed
+	for n in 80 40; do $(RUN) generate_rollouts.py --run runs/n$$n --num-simulations $$n --num-train 100 --temperature 1.5 || exit 1; done
+	$(HARD) --run runs/n40
 
-lambda: .venv/.installed
-	$(RUN) train_value.py --target outcome
-	$(RUN) evaluate.py --methods greedy $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
+rollout-count: hard
+	for n in 10 20; do $(RUN) generate_rollouts.py --run runs/n$$n --num-simulations $$n --num-train 100 --temperature 1.5 || exit 1; done
+	for n in 10 20 40 80; do \
+	  $(HARD) --run runs/n$$n && $(RUN) evaluate.py --run runs/n$$n --temperature 1.5 --methods greedy $(SEARCH) || exit 1; done
+	$(RUN) evaluate.py --compare runs/n10 runs/n20 runs/n40 runs/n80
+
+lambda: hard
+	$(HARD) --run runs/n40 --target outcome
+	$(RUN) evaluate.py --run runs/n40 --temperature 1.5 --methods greedy $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
 
 transfer: .venv/.installed
 	$(RUN) generate_rollouts.py --run runs/score --task tiny-score
@@ -37,13 +43,13 @@ transfer: .venv/.installed
 	$(RUN) evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score --by subject level --methods greedy vote-4 best_of-4-value $(SEARCH) mcts-8x1.8.1.1-policy
 	$(RUN) evaluate.py --compare runs/score runs/transfer
 
-losses: .venv/.installed
+losses: hard
 	for loss in mse rank dist; do \
-	  $(RUN) train_value.py --run runs/$$loss --rollouts runs/tiny/rollouts --loss $$loss && \
-	  $(RUN) evaluate.py --run runs/$$loss --methods greedy $(SEARCH) || exit 1; done
-	$(RUN) train_value.py --run runs/local --rollouts runs/tiny/rollouts --view local
-	$(RUN) evaluate.py --run runs/local --methods greedy $(SEARCH)
-	$(RUN) evaluate.py --compare runs/tiny runs/mse runs/rank runs/dist runs/local
+	  $(HARD) --run runs/$$loss --rollouts runs/n40/rollouts --loss $$loss || exit 1; done
+	$(HARD) --run runs/local --rollouts runs/n40/rollouts --view local
+	for run in n40 mse rank dist local; do \
+	  $(RUN) evaluate.py --run runs/$$run --temperature 1.5 --methods greedy $(SEARCH) || exit 1; done
+	$(RUN) evaluate.py --compare runs/n40 runs/mse runs/rank runs/dist runs/local
 
 refine: .venv/.installed
 	$(RUN) generate_rollouts.py --run runs/refine --graph refine

@@ -131,7 +131,7 @@ def label_tree(problem: Problem, mas: MAS, *, num_simulations: int, num_candidat
             if node.children is not None:
                 node = select(node, c_uct)                                                    # Eq. 2
                 continue
-            [candidates] = yield Sample([node], num_candidates[mas.index(mas.turn(node.state))])
+            [candidates] = yield Sample([node], num_candidates[mas.index(node.state)])
             node = rng.choice(expand(mas, node, candidates))                                  # uniform among the fresh
             for sibling in node.parent.children:
                 if mas.is_terminal(sibling.state):

@@ -169,10 +169,6 @@ class MAS:
         """The graph that a config.json records."""
         return cls(fields["name"], tuple(map(_agent, fields["agents"])))
 
-    def index(self, agent: Agent) -> int:
-        """The agent's place in the schedule, which is also its place in a count per agent (`per_agent`)."""
-        return self.agents.index(agent)
-
     def turn(self, state: State) -> Agent | None:
         """The agent on turn, or None where the state is terminal."""
         said = {message.agent: message.text for message in state.messages}
@@ -183,6 +179,10 @@ class MAS:
                 return agent
             waiting = waiting or agent.name == last
         return None
+
+    def index(self, state: State) -> int:
+        """The place in the schedule of the agent on turn, which is also its place in a count per agent (`per_agent`)."""
+        return self.agents.index(self.turn(state))
 
     def is_terminal(self, state: State) -> bool:
         return self.turn(state) is None

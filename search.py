@@ -91,7 +91,7 @@ def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, 
     beams = [make_root(question)]
     while live := [node for node in beams if not mas.is_terminal(node.state)]:
         pool = [node for node in beams if mas.is_terminal(node.state)]
-        width = {node: num_candidates[mas.index(mas.turn(node.state))] for node in live}
+        width = {node: num_candidates[mas.index(node.state)] for node in live}
         for num in sorted(set(width.values())):
             nodes = [node for node in live if width[node] == num]
             for node, candidates in zip(nodes, (yield Sample(nodes, num))):
@@ -114,7 +114,7 @@ def mcts(question: str, mas: MAS, *, num_simulations: int, num_candidates: tuple
         node = root
         while not mas.is_terminal(node.state):
             if node.children is None:
-                [candidates] = yield Sample([node], num_candidates[mas.index(mas.turn(node.state))])
+                [candidates] = yield Sample([node], num_candidates[mas.index(node.state)])
                 children = expand(mas, node, candidates)
                 for child, child.V in zip(children, (yield Score(children))):
                     child.N, child.W = 1, child.V                             # virtual visit: N = 1, W = V(child)

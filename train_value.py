@@ -445,6 +445,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--run", default="runs/tiny", help="run folder")
     parser.add_argument("--rollouts", default=None, help="folder of the labels (default: RUN/rollouts)")
+    parser.add_argument("--heldout-rollouts", default=None, help="folder of the held-out labels, so that several V meet the same ones (default: as --rollouts)")
     parser.add_argument("--target", choices=("search", "outcome"), default="search",
                         help="search: V on every visited edge; outcome: an ORM on terminal states")
     parser.add_argument("--backbone", default=os.path.relpath(HERE / "tiny" / "agents"), help="causal LM: folder or hub name (paper: Qwen2.5-1.5B)")
@@ -468,22 +469,28 @@ def parse_args(argv=None):
 
 def main(args) -> None:
     torch.set_num_threads(args.num_threads)
-    rollouts = Path(args.rollouts or f"{args.run}/rollouts")
-    labels_from = read_config(rollouts)["settings"]
-    mas = MAS.from_dict(labels_from["graph"])
-    records = list(resume_jsonl(rollouts / "trees.jsonl").values())
-    paths = {split: [path for record in records if record["split"] == split for path in tree_paths(record, mas, args.target)]
-             for split in ("train", "heldout")}
+    labels = Path(args.rollouts or f"{args.run}/rollouts")
+    folders = {"train": labels, "heldout": Path(args.heldout_rollouts or labels)}
+    labels_from = {split: read_config(folder)["settings"] for split, folder in folders.items()}
+    if labels_from["train"]["graph"] != labels_from["heldout"]["graph"]:
+        raise InputError(f"{folders['heldout']} was labelled with another graph than {labels}")
+    mas = MAS.from_dict(labels_from["train"]["graph"])
+    records = {split: [record for record in resume_jsonl(folder / "trees.jsonl").values() if record["split"] == split]
+               for split, folder in folders.items()}
+    trained_on = {question_key(record["question"]) for record in records["train"]}
+    if both := [record["id"] for record in records["heldout"] if question_key(record["question"]) in trained_on]:
+        raise InputError(f"{folders['heldout']}: {len(both)} held-out problems ask what V would be trained on, {both[0]} for one; label other ones")
+    paths = {split: [path for record in records[split] for path in tree_paths(record, mas, args.target)] for split in records}
     for split in paths:
         if not any(paths[split]):
-            raise InputError(f"{rollouts / 'trees.jsonl'}: no {split} problems; generate_rollouts.py --num-{split} N labels some")
+            raise InputError(f"{folders[split] / 'trees.jsonl'}: no {split} problems; generate_rollouts.py --num-{split} N labels some")
 
     folder = Path(args.run) / ("value" if args.target == "search" else "orm")
     if args.overwrite:
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     open_run(folder, {name: getattr(args, name) for name in ("target", "backbone", "view", "loss", "quantize", "lora_rank", "lr", "epochs",
                                                              "huber_delta", "train_batch_tokens", "seed")}
-             | {"graph": asdict(mas), "rendering": rendering(mas, args.view), "rollouts": labels_from,
+             | {"graph": asdict(mas), "rendering": rendering(mas, args.view), "rollouts": labels_from["train"], "heldout_rollouts": labels_from["heldout"],
                 "digest of the trees": hashlib.blake2b(json.dumps(records).encode(), digest_size=8).hexdigest()}, overwrite=args.overwrite)
     if read_config(folder).get("finished"):
         print(f"{folder} is finished already (--overwrite trains it again)\n{metrics_table(read_jsonl(folder / 'metrics.jsonl')[-1]['heldout'])}")
@@ -503,7 +510,7 @@ def main(args) -> None:
     heldout_rows, heldout = make_rows(paths["heldout"], model), [edge for path in paths["heldout"] for edge in path]
     trained = sum(p.numel() for p in model.trained_state().values())
     tokens = sum(len(row.ids) for row in rows)
-    print(f"{sum(len(row.targets) for row in rows)} labelled states of {sum(r['split'] == 'train' for r in records)} problems in {len(rows)} rows, "
+    print(f"{sum(len(row.targets) for row in rows)} labelled states of {len(records['train'])} problems in {len(rows)} rows, "
           f"{tokens:,} tokens an epoch ({tokens / distinct_tokens(rows):.2f} times the distinct ones); {len(heldout)} held-out states; {trained:,} trained parameters")
 
     def after_epoch(epoch: int, loss: float) -> None:
@@ -529,7 +536,7 @@ def main(args) -> None:
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory: {peak / 2**30:.1f} GiB {'allocated on the GPU' if device.startswith('cuda') else 'of the process'}")
     with open(folder / "problems.jsonl", "w") as file:  # so that evaluate.py can refuse to test on what V was trained on
-        for record in records:
+        for record in records["train"] + records["heldout"]:
             append_jsonl(file, {"id": record["id"], "split": record["split"], "question_key": question_key(record["question"])})
     model.save(folder)
     verify_saved(model, folder, [edge.state for edge in heldout[:64]], device=device, batch_tokens=args.batch_tokens)

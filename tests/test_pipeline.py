@@ -261,6 +261,22 @@ def test_missing_stages_are_named(tmp_path):
     assert "orm: no trained outcome model there" in complaint(search, "--run", tmp_path, "--method", "mcts-3-policy", "--lam", "0.5")
 
 
+def test_values_of_several_runs_meet_the_same_held_out_labels(finished, tmp_path):
+    """--heldout-rollouts: trained on one folder's labels, measured on another's; never where they share a question or not the graph."""
+    ok(generate_rollouts, "--run", tmp_path / "few", *ROLLOUTS, "--num-simulations", 2)
+    shared = finished.run / "rollouts"
+    ok(train_value, "--run", tmp_path / "few", "--heldout-rollouts", shared, *VALUE)
+    n = lambda run: {agent: m["n"] for agent, m in json.loads((run / "value" / "metrics.jsonl").read_text().splitlines()[-1])["heldout"].items()}
+    assert n(tmp_path / "few") == n(finished.run)
+    ok(train_value, "--run", tmp_path / "own", "--rollouts", tmp_path / "few" / "rollouts", *VALUE)
+    assert n(tmp_path / "own") != n(finished.run)
+    ok(generate_rollouts, "--run", tmp_path / "other", *ROLLOUTS, "--graph", "single", "--num-candidates", 2)
+    assert "another graph" in complaint(train_value, "--run", tmp_path / "few", "--heldout-rollouts", tmp_path / "other" / "rollouts", *VALUE)
+    trees = tmp_path / "few" / "rollouts" / "trees.jsonl"
+    trees.write_text(trees.read_text().replace('"split": "train"', '"split": "heldout"'))
+    assert "ask what V would be trained on" in complaint(train_value, "--run", tmp_path / "x", "--rollouts", shared, "--heldout-rollouts", trees.parent, *VALUE)
+
+
 def test_another_configuration_is_refused_and_nothing_is_lost(finished):
     before = {path: path.read_bytes() for path in finished.run.rglob("*") if path.is_file()}
     assert "seed (there 0, now 1)" in complaint(generate_rollouts, "--run", finished.run, *ROLLOUTS, "--seed", 1)
