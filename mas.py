@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -333,49 +334,70 @@ def _read_agent(fields: dict, where: str) -> Agent:
 # Answers: one extraction, one equality
 
 
-_NUMBER = re.compile(r"""(?P<sign>[-+])?\s*[$€£]?\s*
-                         (?: (?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)? (?P<decimals>\.\d+)? )
-                         (?: (?:[ ]+(?P<part>\d+))? \s*/\s* (?P<denominator>\d+(?!\.?\d)) )?""", re.VERBOSE)  # 1 3/4: one and three quarters
-_FINAL = re.compile(r"(?:final\s+answer\s*(?:is)?\s*[:=]?|####)[ \t]*(?P<answer>[^\n]*)", re.IGNORECASE)
-_LETTER = re.compile(r"^[:=\s]*(?:(?:option|choice|answer)\s*\(?|\()?([A-Z])(?![\w'])", re.IGNORECASE)
-_ARTICLE = re.compile(r"^[:=\s]*[AI]\s+\w", re.IGNORECASE)  # "A train ..." names no option
+_NUMBER = re.compile(r"""(?P<sign>[-+])?\s*[€£₹]?\s*
+                         (?: (?P<whole>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)? (?P<decimals>\.\d+)? )
+                         (?: (?:[ ]+(?:and[ ]+)?(?P<part>\d+))? \s*/\s* (?P<denominator>\d+(?!\.?\d)) )?    # 1 3/4: one and three quarters
+                         (?: \s*(?P<times>thousand|[mbtr]+illion)\b )?""", re.VERBOSE)
+_TIMES = {None: 1, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_JOINED = re.compile(r"\s*(?:[-+*^×,]|\\times|\\cdot|\bor\b|\band\b|\bto\b)\s*(?:or\b\s*)?\{?")   # "5 or 6", "5 + 6": that is no number
+_FINAL = re.compile(r"""final\s+answer\b [ \t]*(?:\([^()\n]*\))? [ \t]*(?:is\b)? (?P<told>[*_`]*\s*[:：=] | [-–—][ \t] | [*_`#]*[ \t]*\n)?
+                        [ \t*_`]*\s*(?P<answer>[^\n]*)""", re.IGNORECASE | re.VERBOSE)   # what was said is on this line or on the next one with text
+_HASHES = re.compile(r"^[ \t]*####[ \t]*(?!#)(?P<answer>[^\n]*)", re.MULTILINE)
+_STYLED = re.compile(r"\\(?:text(?:rm|bf|it|sf)?|mbox|math(?:rm|bf|sf|it)|boldsymbol|bm)\s*\{([^{}]*)\}")
+_LETTER = re.compile(r"""^\W*(?:(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|options?|choice|letter)\b\s*(?:is\b)?\W*)*\W*(?P<letter>[A-Z])(?P<rest>(?![\w'’/&-]|\.\w|\s*=\s*\d).*)""", re.IGNORECASE | re.VERBOSE | re.DOTALL)
+_ARTICLE = re.compile(r"\s+(?!(?:is|because|since|as|for|follows|holds|due)\b)[a-z]")   # "A train ..." names no option
+_SECOND = re.compile(r"""[\s)\]]*(?:,|/|\bor\b|\band\b)\s*(?:options?|choice)?\s*\(?[A-Z]\)?\s*(?:[.,;)\]}]|$)""", re.IGNORECASE)
+
+
+def _clean(text: str) -> str:
+    r"""LaTeX and markdown without what carries no meaning: dollar signs, thin spaces, emphasis; one way to write a minus, a degree
+    sign, thousands, 1½ and the rows of a matrix (\\ stays, \\[4pt] becomes \\)."""
+    for sign, plain in (("−", "-"), ("–", "-"), ("°", r"^\circ"), ("\\$", ""), ("$", ""), ("\\%", "%"), ("`", ""),
+                        (r"\degree", r"^\circ"), (r"\varnothing", r"\emptyset"), (r"\lbrace", r"\{"), (r"\rbrace", r"\}")):
+        text = text.replace(sign, plain)
+    text = re.sub(r"[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
+    text = re.sub(r"\\!\s*", "", text)
+    text = re.sub(r"\\\\\[[^\]]*\]", r"\\\\ ", text)
+    text = re.sub(r"(?<=\d)(?:\{,\}|\\[,;: ]|~|\u202f|\u00a0)\s*(?=\d{3}(?!\d))", lambda m: "," if m[0] == "{,}" else "", text)
+    text = re.sub(r"(?<!\\)\\(?:(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|q?quad)(?![a-zA-Z])|[,;: ()\[\]])|[~\u202f\u00a0]", " ", text)
+    text = re.sub(r"(?<![\w*])([*_]{1,3})(?=\S)(.+?)(?<=\S)\1(?![\w*])", r"\2", text)
+    return re.sub(r"^[\s*_]+|[\s*_]+$", "", text)
 
 
 def _plain(text: str) -> str:
-    """Strip what does not carry meaning: markdown, dollar signs of LaTeX, thin spaces; write LaTeX fractions as a/b."""
-    text = text.replace("−", "-").replace("–", "-").replace("\\$", "$").replace("\\%", "%").replace("\\!", "").replace("\u202f", " ")
-    text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac\s*[{\d])", " ", text)   # 1\frac{3}{4} is not 13/4
-    text = re.sub(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2", text)
-    text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)", r"\1/\2", text)
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\left|\\right|\\[,;: ]|\\\(|\\\)|\\\[|\\\]|(?<=\d)\{,\}(?=\d)", lambda m: "," if "{" in m[0] else " ", text)
-    return re.sub(r"[*`_]{1,3}(?=\S)|(?<=\S)[*`_]{1,3}", "", text).strip()
+    """The cleaned text without LaTeX around words, fractions as a/b: for reading numbers and letters, not for mathematics."""
+    text = re.sub(r"(?<=\d)\s*(?=\\[dtc]?frac\s*[{\d])", " ", _clean(text))   # 1\frac{3}{4} is not 13/4
+    text = re.sub(r"\\[dtc]?frac\s*(?:\{\s*(-?[\d,]*\.?\d+)\s*\}|(\d))\s*(?:\{\s*([\d,]+)\s*\}|(\d))",
+                  lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}".replace(",", ""), text)
+    text = re.sub(r"\b(?:minus|negative)\s+(?=\d)", "-", text)
+    return _STYLED.sub(r" \1 ", text).strip()
 
 
 def _numbers(text: str) -> list[tuple[Fraction, int, int]]:
     """Every number in `text` with where it starts and ends."""
     found = []
     for match in _NUMBER.finditer(text):
-        if match["whole"] is None and match["decimals"] is None or match["denominator"] and int(match["denominator"]) == 0:
+        if match["whole"] is None and match["decimals"] is None or match["denominator"] and int(match["denominator"]) == 0 or len(match[0]) > 200:
             continue
         value = Fraction((match["whole"] or "0").replace(",", "") + (match["decimals"] or ""))
         if match["part"]:
             value += Fraction(int(match["part"]), int(match["denominator"]))
         else:
             value /= int(match["denominator"] or 1)
-        before = text[:match.start()].rstrip()[-1:]
-        negative = match["sign"] == "-" and not (before.isalnum() or before == ")")  # "16 - 3" holds no -3
-        found.append((-value if negative else value, match.start(), match.end()))
+        value *= _TIMES[match["times"]]
+        head = text[:match.start()]
+        before, spaced = head.rstrip()[-1:], head != head.rstrip() and not match[0].startswith(("- ", "+ "))
+        minus = before.isdigit() or before == ")" or before.isalpha() and not spaced   # "16 - 3" and "x-3" hold no -3, "a loss of -3" does
+        found.append((-value if match["sign"] == "-" and not minus else value, match.start(), match.end()))
     return found
 
 
 def _boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...}, braces matched; None where there is none or it is never closed."""
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start < 0:
-        return None
-    start = text.index("{", start)
-    depth = 0
+    r"""The content of the last \boxed{...}, braces matched (or \boxed 7); None where there is none or it is never closed."""
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|-?\w[\w.]*)", text))
+    if not boxes or boxes[-1][1] != "{":
+        return boxes[-1][1] if boxes else None
+    start, depth = boxes[-1].end() - 1, 0
     for i in range(start, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
@@ -388,32 +410,87 @@ def canonical(answer: str, kind: str) -> str | None:
 
     kind "number": an exact fraction, e.g. "42", "-3/4" (units, currency, commas, percent signs dropped)
     kind "letter": the letter of an option, upper case
-    kind "math":   a number as above where it is one, else the LaTeX as written
+    kind "math":   a number as above where it is one (with or without a unit), a word as it is, else LaTeX
     """
-    plain = _plain(answer)
     if kind == "letter":
-        match = _LETTER.match(plain)
-        return match[1].upper() if match and not _ARTICLE.match(plain) else None
+        match = _LETTER.match(_plain(answer))
+        article = match and match["letter"] in "AaIi" and _ARTICLE.match(match["rest"]) and not re.match(r"\W*\*", answer)
+        return match["letter"].upper() if match and not article and not _SECOND.match(match["rest"]) else None
     if kind == "number":
-        numbers = _numbers(plain.rsplit("=", 1)[-1])
-        return str(numbers[0][0]) if numbers else None
+        return _the_number(_plain(answer))
+    latex = _clean(answer).rstrip(". \\")
+    if whole := _STYLED.fullmatch(latex):                                       # \text{Evelyn}
+        latex = whole[1].strip()
+    latex = re.sub(r"^[A-Za-z]\s*\\approx|(?<=.)\\approx.*", "", latex).strip()    # 3/56 \approx 0.05
+    latex = re.sub(r"\^\s*(\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})", r"^{\1}", latex)   # math-verify reads 2^\frac{1}{2} as 1
+    latex = re.sub(r"\\(?:mathrm|text)\s*\{([ie])\}", r" \1", latex)
+    latex = re.sub(r"(?<=[\d})])\s*i(?![a-zA-Z])", r" \\cdot i", latex)                    # to math-verify the i of 3i is another one
+    number = _whole_number(latex)
+    if number is not None:
+        return str(number)
+    unstyled = " ".join(_STYLED.sub(r" \1 ", latex).split()).rstrip(". ")
+    return (latex if re.search(r"[\d\\^_=+*/<>|-]", unstyled) else unstyled) or None
+
+
+def _the_number(text: str) -> str | None:
+    """The number that a final answer names: the one it begins with, else the last one; None for two answers ("5 or 6")."""
+    text = re.sub(r"(?<=[\w%])\s*\([^()]*\)", "", text)                        # 12 hours (= 1/2 day)
+    left, _, right = text.partition("=")
+    if right:
+        alone = _whole_number(left)                                           # 12 = 5 + 7, but 5 + 7 = 12
+        text = left if alone is not None and _whole_number(right) is None else text.rsplit("=", 1)[-1]
+    numbers = _numbers(text)
+    if not numbers:
+        return None
+    leads = not re.search(r"\w", text[:numbers[0][1]])
+    chosen = 0 if leads else len(numbers) - 1
+    if any(numbers[chosen] in pair and _JOINED.fullmatch(text[pair[0][2]:pair[1][1]]) for pair in zip(numbers, numbers[1:])):
+        return None
+    return str(numbers[chosen][0])
+
+
+def _whole_number(latex: str) -> Fraction | None:
+    """The number that the whole of an answer is, units apart; None where it is more, or where an area or a volume is meant."""
+    if match := re.fullmatch(r"(-?\d*\.?\d+)\s*(?:\\times|\\cdot|\*|×)\s*10\s*\^\s*\{?\s*(-?\d{1,3})\s*\}?", latex):
+        return Fraction(match[1]) * Fraction(10) ** int(match[2])
+    if match := re.fullmatch(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d{1,9})\}", latex):
+        digits = Fraction(int(match[4]), (10 ** len(match[4]) - 1) * 10 ** len(match[3]))
+        return (Fraction(f"{match[2] or 0}.{match[3] or 0}") + digits) * (-1 if match[1] else 1)
+    unit = re.search(r"(?:\s*\\(?:text|mbox|mathrm|textrm)\s*\{[A-Za-z /.]{2,}\}|(?<=[\d}])\s+[A-Za-z]{3,}(?: [A-Za-z]+)*)$", latex)
+    if unit and not _UNIT.search(unit[0]) and not _HALF_DAY.search(unit[0]):
+        latex = latex[:unit.start()]
+    plain = _plain(latex)
     numbers = _numbers(plain)
-    if len(numbers) == 1 and not (plain[:numbers[0][1]] + plain[numbers[0][2]:]).strip(" $%."):
-        return str(numbers[0][0])
-    return plain.strip(" $.") or None
+    alone = len(numbers) == 1 and not (plain[:numbers[0][1]] + plain[numbers[0][2]:]).strip(" %.{}")
+    return numbers[0][0] if alone else None
 
 
 def extract_answer(text: str, kind: str) -> str | None:
-    r"""The final answer of a message: the last \boxed{}, else the last "final answer" or "####" line, else, for numbers
+    r"""The final answer of a message: the last \boxed{}, else what the last "final answer:" or "####" line says, else, for numbers
     only, the last number. None where there is none: that is counted, never guessed."""
     boxed = _boxed(text)
-    if boxed is not None:
+    if boxed is not None and boxed.strip():
         return canonical(boxed, kind)
-    final = list(_FINAL.finditer(text))
-    if final:
-        return canonical(final[-1]["answer"], kind)
-    numbers = _numbers(_plain(text)) if kind == "number" else []
+    told = [(match.start(), match["answer"]) for match in _FINAL.finditer(text) if match["told"]]
+    told += [(match.start(), match["answer"]) for match in _HASHES.finditer(text) if _is_short(match["answer"], kind)]
+    mentioned = [(match.start(), match["answer"]) for match in _FINAL.finditer(text) if not match["told"]]
+    for answers in (told, mentioned):   # "Final answer: 12. I checked the final answer."
+        for _, answer in sorted(answers, reverse=True):
+            formulas = re.findall(r"(?<!\\)\$+((?:\\.|[^$\\])+)\$+|\\\((.+?)\\\)", answer) if kind == "math" else []
+            if len(formulas) == 1:                                              # the length is $2\sqrt{3}$. I hope it is correct.
+                answer = "".join(formulas[0])
+            if (found := canonical(answer, kind)) is not None:
+                return found
+    given = told or any(re.search(r"\d", answer) for _, answer in mentioned)   # "final answer: 5 or 6" is not mended by another number
+    numbers = _numbers(_plain(text)) if kind == "number" and not given else []
     return str(numbers[-1][0]) if numbers else None
+
+
+def _is_short(line: str, kind: str) -> bool:
+    """Whether a line behind #### is an answer and not a heading ("#### Step 1: add")."""
+    if kind == "number":
+        return re.fullmatch(r"[\s$*€£-]*\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?\s*%?(?:\s+[A-Za-z]+){0,2}[\s.*]*", line) is not None
+    return re.search(r"(?<![\\A-Za-z{])[A-Za-z]{2,}", line) is None
 
 
 def same_answer(a: str | None, b: str | None, kind: str) -> bool:
@@ -422,26 +499,54 @@ def same_answer(a: str | None, b: str | None, kind: str) -> bool:
         return False
     if a == b or kind != "math":
         return a == b
+    if len({"".join(_STYLED.sub(r"\1", answer).split()) for answer in (a, b)}) == 1:   # \text{June 20} and June 20
+        return True
     plain = [_NUMERAL.fullmatch(answer) is not None for answer in (a, b)]
     words = [_WORDS.fullmatch(answer) is not None for answer in (a, b)]
     if any(words) or all(plain):   # "east" is no product of e, a, s and t; two different fractions are not equal
         return all(words) and a.lower().split() == b.lower().split()
-    powers = [_unit_power(answer) for answer in (a, b)]
-    if None not in powers and powers[0] != powers[1]:   # math-verify drops units, and 15 cm^2 is not 15 cm^3
-        return False
-    return SYMPY.equal(*sorted((a, b)))
+    for told in (_unit_power, _base, _half_day):   # math-verify drops these: 15 cm^2 is not 15 cm^3, 52 in base 8 not 52 in base 9
+        if None not in (both := (told(a), told(b))) and both[0] != both[1]:
+            return False
+    letters = [re.match(r"\(?([A-Z])\)", answer) for answer in (a, b)]
+    if all(letters) and any(letter.end() == len(answer) for letter, answer in zip(letters, (a, b))):   # (C) and (C) hyperbola
+        return letters[0][1] == letters[1][1]
+    if a.lower() == b.lower() or any(one.startswith("\\{") and re.fullmatch(r"\([^()]*\)", other) for one, other in ((a, b), (b, a))):
+        return False   # R is not r; a set is no tuple
+    ends = [_end_of_equation(answer) if "=" not in other else None for answer, other in ((a, b), (b, a))]
+    return SYMPY.equal(*sorted((a, b))) or any(end is not None and same_answer(end, other, kind) for end, other in zip(ends, (b, a)))
 
 
 _NUMERAL = re.compile(r"-?\d+(/\d+)?")
-_UNIT = re.compile(r"(?P<named>square|cubic|sq\.?|cu\.?)?\s*\b(?:[ckm]m|inch|inches|ft|foot|feet|yd|yards?|miles?|units?|(?:centi|kilo|milli)?met(?:er|re)s?)\b"
+_UNIT = re.compile(r"(?P<named>square|cubic|sq\.?|cu\.?)?\s*\b(?:[ckm]?m|in|inch|inches|ft|foot|feet|yd|yards?|miles?|units?|(?:centi|kilo|milli)?met(?:er|re)s?)\b"
                    r"[.}\s]*(?:\^\{?(?P<power>\d))?")
-_WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
+_HALF_DAY = re.compile(r"\b([ap])\.?\s?m\b", re.IGNORECASE)
+_WORDS = re.compile(r"(?:[A-Za-z]{3,}|[Nn]o)(?:[ -][A-Za-z]+)*")
 
 
 def _unit_power(answer: str) -> int | None:
     """1 for a length, 2 for an area, 3 for a volume; None where no such unit is given."""
     match = _UNIT.search(answer)
     return match and (int(match["power"] or 1) if match["power"] or not match["named"] else {"s": 2, "c": 3}[match["named"][0]])
+
+
+def _base(answer: str) -> str | None:
+    """The 8 of 52_8."""
+    match = re.fullmatch(r"\d+\s*_\s*\{?(?:\\text\{)?\s*(\d+)\s*\}*", answer)
+    return match and match[1]
+
+
+def _half_day(answer: str) -> str | None:
+    """a or p, of a.m. and p.m."""
+    match = _HALF_DAY.search(answer)
+    return match and match[1].lower()
+
+
+def _end_of_equation(answer: str) -> str | None:
+    """5 of f(2) = 5; None where there is no equation, or more than one."""
+    left, equals, right = answer.rpartition("=")
+    several = re.search(r",|;|\\text|\band\b|\bor\b", re.sub(r"\([^()]*\)", "", left)) or left.endswith(("<", ">", "!", "\\"))
+    return canonical(right, "math") if equals and not several else None
 
 
 class _Sympy:
@@ -456,7 +561,7 @@ class _Sympy:
         print("ready", flush=True)
         for line in sys.stdin:
             parsed = [math_verify.parse(chr(92) + "boxed{" + answer + "}") for answer in json.loads(line)]
-            print(json.dumps(all(parsed) and all(math_verify.verify(a, b) for a, b in (parsed, parsed[::-1]))), flush=True)
+            print(json.dumps(all(parsed) and all(math_verify.verify(a, b, allow_set_relation_comp=True) for a, b in (parsed, parsed[::-1]))), flush=True)
     """
 
     def __init__(self):
@@ -587,10 +692,10 @@ def _read_row(row: dict, where: str) -> dict:
         letters = [chr(ord("A") + i) for i in range(len(found["choices"]))]
         question += "\n" + "\n".join(f"{letter}) {choice}" for letter, choice in zip(letters, found["choices"]))
         texts = [str(choice).strip() for choice in found["choices"]]
-        if gold.isdigit() and int(gold) < len(letters) and gold not in texts:
-            gold = letters[int(gold)]              # an index, from 0
-        elif gold in texts:
+        if gold in texts and not isinstance(found["answer"], int) and gold not in letters:
             gold = letters[texts.index(gold)]
+        elif gold.isdigit() and int(gold) < len(letters):
+            gold = letters[int(gold)]              # an index, from 0; a number in the data is one even where an option reads the same
         if gold not in letters:
             raise InputError(f"{where}: the answer {gold!r} is none of the options; give its letter, its index from 0, or its text")
     elif "####" in gold:

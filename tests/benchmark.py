@@ -1,6 +1,6 @@
 """How fast the engine is; every figure is a ratio of two runs in this process, or a share of a limit.
 
-    python tests/benchmark.py trees                      # labels: all in flight, one padded generate per round, one problem at a time
+    python tests/benchmark.py trees                      # labels: all in flight, less of the engine, one padded generate per round, one problem at a time
     python tests/benchmark.py scaling                    # cost per problem with 50, 200 and 800 problems
     python tests/benchmark.py engine --device cuda --shape 1.5B --bandwidth 4300 --tflops 790     # decoding, scoring, QLoRA
     python tests/benchmark.py engine --shape tiny --rows 16 64 --prompt 128 --new 32 --states 64 --state-tokens 256
@@ -14,10 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList, Qwen2Config
+from transformers.cache_utils import DynamicLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate_rollouts  # noqa: E402
@@ -56,6 +58,21 @@ class NaivePolicy(Policy):
         return found
 
 
+class UnsharedPolicy(Policy):
+    """A row of the cache for every message from its prompt on, as in the naive batch."""
+
+    def _decode(self, prompts, repeats, limits, draws, greedy):
+        return super()._decode([prompt for prompt, n in zip(prompts, repeats) for _ in range(n)], [1] * len(draws), limits, draws, greedy)
+
+
+class CopyingPolicy(Policy):
+    """The library's cache, which is copied at every step."""
+
+    def _decode(self, *batch):
+        with mock.patch.object(generate_rollouts, "SpareLayer", DynamicLayer):
+            return super()._decode(*batch)
+
+
 def label(policy: Policy, problems, args, max_active: int):
     """(trees per minute, trees without their log-probabilities, shares of the time)."""
     policy.seconds = dict.fromkeys(policy.seconds, 0.0)
@@ -76,10 +93,13 @@ def agents(policy_class, args, **changes) -> Policy:
 
 def trees(args, own) -> None:
     problems = load_problems(task="tiny", data=None, split="train", num=own.problems)
-    ways = {"all in flight": (agents(Policy, args), len(problems)), "one padded generate per round": (agents(NaivePolicy, args, batch_tokens=10**9), len(problems)),
-            "one problem at a time": (agents(Policy, args), 1)}
+    everyone = len(problems)
+    ways = {"all in flight": (agents(Policy, args), everyone), "the library's cache": (agents(CopyingPolicy, args), everyone),
+            "a row per message": (agents(UnsharedPolicy, args), everyone),
+            "one padded generate per round": (agents(NaivePolicy, args, batch_tokens=10**9), everyone), "one problem at a time": (agents(Policy, args), 1)}
     found = {}
     for name, (policy, max_active) in ways.items():
+        label(policy, problems[:4], args, max_active)   # to warm up
         rate, grown, shares = label(policy, problems, args, max_active)
         found[name] = (rate, grown)
         print(f"{name:30s} {rate:7.1f} trees/min   " + ", ".join(f"{what} {share:.1%}" for what, share in shares.items()), flush=True)

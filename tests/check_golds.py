@@ -3,7 +3,7 @@
     python tests/check_golds.py gsm8k DATA/gsm8k_train.jsonl DATA/gsm8k_test.jsonl
     python tests/check_golds.py math DATA/math500.jsonl
 
-Changed: the next integer, a swapped tuple, another exponent, another denominator, another letter or word. Prints counts; exit code 1
+Changed: the next integer, a swapped tuple, swapped matrix entries, another exponent, another denominator, another letter or word. Prints counts; exit code 1
 if one check fails.
 """
 
@@ -25,6 +25,9 @@ def changed(gold: str) -> dict[str, str]:
     if match := re.fullmatch(r"(?P<open>\\left\(|\()(?P<a>[^,]+),(?P<b>[^,]+)(?P<close>\\right\)|\))", gold):
         if match["a"].strip() != match["b"].strip():
             found["swapped tuple"] = f"{match['open']}{match['b']},{match['a']}{match['close']}"
+    if match := re.fullmatch(r"(\\begin\{.matrix\})(.*?)(\\\\|&)(.*?)(\s*(?:\\\\|&|\\end).*)", gold):
+        if match[2].strip() != match[4].strip():
+            found["swapped entries"] = f"{match[1]}{match[4]} {match[3]}{match[2]} {match[5]}"
     if match := re.search(r"\^\{?(\d+)\}?", gold):
         if not gold[match.end():].startswith("\\circ"):
             found["other exponent"] = gold[:match.start()] + f"^{{{int(match[1]) + 1}}}" + gold[match.end():]
@@ -47,7 +50,8 @@ def main(task: str, files: list[str]) -> int:
         for problem in load_problems(task=task, data=file, split="test", num=10**9):   # stops at a gold that cannot be parsed
             gold = raw[problem.question]
             counts["golds that parse"] += 1
-            for form in (f"So we get \\boxed{{{gold}}}", f"I tried 12345.\nFinal answer: {gold}"):
+            for form in (f"So we get \\boxed{{{gold}}}", f"I tried 12345.\nFinal answer: {gold}", f"**Final Answer:**\n\n**{gold}**",
+                         f"12345 = 5. The final answer is ${gold}$. I hope it is correct."):
                 right = is_correct(problem, extract_answer(form, problem.kind))
                 counts["equal to themselves"] += right
                 if not right:

@@ -182,6 +182,15 @@ NUMBERS = [
     (r"\boxed{1} then \boxed{2}", "2"), ("5 + 8 = 13", "13"), ("first 2, then 1,000", "1000"), ("the range 3-5", "5"),
     ("Final answer: 1/0", None), ("I do not know", None), ("Final answer: none", None), ("", None), ("Final answer: 7 (see step 2)", "7"),
     ("Final answer: 1 3/4 cups", "7/4"), (r"\boxed{1\frac{3}{4}}", "7/4"), ("Final answer: 10 / 4", "5/2"), ("the years 1990 1991", "1991"), ("Final answer: -1 1/2", "-3/2"),
+    ("Final answer:\n18", "18"), ("**Final Answer:**\n\n**12**", "12"), ("The final answer is:\n\n$12$", "12"), ("### Final Answer\n7", "7"), ("Final answer - 12", "12"),
+    ("**Final Answer**\n\nThe answer is 18.", "18"), ("Final answer: 12\nThe Solver's final answer is correct.", "12"), ("Final answer: 12\n\nThis is the final answer.", "12"),
+    ("Let's find the final answer.\n\nTotal = 5 + 7 = 12", "12"), ("#### Step 1\n5 + 7\n#### Step 2\n5+7=12\nSo she has 12 apples.", "12"), ("#### $1,200 per year", "1200"),
+    ("The answer is -6.", "-6"), ("She is left with **-6** dollars", "-6"), ("Final answer: The temperature is -10", "-10"), ("x-3", "3"), ("f(2) - 3", "3"),
+    ("Final answer: 5 or 6", None), ("Final answer: Between 5 and 6", None), ("Final answer: 5, 6", None), ("Final answer: 2^3", None), (r"\boxed{2 \times 3}", None),
+    ("Final answer: 12 hours (= 0.5 days)", "12"), ("Final answer: 12 dollars (1 dollar = 100 cents)", "12"), ("Final answer: 5 = 2 + 3", "5"), (r"\boxed{12=5+7}", "12"),
+    ("Final answer: In 4 weeks she earns $12.", "12"), ("Final answer: Total for 2 people: $17", "17"), (r"\boxed{1\,234}", "1234"), (r"\boxed{\frac{1,000}{3}}", "1000/3"),
+    ("Final answer: $1.45 million", "1450000"), ("Final answer: minus 3", "-3"), ("Final answer: 3½", "7/2"), ("Final answer: 3 and 1/2", "7/2"), (r"\boxed 7", "7"), (r"\boxed {12}", "12"),
+    (r"\boxed{}" "\nFinal answer: 12", "12"), ("Final answer: " + "1" * 5000, None), ("Final answer: 1,23,456", "123456"), ("Total: 3*4 and 2*15", "15"),
 ]
 
 
@@ -210,7 +219,30 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     (r"\frac{2}{4}", r"\frac{1}{2}", True), ("0.333333", r"\frac{1}{3}", False), ("0.25", r"\frac{1}{4}", True), (r"1\frac{1}{2}", r"\frac{3}{2}", True), (r"\sqrt{2}", "1.41", False),
     (r"\sqrt[3]{8}", "2", True), (r"\sqrt[3]{2}", r"\sqrt{2}", False), (r"\log 2", r"\log 3", False), (r"5!", "120", True), (r"\infty", r"-\infty", False), (r"(-\infty, 3]", "(-\\infty,3]", True),
     (r"(-\infty, 3]", r"(-\infty, 3)", False), (r"3+4i", "4i+3", True), ("3+4i", "3-4i", False), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", False), ("2:3", "3:2", False), ("10^{3}", "1000", True), ("1.5e3", "1500", False), ("7,8", "78", False)]
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", False), ("2:3", "3:2", False), ("10^{3}", "1000", True), ("1.5e3", "1500", False), ("7,8", "78", False),
+    # rows of a matrix are not spaces
+    (r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}", r"\begin{pmatrix} -14 \\ -2 \\ -7 \end{pmatrix}", False), (r"\begin{pmatrix} -7 \\ 16 \end{pmatrix}", r"\begin{pmatrix}-7\\16\end{pmatrix}", True),
+    (r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}", r"\begin{pmatrix} -1 & 5 \\ 0 & -1 \end{pmatrix}", False), (r"\begin{pmatrix} -7 \\ 16 \end{pmatrix}", r"\begin{pmatrix} -7 \\[4pt] 16 \end{pmatrix}", True),
+    (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{pmatrix}\frac15\\-\frac{18}{5}\end{pmatrix}", True),
+    # words behind a number are no variables, but areas are no lengths
+    ("36", r"36\text{ dollars}", True), ("36", r"35\text{ dollars}", False), (r"\$18.90", r"18.90 \text{ dollars}", True), ("58,500", r"58,500\text{ people}", True), ("36", "36 dollars", True),
+    (r"12\pi", r"12\pi \text{ cm}^2", True), (r"15\mbox{ cm}^2", r"15\text{ cm}^2", True), (r"15\mbox{ cm}^2", r"15 \text{ square centimeters}", True), (r"15\text{ m}^2", r"15\text{ m}", False),
+    (r"864 \mbox{ inches}^2", r"864 \text{ in}^2", True), (r"9:30\text{ p.m.}", r"9:30\text{ a.m.}", False), (r"9:30\text{ p.m.}", r"9:30 \text{ p.m.}", True), ("5", "5x", False),
+    # a fraction before a factor
+    (r"\frac{\pi}{2}", r"\frac{1}{2}\pi", True), (r"\frac12\pi", r"\frac{1}{2\pi}", False), (r"\frac{3\sqrt3}{4}", r"\frac{3}{4}\sqrt3", True), (r"\frac{x+1}{2}", r"\frac12(x+1)", True),
+    (r"-\frac12x+3", r"3-\frac{1}{2x}", False), ("1", r"2^\frac{1}{2}", False), (r"\sqrt2", r"2^\frac{1}{2}", True), (r"y=\frac12x+1", r"y=\frac x2+1", True),
+    # subscripts and stars are no markdown
+    ("52_8", "528", False), ("52_8", "52_{8}", True), ("52_8", "52_9", False), ("4210_{5}", "4210_5", True), ("a_1", "a1", False), ("23", "2*3", False), ("2xy", "2*x*y", True), ("**x^2**", "x^2", True),
+    (r"\log_2 3", r"\frac{\ln 3}{\ln 2}", True),
+    # thousands, units of degrees, scientific and repeating numbers
+    (r"11,\! 111,\! 100", "11,111,100", True), (r"10\,080", "10080", True), (r"\frac{448}{15,625}", r"\frac{448}{15625}", True), ("145°", r"145^\circ", True), (r"145\degree", r"145^\circ", True),
+    (".0000672", r"6.72 \times 10^{-5}", True), (r"0.\overline{36}", r"\frac{4}{11}", True), (r"0.\overline{36}", r"\frac{4}{10}", False),
+    # relations, equations, sets
+    (r"x\in[-2,7]", r"-2 \le x \le 7", True), ("(3,4]", r"3<x\le4", True), ("(3,4]", "3<x<4", False), ("5", "f(2)=5", True), ("5", "f(5)=2", False), ("4", "x=3, y=4", False),
+    (r"\{1,2\}", "(1,2)", False), (r"\{(1,1),(2,2)\}", "(1,1),(2,2)", True), (r"\emptyset", r"\varnothing", True), (r"\frac{3}{56}", r"\frac{3}{56} \approx 0.0536", True),
+    # letters, words, i
+    ("3r^2", "3R^2", False), (r"\text{No}", "no", True), (r"\textbf{Evelyn}", r"\mbox{Evelyn}", True), (r"\text{(C)}", r"\text{(C) hyperbola}", True), (r"\text{(C)}", r"\text{(D) circle}", False),
+    (r"\text{Friday, June 5}", "Friday, June 5", True), (r"\text{Friday, June 5}", "Friday, June 6", False), (r"\frac32 i", r"\frac{3i}{2}", True), ("2i", r"2\mathrm{i}", True), ("2i", "-2i", False), ("2i", "2", False)]
 
 
 @pytest.mark.parametrize("a, b, equal", MATH)
@@ -246,12 +278,34 @@ def test_boxes_with_inner_braces_are_read_whole():
 
 
 LETTERS = [("Final answer: A", "A"), ("Final answer: (b)", "B"), ("Final answer: Option E.", "E"), ("A train leaves town", None),
-           ("Final answer: A train", None), ("Final answer: **C**", "C"), (r"\boxed{D}", "D"), ("**Final answer**: B", "B")]
+           ("Final answer: A train", None), ("Final answer: **C**", "C"), (r"\boxed{D}", "D"), ("**Final answer**: B", "B"),
+           ("Final answer: A is correct", "A"), ("Final answer: **A** because it follows", "A"), ("Final answer: a train", None), ("Final answer: I would say so", None),
+           ("Final answer: $C$", "C"), (r"\boxed{\text{(C)}}", "C"), (r"\boxed{\textrm{B}}", "B"), (r"Final answer: $\mathrm{D}$", "D"), ("Final answer: [C]", "C"), ('Final answer: "C"', "C"),
+           ("Final answer: <C>", "C"), ("Final answer: The correct answer is C", "C"), ("Final answer: The correct option is (C).", "C"), ("Final Answer: The final answer is $C$. I hope it is correct.", "C"),
+           ("Final answer: Answer: C", "C"), ("Final Answer:\nC", "C"), ("### Final Answer\nC", "C"), ("Final answer: C\n\n#### Explanation\nB is wrong.", "C"), ("Final answer - C", "C"),
+           ("Final answer: C or D", None), ("Final answer: C/D", None), ("Final answer: Option C and Option D", None), (r"\boxed{A, B}", None), ("Final answer: C) Paris", "C"),
+           ("Final answer: N/A", None), ("Final answer: e.g. dogs", None), ("Final answer: U.S. law", None), ("Final answer: T-shirt", None), ("Final answer: x = 3", None),
+           ("Final answer: I’m not sure", None), ("Final answer: None of these", None), ("Final answer: (J)", "J"), ("#### C", "C"), ("#### Step B", None)]
 
 
 @pytest.mark.parametrize("text, letter", LETTERS)
 def test_letters_are_read_only_where_an_answer_is_given(text, letter):
     assert extract_answer(text, "letter") == letter
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"Final answer: the length is $2\sqrt{3}$.", r"2\sqrt{3}"), (r"Final Answer: The final answer is $\frac{1}{2}$. I hope it is correct.", "1/2"),
+    ("Final answer:\n$$x+1$$", "x+1"), ("**Final answer:** $x+1$", "x+1"), (r"Final answer: \(x+1\)", "x+1"), ("#### Explanation", None), ("Final answer: x+1\nMy final answer is right.", "x+1")])
+def test_formulas_are_read_from_the_final_answer(text, answer):
+    assert extract_answer(text, "math") == answer
+
+
+def test_an_option_is_given_by_letter_index_or_text(tmp_path):
+    rows = [(["8", "2", "24", "120"], 2, "C"), (["3", "2", "1", "0"], 3, "D"), (["1", "0", "3", "2"], 0, "A"), (["8", "2"], "2", "B"), (["red", "blue"], "blue", "B"),
+            (["red", "blue"], "1", "B"), (["B", "A", "C"], "A", "A"), (["red"] * 4 + ["blue"], "E", "E")]
+    data = write(tmp_path / "d.jsonl", [{"id": str(i), "question": "q", "choices": choices, "answer": answer} for i, (choices, answer, _) in enumerate(rows)])
+    golds = {p.id: p.gold for p in load_problems(task="mmlu", data=data, split="test", num=len(rows))}
+    assert golds == {str(i): letter for i, (*_, letter) in enumerate(rows)}
 
 
 def test_no_answer_equals_nothing():
