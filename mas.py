@@ -344,7 +344,8 @@ _FINAL = re.compile(r"""final\s+answer\b [ \t]*(?:\([^()\n]*\))? [ \t]*(?:is\b)?
                         [ \t*_`]*\s*(?P<answer>[^\n]*)""", re.IGNORECASE | re.VERBOSE)   # what was said is on this line or on the next one with text
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(?!#)(?P<answer>[^\n]*)", re.MULTILINE)
 _STYLED = re.compile(r"\\(?:text(?:rm|bf|it|sf)?|mbox|math(?:rm|bf|sf|it)|boldsymbol|bm)\s*\{([^{}]*)\}")
-_LETTER = re.compile(r"""^\W*(?:(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|options?|choice|letter)\b\s*(?:is\b)?\W*)*\W*(?P<letter>[A-Z])(?P<rest>(?![\w'’/&-]|\.\w|\s*=\s*\d).*)""", re.IGNORECASE | re.VERBOSE | re.DOTALL)
+_LETTER = re.compile(r"""^\W*(?:(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|options?|choice|letter)\b\s*(?:is\b)?\W*)*
+                         (?P<letter>[A-Z])(?P<rest>(?![\w'’/&-]|\.\w|\s*=\s*\d).*)""", re.IGNORECASE | re.VERBOSE | re.DOTALL)
 _ARTICLE = re.compile(r"\s+(?!(?:is|because|since|as|for|follows|holds|due)\b)[a-z]")   # "A train ..." names no option
 _SECOND = re.compile(r"""[\s)\]]*(?:,|/|\bor\b|\band\b)\s*(?:options?|choice)?\s*\(?[A-Z]\)?\s*(?:[.,;)\]}]|$)""", re.IGNORECASE)
 
