@@ -21,13 +21,14 @@ main: .venv/.installed
 	  mcts-8x1.8.1.1-random mcts-8x1.8.1.1-policy mcts-8x1.8.1.1-policy-lam0.5 mcts-8x1.8.1.1-value mcts-8x1.8.1.1-value-lam0.5
 
 # Where V is hard to learn: agents at temperature 1.5, 100 training problems. All V meet the held-out labels of 80 simulations.
+HARD_LABELS := $(RUN) generate_rollouts.py --num-train 100 --temperature 1.5
 HARD := $(RUN) train_value.py --heldout-rollouts runs/n80/rollouts --epochs 4
 hard: .venv/.installed
-	for n in 80 40; do $(RUN) generate_rollouts.py --run runs/n$$n --num-simulations $$n --num-train 100 --temperature 1.5 || exit 1; done
+	for n in 80 40; do $(HARD_LABELS) --run runs/n$$n --num-simulations $$n || exit 1; done
 	$(HARD) --run runs/n40
 
 rollout-count: hard
-	for n in 10 20; do $(RUN) generate_rollouts.py --run runs/n$$n --num-simulations $$n --num-train 100 --temperature 1.5 || exit 1; done
+	for n in 10 20; do $(HARD_LABELS) --run runs/n$$n --num-simulations $$n || exit 1; done
 	for n in 10 20 40 80; do \
 	  $(HARD) --run runs/n$$n && $(RUN) evaluate.py --run runs/n$$n --temperature 1.5 --methods greedy $(SEARCH) || exit 1; done
 	$(RUN) evaluate.py --compare runs/n10 runs/n20 runs/n40 runs/n80

@@ -472,9 +472,10 @@ def extract_answer(text: str, kind: str) -> str | None:
     boxed = _boxed(text)
     if boxed is not None and boxed.strip():
         return canonical(boxed, kind)
-    told = [(match.start(), match["answer"]) for match in _FINAL.finditer(text) if match["told"]]
+    told, mentioned = [], []
+    for match in _FINAL.finditer(text):
+        (told if match["told"] else mentioned).append((match.start(), match["answer"]))
     told += [(match.start(), match["answer"]) for match in _HASHES.finditer(text) if _is_short(match["answer"], kind)]
-    mentioned = [(match.start(), match["answer"]) for match in _FINAL.finditer(text) if not match["told"]]
     for answers in (told, mentioned):   # "Final answer: 12. I checked the final answer."
         for _, answer in sorted(answers, reverse=True):
             formulas = re.findall(r"(?<!\\)\$+((?:\\.|[^$\\])+)\$+|\\\((.+?)\\\)", answer) if kind == "math" else []
