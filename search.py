@@ -1,277 +1,472 @@
-"""Stage 3: search for an answer, guided by V (paper section 4.3). No search here ever sees the gold answer.
+"""Stage 3: search for an answer, guided by V (paper section 4.3).
 
-    python search.py                                         # an embedded test problem, MCTS guided by V
+    python search.py                                       # an embedded test problem, MCTS by V
     python search.py --index 7 --method sbs-2x1.4.1.1-value
     python search.py --question "Tom packs 10 boxes. ..."
 
-Prints the transcript with V per message, the tree with N, Q and V, and what it cost. Methods:
+Prints the transcript with V per message, the tree with N, Q and V, and the cost. Methods:
 
     greedy                    one pass, the most likely token at every step
     vote-K                    majority vote over K sampled passes
     best_of-K-SCORER          the sampled pass with the best final score
     sbs-B1xB2-SCORER          step-level beam search: B1 beams, B2 candidates each
-    mcts-N[xC]-SCORER[-lamL]  MCTS with N simulations, C candidates per expansion (default: --num-candidates), lambda L (--lam)
+    mcts-N[xC]-SCORER[-lamL]  MCTS: N simulations, C candidates per expansion (default:
+                              --num-candidates), lambda L (default: --lam)
 
-B2 and C are one number or one per agent (1.8.1.1). SCORER is value (V), policy (the policy's own likelihood), random,
-or outcome (the ORM in V's place).
+B2 and C are one number, or one per agent (1.8.1.1). SCORER is value (V), policy (the policy's own
+likelihood), random (the control), or outcome (the ORM in V's place).
+
+No search sees the gold answer: a search is given the question, and no Problem.
 """
 
 import argparse
 import math
 import re
+import shutil
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from answers import extract_answer, same_answer
+from decoding import uniforms
+from generate_rollouts import (
+    Node,
+    backup,
+    expand,
+    make_child,
+    make_root,
+    messages_per_tree,
+    run,
+    select,
+)
+from mas import MAS, load_graph
+from policy import (
+    Candidate,
+    Cost,
+    Handler,
+    Outcome,
+    Policy,
+    Sample,
+    Score,
+    add_policy_arguments,
+    make_policy,
+)
+from runs import (
+    InputError,
+    Parser,
+    SearchProgress,
+    cli,
+    device_of_this_process,
+    positive_int,
+    unit_float,
+)
+from tasks import TASKS, Problem, is_correct, load_problems
+from value import ValueModel
 
-from generate_rollouts import (Cost, Handler, Node, Outcome, Policy, Sample, Score, add_policy_arguments, backup, expand,
-                               make_child, make_policy, make_root, own_device, run, select, uniforms)
-from mas import (MAS, TASKS, InputError, Parser, Problem, cli, extract_answer, is_correct, load_graph, load_problems, positive_int,
-                 same_answer, unit_float)
-from train_value import ValueModel
+# A search yields requests and returns the terminal node whose answer is given.
+Search = Generator[Sample | Score | Outcome, list, Node]
 
-Search = Generator[Sample | Score | Outcome, list, Node]  # returns the terminal node whose answer is given
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Passes: one message per agent, no search
+# ---- Passes: one message per agent, no search ----------------------------------------------------
 
 
-def sample_passes(question: str, mas: MAS, *, num: int, greedy: bool) -> Search:
-    """`num` independent passes through the agents. Returns their terminal nodes."""
+def sample_passes(
+    question: str, mas: MAS, *, num: int, greedy: bool
+) -> Generator[Sample, list, list[Node]]:
+    """Run `num` independent passes through the agents. Returns their terminal nodes."""
     root = make_root(question)
     [candidates] = yield Sample([root], num, greedy)
-    nodes = [make_child(mas, root, candidate, k) for k, candidate in enumerate(candidates)]
-    while live := [i for i, node in enumerate(nodes) if not mas.is_terminal(node.state)]:
-        replies = yield Sample([nodes[i] for i in live], 1, greedy)
-        for i, [candidate] in zip(live, replies):
-            nodes[i] = make_child(mas, nodes[i], candidate, 0)
-    return nodes
+    nodes = []
+    for index, candidate in enumerate(candidates):
+        # Passes that start with equal messages remain separate samples.
+        nodes.append(make_child(mas, root, candidate, index))
+    while True:
+        live = [index for index, node in enumerate(nodes) if not mas.is_terminal(node.state)]
+        if not live:
+            return nodes
+        replies = yield Sample([nodes[index] for index in live], 1, greedy)
+        for index, [candidate] in zip(live, replies, strict=True):
+            nodes[index] = make_child(mas, nodes[index], candidate, 0)
 
 
 def greedy(question: str, mas: MAS) -> Search:
-    """One pass; every agent takes its most likely token at every step."""
+    """Run one pass in which every agent takes its most likely token at every step."""
     [node] = yield from sample_passes(question, mas, num=1, greedy=True)
     return node
 
 
-def vote(question: str, mas: MAS, kind: str, *, num: int) -> Search:
-    """Majority vote (self-consistency): the most frequent answer among `num` passes; ties go to the one seen first.
+def vote(question: str, mas: MAS, answer_type: str, *, num: int) -> Search:
+    """Return a pass with the most frequent answer among `num` passes (self-consistency).
 
-    Answers are clustered by the equality that grades them. A pass without an answer has no vote.
+    Answers are clustered by the equality that grades them. Ties go to the answer seen first. A pass
+    without an answer has no vote.
     """
     nodes = yield from sample_passes(question, mas, num=num, greedy=False)
-    clusters: list[list[Node]] = []
+    clusters: list[tuple[str, list[Node]]] = []  # (answer, passes that give it)
     for node in nodes:
-        answer = extract_answer(node.state.messages[-1].text, kind)
-        same = (c for c in clusters if same_answer(extract_answer(c[0].state.messages[-1].text, kind), answer, kind))
-        if answer is not None and (cluster := next(same, None)) is not None:
-            cluster.append(node)
-        elif answer is not None:
-            clusters.append([node])
-    return max(clusters, key=len)[0] if clusters else nodes[0]
+        answer = extract_answer(node.message.text, answer_type)
+        if answer is None:
+            continue
+        for cluster_answer, members in clusters:
+            if same_answer(cluster_answer, answer, answer_type):
+                members.append(node)
+                break
+        else:
+            clusters.append((answer, [node]))
+    if not clusters:
+        return nodes[0]
+    _, largest = max(clusters, key=lambda cluster: len(cluster[1]))
+    return largest[0]
 
 
 def best_of_n(question: str, mas: MAS, *, num: int) -> Search:
-    """Of `num` passes the one whose final state scores best."""
+    """Return the pass whose final state scores best among `num` passes."""
     nodes = yield from sample_passes(question, mas, num=num, greedy=False)
-    for node, node.V in zip(nodes, (yield Score(nodes))):
-        pass
+    values = yield Score(nodes)
+    for node, value in zip(nodes, values, strict=True):
+        node.V = value
     return max(nodes, key=lambda node: node.V)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Search
+# ---- Search --------------------------------------------------------------------------------------
 
 
 def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, ...]) -> Search:
-    """Step-level beam search, SBS(B1, B2): each beam gets B2 candidates from the agent on turn, all are scored by V of the
-    new state, the best B1 stay. `num_candidates` is B2 per agent. Finished transcripts compete with their last score."""
+    """Step-level beam search, SBS(B1, B2).
+
+    Each of at most B1 beams gets B2 candidates from the agent on turn. All candidates are scored by
+    V of the new state, and the best B1 stay. Finished transcripts compete with their last score.
+
+    Args:
+        beam_width: B1.
+        num_candidates: B2 per agent.
+    """
     beams = [make_root(question)]
-    while live := [node for node in beams if not mas.is_terminal(node.state)]:
+    while True:
+        live = [node for node in beams if not mas.is_terminal(node.state)]
+        if not live:
+            return beams[0]
+
+        # 1. Candidates. Beams can wait for different agents, hence for different numbers of them.
         pool = [node for node in beams if mas.is_terminal(node.state)]
-        width = {node: num_candidates[mas.index(node.state)] for node in live}
-        for num in sorted(set(width.values())):
-            nodes = [node for node in live if width[node] == num]
-            for node, candidates in zip(nodes, (yield Sample(nodes, num))):
+        width_of = {node: num_candidates[mas.turn_index(node.state)] for node in live}
+        for width in sorted(set(width_of.values())):
+            nodes = [node for node in live if width_of[node] == width]
+            replies = yield Sample(nodes, width)
+            for node, candidates in zip(nodes, replies, strict=True):
                 pool += expand(mas, node, candidates)
+
+        # 2. Score the new states; finished transcripts have their score already.
         fresh = [node for node in pool if node.V is None]
-        for node, node.V in zip(fresh, (yield Score(fresh))):
-            pass
-        beams = sorted(pool, key=lambda node: -node.V)[:beam_width]   # stable: ties go to the first
-    return beams[0]
+        values = yield Score(fresh)
+        for node, value in zip(fresh, values, strict=True):
+            node.V = value
+
+        # 3. Keep the best. The sort is stable, so ties go to the first.
+        beams = sorted(pool, key=lambda node: -node.V)[:beam_width]
 
 
-def mcts(question: str, mas: MAS, *, num_simulations: int, num_candidates: tuple[int, ...], c_uct: float, lam: float) -> Search:
-    """MCTS guided by V (Algorithm 2). Differs from `label_tree` in three places: a new child starts with a virtual visit,
-    Eq. 2 (not chance) picks among new children, and a terminal state is worth a mix of V and ORM instead of the reward.
+def mcts(
+    question: str,
+    mas: MAS,
+    *,
+    num_simulations: int,
+    num_candidates: tuple[int, ...],
+    c_uct: float,
+    lam: float,
+) -> Search:
+    """MCTS guided by V (Algorithm 2).
 
-    Every simulation runs to a terminal state. lam = 0 never asks the ORM.
+    Differs from `label_tree` in three places: a new child starts with a virtual visit; Eq. 2, not
+    chance, picks among new children; a terminal state is worth a mix of V and the ORM instead of
+    the reward. Every simulation runs to a terminal state.
+
+    Args:
+        num_candidates: C per agent.
+        lam: weight of the ORM in a terminal value. 0 never asks the ORM.
     """
     root = make_root(question)
     for _ in range(num_simulations):
         node = root
         while not mas.is_terminal(node.state):
             if node.children is None:
-                [candidates] = yield Sample([node], num_candidates[mas.index(node.state)])
+                num = num_candidates[mas.turn_index(node.state)]
+                [candidates] = yield Sample([node], num)
                 children = expand(mas, node, candidates)
-                for child, child.V in zip(children, (yield Score(children))):
-                    child.N, child.W = 1, child.V                             # virtual visit: N = 1, W = V(child)
-            node = select(node, c_uct)                                        # Eq. 2
+                values = yield Score(children)
+                for child, value in zip(children, values, strict=True):
+                    child.V = value
+                    child.N, child.W = 1, value  # virtual visit: N = 1, W = V(child)
+            node = select(node, c_uct)  # Eq. 2
         if node.reward is None:
-            [outcome] = (yield Outcome([node])) if lam > 0 else [0.0]
-            node.reward = (1 - lam) * node.V + lam * outcome                  # terminal value, lambda mixing
+            outcome = 0.0
+            if lam > 0:
+                [outcome] = yield Outcome([node])
+            node.reward = (1 - lam) * node.V + lam * outcome  # terminal value, lambda mixing
         backup(node, node.reward)
     return decide(root, mas)
 
 
 def decide(root: Node, mas: MAS) -> Node:
-    """From the root descend by largest Q among children that a simulation passed through: a virtual visit alone (N = 1) is
-    no evidence. As simulations run to the end, this always ends in a terminal state, never in an unfinished transcript."""
+    """Descend from the root by largest Q, among children that a simulation has passed through.
+
+    A virtual visit alone (N = 1) is no evidence. Simulations run to the end, so this always ends in
+    a terminal state, never in an unfinished transcript.
+    """
     node = root
     while not mas.is_terminal(node.state):
-        node = max((child for child in node.children if child.N > 1), key=lambda child: child.Q)
+        visited = [child for child in node.children if child.N > 1]
+        node = max(visited, key=lambda child: child.Q)
     return node
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scorers: what answers a Score request. The searches do not know which it is.
+# ---- Scorers: what answers a Score request -------------------------------------------------------
+# The searches do not know which scorer it is.
 
 
 class ModelScorer:
-    """V (or the ORM), by the trained model."""
+    """Score states by a trained model: V, or the ORM."""
 
     def __init__(self, model: ValueModel, *, batch_tokens: int):
-        self.model, self.batch_tokens = model, batch_tokens
+        self.model = model
+        self.batch_tokens = batch_tokens
 
-    def __call__(self, requests: list[tuple[Problem, Score | Outcome]]) -> list[tuple[list[float], Cost]]:
+    def __call__(
+        self, requests: list[tuple[Problem, Score | Outcome]]
+    ) -> list[tuple[list[float], Cost]]:
         start = time.perf_counter()
-        values, tokens = self.model.score([node.state for _, request in requests for node in request.nodes], batch_tokens=self.batch_tokens)
-        seconds = (time.perf_counter() - start) / len(values)
-        replies, at = [], 0
+        states = []
         for _, request in requests:
-            end = at + len(request.nodes)
-            replies.append((values[at:end], Cost(scored_tokens=sum(tokens[at:end]), seconds=seconds * (end - at))))
-            at = end
+            states += [node.state for node in request.nodes]
+        values, tokens = self.model.score(states, batch_tokens=self.batch_tokens)
+        seconds_per_state = (time.perf_counter() - start) / len(states)
+
+        replies = []
+        first = 0
+        for _, request in requests:
+            num_states = len(request.nodes)
+            last = first + num_states
+            cost = Cost(
+                scored_tokens=sum(tokens[first:last]), seconds=seconds_per_state * num_states
+            )
+            replies.append((values[first:last], cost))
+            first = last
         return replies
 
 
 def policy_scorer(requests: list[tuple[Problem, Score]]) -> list[tuple[list[float], Cost]]:
-    """The paper's likelihood baseline: how likely the policy found the newest message it sampled, as a value in [-1, 1]:
-    2 * exp(mean token log-probability) - 1, i.e. the geometric mean of the token probabilities. Costs nothing."""
-    value = lambda candidate: 2 * math.exp(candidate.logprob / candidate.tokens) - 1
-    return [([value(node.candidate) for node in request.nodes], Cost()) for _, request in requests]
+    """Score the newest message by the policy's own likelihood: the paper's baseline. Free of cost.
+
+    The value is 2 * exp(mean token log-probability) - 1, in [-1, 1]: the geometric mean of the
+    token probabilities, scaled to the range of V.
+    """
+    replies = []
+    for _, request in requests:
+        values = [2 * math.exp(mean_logprob(node.candidate)) - 1 for node in request.nodes]
+        replies.append((values, Cost()))
+    return replies
+
+
+def mean_logprob(candidate: Candidate) -> float:
+    return candidate.logprob / candidate.tokens
 
 
 class RandomScorer:
-    """The control: uniform in [-1, 1], a function of (seed, problem, path)."""
+    """The control: a uniform value in [-1, 1], a function of (seed, problem, path)."""
 
     def __init__(self, seed: int):
         self.seed = seed
 
     def __call__(self, requests: list[tuple[Problem, Score]]) -> list[tuple[list[float], Cost]]:
-        value = lambda problem, node: 2 * float(uniforms(1, "random scorer", self.seed, problem.id, node.path)[0]) - 1
-        return [([value(problem, node) for node in request.nodes], Cost()) for problem, request in requests]
+        replies = []
+        for problem, request in requests:
+            values = [self._value(problem, node) for node in request.nodes]
+            replies.append((values, Cost()))
+        return replies
+
+    def _value(self, problem: Problem, node: Node) -> float:
+        [uniform] = uniforms(1, "random scorer", self.seed, problem.id, node.path)
+        return 2 * float(uniform) - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Methods by name
+# ---- Methods by name -----------------------------------------------------------------------------
+
+SCORERS = ("value", "policy", "random", "outcome")
 
 
 @dataclass(frozen=True)
 class Method:
-    name: str                             # canonical; also the name of its records file
-    kind: str                             # greedy, vote, best_of, sbs or mcts
-    scorer: str | None                    # value, policy, random, outcome
-    num: int                              # passes, beams or simulations
-    num_candidates: tuple[int, ...]       # per agent
+    """A search and its settings.
+
+    Attributes:
+        name: also the name of its records file.
+        algorithm: greedy, vote, best_of, sbs or mcts.
+        scorer: one of SCORERS; None for greedy and vote.
+        num: number of passes, beams or simulations.
+        num_candidates: per agent.
+        lam: weight of the ORM in a terminal value (mcts).
+    """
+
+    name: str
+    algorithm: str
+    scorer: str | None
+    num: int
+    num_candidates: tuple[int, ...]
     lam: float
 
     def search(self, problem: Problem, mas: MAS, *, c_uct: float) -> Search:
-        """A fresh search for one problem. It is given the question, not the gold answer."""
+        """Start a search for one problem. It is given the question, not the gold answer."""
         question = problem.question
-        if self.kind == "greedy":
+        if self.algorithm == "greedy":
             return greedy(question, mas)
-        if self.kind == "vote":
-            return vote(question, mas, problem.kind, num=self.num)
-        if self.kind == "best_of":
+        if self.algorithm == "vote":
+            return vote(question, mas, problem.answer_type, num=self.num)
+        if self.algorithm == "best_of":
             return best_of_n(question, mas, num=self.num)
-        if self.kind == "sbs":
+        if self.algorithm == "sbs":
             return sbs(question, mas, beam_width=self.num, num_candidates=self.num_candidates)
-        return mcts(question, mas, num_simulations=self.num, num_candidates=self.num_candidates, c_uct=c_uct, lam=self.lam)
+        return mcts(
+            question,
+            mas,
+            num_simulations=self.num,
+            num_candidates=self.num_candidates,
+            c_uct=c_uct,
+            lam=self.lam,
+        )
+
+    def messages_per_problem(self, mas: MAS) -> int:
+        """Guess how many messages a search samples, for the time left."""
+        if self.algorithm == "mcts":
+            return messages_per_tree(self.num, self.num_candidates)
+        if self.algorithm != "sbs":
+            return self.num * len(mas.agents)
+        messages, beams = 0, 1
+        for width in self.num_candidates:
+            messages += beams * width
+            beams = min(self.num, beams * width)
+        return messages
+
+    @property
+    def models(self) -> set[str]:
+        """Which trained models it asks: "value" (V), "outcome" (the ORM), both or none."""
+        models = {self.scorer} & {"value", "outcome"}
+        return models | {"outcome"} if self.lam > 0 else models
 
 
-_METHOD = re.compile(r"(?P<kind>greedy|vote|best_of|sbs|mcts)(?:-(?P<num>\d+)(?:x(?P<per_agent>[\d.]+))?)?"
-                     r"(?:-(?P<scorer>value|policy|random|outcome))?(?:-lam(?P<lam>[\d.]+))?")
-_FORMS = {  # kind: (what its name must hold, what it may hold)
-    "greedy": (set(), set()), "vote": ({"num"}, set()), "best_of": ({"num", "scorer"}, set()),
-    "sbs": ({"num", "per_agent", "scorer"}, set()), "mcts": ({"num", "scorer"}, {"per_agent", "lam"})}
+_NUM = r"(?P<num>0*[1-9]\d*)"
+_PER_AGENT = r"x(?P<per_agent>[\d.]+)"
+_SCORER = rf"-(?P<scorer>{'|'.join(SCORERS)})"
+METHOD_PATTERNS = {
+    "greedy": r"greedy",
+    "vote": rf"vote-{_NUM}",
+    "best_of": rf"best_of-{_NUM}{_SCORER}",
+    "sbs": rf"sbs-{_NUM}{_PER_AGENT}{_SCORER}",
+    "mcts": rf"mcts-{_NUM}(?:{_PER_AGENT})?{_SCORER}(?:-lam(?P<lam>[\d.]+))?",
+}
 
 
 def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Method:
-    """Read a method's name; num_candidates and lam stand in where an mcts name does not give them."""
-    match = _METHOD.fullmatch(name)
-    given = {key for key, value in match.groupdict().items() if value is not None and key != "kind"} if match else set()
-    required, optional = _FORMS[match["kind"]] if match else (None, None)
-    if not match or not required <= given <= required | optional or "num" in given and int(match["num"]) < 1:
-        raise InputError(f"method {name}: not one of greedy, vote-K, best_of-K-SCORER, sbs-B1xB2-SCORER, mcts-N[xC]-SCORER[-lamL] "
-                         f"with whole numbers of at least 1 and SCORER one of value, policy, random, outcome")
-    if match["kind"] != "mcts":
-        counts = mas.per_agent(match["per_agent"] or "1", f"method {name}:")
-        return Method(name, match["kind"], match["scorer"], int(match["num"] or 1), counts, 0.0)
-    counts = mas.per_agent(match["per_agent"] or num_candidates, f"method {name}:" if match["per_agent"] else "--num-candidates")
-    if match["lam"] is not None:
-        try:
-            lam = unit_float(match["lam"])
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"method {name}: lambda {error}") from None
-    shown = str(counts[0]) if len(set(counts)) == 1 else ".".join(map(str, counts))
-    canonical = f"mcts-{int(match['num'])}x{shown}-{match['scorer']}" + (f"-lam{lam:g}" if lam else "")
-    return Method(canonical, "mcts", match["scorer"], int(match["num"]), counts, lam)
+    """Read the name of a method.
+
+    Args:
+        num_candidates, lam: for an mcts whose name does not give them.
+
+    Raises:
+        InputError: if there is no such method.
+    """
+    algorithm, parts = _split_name(name)
+    num = int(parts.get("num") or 1)
+    scorer = parts.get("scorer")
+    if algorithm != "mcts":
+        counts = mas.per_agent(parts.get("per_agent") or "1", f"method {name}:")
+        return Method(name, algorithm, scorer, num, counts, lam=0.0)
+
+    # The canonical name of an mcts says all its settings.
+    if parts["per_agent"] is None:
+        counts = mas.per_agent(num_candidates, "--num-candidates")
+    else:
+        counts = mas.per_agent(parts["per_agent"], f"method {name}:")
+    if parts["lam"] is not None:
+        lam = _lam_of_name(name, parts["lam"])
+    shown_counts = str(counts[0]) if len(set(counts)) == 1 else ".".join(map(str, counts))
+    canonical_name = f"mcts-{num}x{shown_counts}-{scorer}"
+    if lam > 0:
+        canonical_name += f"-lam{lam:g}"
+    return Method(canonical_name, algorithm, scorer, num, counts, lam)
 
 
-def model_folder(args, name: str) -> Path:
-    """Where V ("value") or the ORM ("outcome") of this run lies."""
-    return Path({"value": args.value or f"{args.run}/value", "outcome": args.orm or f"{args.run}/orm"}[name])
+def _split_name(name: str) -> tuple[str, dict[str, str | None]]:
+    """Return (algorithm, parts of the name). Raises InputError if no pattern matches."""
+    for algorithm, pattern in METHOD_PATTERNS.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            return algorithm, match.groupdict()
+    raise InputError(
+        f"method {name}: not one of greedy, vote-K, best_of-K-SCORER, sbs-B1xB2-SCORER, "
+        f"mcts-N[xC]-SCORER[-lamL] with whole numbers of at least 1 and SCORER one of "
+        f"{', '.join(SCORERS)}"
+    )
+
+
+def _lam_of_name(name: str, lam: str) -> float:
+    try:
+        return unit_float(lam)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"method {name}: lambda {error}") from None
+
+
+def model_folder(args, model: str) -> Path:
+    """Return the folder of V ("value") or of the ORM ("outcome")."""
+    if model == "value":
+        return Path(args.value or f"{args.run}/value")
+    return Path(args.orm or f"{args.run}/orm")
 
 
 def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
-    """What the methods need and nothing else: no ORM is loaded unless a method asks for it."""
-    needed = {method.scorer for method in methods} | {"outcome" for method in methods if method.lam > 0}
+    """Load the scorers that the methods need. No ORM is loaded unless a method asks for it."""
     scorers: dict[str, Handler] = {"policy": policy_scorer, "random": RandomScorer(args.seed)}
-    for name, fix in (("value", "train_value.py makes it"), ("outcome", "train_value.py --target outcome makes it")):
-        if name in needed:
-            folder = model_folder(args, name)
-            if not folder.is_dir():
-                raise InputError(f"{folder}: no trained {name} model there; {fix}")
-            scorers[name] = ModelScorer(ValueModel.load(folder, mas, device=own_device(args.device)), batch_tokens=args.batch_tokens)
+    commands = {"value": "train_value.py", "outcome": "train_value.py --target outcome"}
+    for model, command in commands.items():
+        if not any(model in method.models for method in methods):
+            continue
+        folder = model_folder(args, model)
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no trained {model} model there; {command} makes it")
+        value_model = ValueModel.load(folder, mas, device=device_of_this_process(args.device))
+        scorers[model] = ModelScorer(value_model, batch_tokens=args.batch_tokens)
     return scorers
 
 
-def make_handlers(method: Method, scorers: dict[str, Handler], policy: Policy) -> dict[type, Handler]:
-    """Cheap kinds first (see `run`)."""
-    handlers: dict[type, Handler] = {Sample: policy}
-    if method.lam > 0:
-        handlers = {Outcome: scorers["outcome"]} | handlers
+def make_handlers(
+    method: Method, scorers: dict[str, Handler], policy: Policy
+) -> dict[type, Handler]:
+    """Return what answers the requests of a method, cheapest first (see `run`)."""
+    handlers: dict[type, Handler] = {}
     if method.scorer:
-        handlers = {Score: scorers[method.scorer]} | handlers
+        handlers[Score] = scorers[method.scorer]
+    if method.lam > 0:
+        handlers[Outcome] = scorers["outcome"]
+    handlers[Sample] = policy
     return handlers
 
 
 def add_search_arguments(parser: Parser) -> None:
-    """The flags that search.py and evaluate.py share beyond those of the policy."""
-    parser.add_argument("--lam", type=unit_float, default=0.0, help="lambda: weight of the ORM in an mcts terminal value")
+    """Add the flags that search.py and evaluate.py share beyond those of the policy."""
+    parser.add_argument(
+        "--lam",
+        type=unit_float,
+        default=0.0,
+        help="lambda: weight of the ORM in an mcts terminal value",
+    )
     parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
     parser.add_argument("--orm", default=None, help="folder of the ORM (default: RUN/orm)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One problem, in full
+# ---- One problem in full -------------------------------------------------------------------------
 
 
 def path_to(node: Node) -> list[Node]:
-    """The nodes from the first message to `node`."""
+    """Return the nodes from the first message to `node`."""
     path = []
     while node.parent is not None:
         path.append(node)
@@ -279,16 +474,26 @@ def path_to(node: Node) -> list[Node]:
     return path[::-1]
 
 
-def show_tree(root: Node, chosen: Node) -> str:
-    """The tree as text: a line per node with N, Q and V; * marks the path to the answer."""
-    answer_path, lines, stack = set(path_to(chosen)), [], [(child, 0) for child in reversed(root.children or [])]
+def show_tree(root: Node, chosen: Node, *, width: int) -> str:
+    """Show the tree as text, a line of at most `width` characters per node.
+
+    * marks the path to the answer. Of a long message only the end is shown.
+    """
+    answer_path = set(path_to(chosen))
+    lines = []
+    stack = [(child, 0) for child in reversed(root.children)]
     while stack:
         node, depth = stack.pop()
-        v = "" if node.V is None else f"V {node.V:+.2f}"
-        stats = f"N {node.N:3d}  Q {node.Q:+.2f}  " if node.N else ""
-        text = " ".join(node.state.messages[-1].text.split())
-        lines.append(f"{'*' if node in answer_path else ' '} {'   ' * depth}{node.state.messages[-1].agent:9s} {stats}{v}  "
-                     f"{text if len(text) <= 90 else '...' + text[-87:]}")
+        mark = "*" if node in answer_path else " "
+        indent = "  " * depth
+        visits = f"N {node.N:2d} Q {node.Q:+.2f} " if node.N else ""
+        value = "" if node.V is None else f"V {node.V:+.2f} "
+        line = f"{mark} {indent}{node.message.agent:9s}{visits}{value} "
+        text = " ".join(node.message.text.split())
+        room = max(20, width - len(line))
+        if len(text) > room:
+            text = "..." + text[-(room - 3) :]
+        lines.append(line + text)
         stack += [(child, depth + 1) for child in reversed(node.children or [])]
     return "\n".join(lines)
 
@@ -298,45 +503,87 @@ def parse_args(argv=None):
     add_policy_arguments(parser)
     add_search_arguments(parser)
     parser.add_argument("--method", default="mcts-8x1.8.1.1-value", help="see the top of search.py")
-    parser.add_argument("--question", default=None, help="your own question, instead of a problem of the task")
-    parser.add_argument("--index", type=positive_int, default=1, help="which test problem of the task, from 1")
+    parser.add_argument(
+        "--question", default=None, help="your own question, instead of a problem of the task"
+    )
+    parser.add_argument(
+        "--index", type=positive_int, default=1, help="which test problem of the task, from 1"
+    )
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
+    # 1. Load the graph, the method, the problem and the models.
     mas = load_graph(args.graph)
-    if args.question is not None and not args.question.strip():
-        raise InputError("--question is empty; give a question, or leave the flag out for an embedded problem")
     method = parse_method(args.method, mas, num_candidates=args.num_candidates, lam=args.lam)
-    if args.question is not None:
-        problem = Problem("question", "test", args.question.strip(), "", TASKS[args.task].kind if args.task in TASKS else "number")
-    else:
-        problems = load_problems(task=args.task, data=args.data, split="test", num=args.index)
-        if len(problems) < args.index:
-            raise InputError(f"--index {args.index}: {args.data} has {len(problems)} problems")
-        problem = problems[-1]
+    problem = choose_problem(args)
     scorers = load_scorers([method], args, mas)
     policy = make_policy(args, mas)
-    with tqdm(total=1, desc=method.name, unit="problem", leave=False) as progress:
-        [(_, leaf, cost)] = run([(problem, method.search(problem, mas, c_uct=args.c_uct))], make_handlers(method, scorers, policy),
-                                max_active=1, progress=progress)
-    report(problem, method, leaf, cost)
+
+    # 2. Search.
+    progress = SearchProgress(1, method.messages_per_problem(mas), description=method.name)
+    policy.on_messages = progress.messages_sampled
+    searches = [(problem, method.search(problem, mas, c_uct=args.c_uct))]
+    handlers = make_handlers(method, scorers, policy)
+    with progress:
+        [(_, leaf, cost)] = run(searches, handlers, max_active=1, progress=progress)
+
+    # 3. Show everything.
+    print_solution(problem, method, leaf, cost)
 
 
-def report(problem: Problem, method: Method, leaf: Node, cost: Cost) -> None:
-    root, name = path_to(leaf)[0].parent, {"value": "V", "outcome": "ORM"}.get(method.scorer, method.scorer)
+def choose_problem(args) -> Problem:
+    """Return the user's question, or a test problem of the task."""
+    if args.question is None:
+        problems = load_problems(task=args.task, data=args.data, split="test", num=args.index)
+        if len(problems) < args.index:
+            source = args.data or f"--task {args.task}"
+            raise InputError(f"--index {args.index}: {source} has {len(problems)} test problems")
+        return problems[-1]
+    question = args.question.strip()
+    if not question:
+        raise InputError(
+            "--question is empty; give a question, or leave the flag out for an embedded problem"
+        )
+    answer_type = TASKS[args.task].answer_type if args.task in TASKS else "number"
+    return Problem(id="question", split="test", question=question, gold="", answer_type=answer_type)
+
+
+def print_solution(problem: Problem, method: Method, leaf: Node, cost: Cost) -> None:
+    """Print the question, the transcript, the answer, the tree and the cost."""
+    score_names = {"value": "V", "outcome": "ORM"}
+    score_name = score_names.get(method.scorer, method.scorer)
+
+    # 1. The transcript.
     print(f"Question: {problem.question}\n")
     for node in path_to(leaf):
-        print(f"{node.state.messages[-1].agent}: {node.state.messages[-1].text}")
-        print(f"    {'' if node.V is None else f'{name} = {node.V:+.3f}, '}mean token log-probability {node.candidate.logprob / node.candidate.tokens:.3f}"
-              f"{', cut at its token limit' if node.candidate.truncated else ''}")
-    answer = extract_answer(leaf.state.messages[-1].text, problem.kind)
-    verdict = "" if not problem.gold else f"   (gold {problem.gold}: {'right' if is_correct(problem, answer) else 'wrong'})"
-    print(f"\nAnswer: {answer if answer is not None else 'none was given'}{verdict}")
+        score = "" if node.V is None else f"{score_name} = {node.V:+.3f}, "
+        truncated = ", cut at its token limit" if node.candidate.truncated else ""
+        logprob = f"mean token log-probability {mean_logprob(node.candidate):.3f}"
+        print(f"{node.message.agent}: {node.message.text}")
+        print(f"    {score}{logprob}{truncated}")
+
+    # 2. The answer.
+    answer = extract_answer(leaf.message.text, problem.answer_type)
+    verdict = ""
+    if problem.gold:
+        right_or_wrong = "right" if is_correct(problem, answer) else "wrong"
+        verdict = f"   (gold {problem.gold}: {right_or_wrong})"
+    print(f"\nAnswer: {'none was given' if answer is None else answer}{verdict}")
+
+    # 3. The tree.
+    root = path_to(leaf)[0].parent
     if root.children:
-        print(f"\nThe tree ({name} stands under V; N counts the virtual visit):\n{show_tree(root, leaf)}")
-    print(f"\n{method.name}: {cost.agent_calls} agent calls; tokens: {cost.prompt_tokens} prompt, {cost.generated_tokens} generated, "
-          f"{cost.scored_tokens} scored; {cost.truncated.total()} messages cut; {cost.seconds:.2f} s")
+        print(f"\nThe tree (V is {score_name}; N counts the virtual visit):")
+        print(show_tree(root, leaf, width=shutil.get_terminal_size().columns))
+
+    # 4. The cost.
+    print(
+        f"\n{method.name}: {cost.agent_calls} agent calls, {cost.seconds:.2f} s, "
+        f"{cost.truncated.total()} messages cut\n"
+        f"tokens: {cost.prompt_tokens} prompt, {cost.generated_tokens} generated, "
+        f"{cost.scored_tokens} scored"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Every gold answer of a data file parses, equals itself as an agent would write it, and equals none of its changed versions.
+r"""Check the grading of every gold answer of a data file. Run it from the repository root:
 
-    python tests/check_golds.py gsm8k DATA/gsm8k_train.jsonl DATA/gsm8k_test.jsonl
-    python tests/check_golds.py math DATA/math500.jsonl
+    python -m tests.check_golds gsm8k DATA/gsm8k_train.jsonl DATA/gsm8k_test.jsonl
+    python -m tests.check_golds math DATA/math500.jsonl
 
-Changed: the next integer, a swapped tuple, swapped matrix entries, another exponent, another denominator, another letter or word. Prints counts; exit code 1
-if one check fails.
+For each gold answer it checks that
+  - the answer can be read, and equals itself in each form in which an agent would write it;
+  - no changed version of it is accepted: the next integer, a swapped tuple, swapped entries of a
+    matrix, another exponent, another denominator, another letter.
+It prints counts and failures. The exit code is 1 if a check fails, else 0.
 """
 
 import re
@@ -12,57 +15,150 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mas import SYMPY, _read_row, extract_answer, is_correct, load_problems, read_jsonl  # noqa: E402
+from answers import SYMPY, extract_answer
+from runs import read_jsonl
+from tasks import Problem, is_correct, load_problems, read_row
+
+# ---- Changed versions of a gold answer -----------------------------------------------------------
+
+_TUPLE = re.compile(
+    r"(?P<open>\\left\(|\()(?P<first>[^,]+),(?P<second>[^,]+)(?P<close>\\right\)|\))",
+)
+_MATRIX = re.compile(
+    r"""
+    (?P<begin>\\begin\{.matrix\})
+    (?P<first>.*?) (?P<separator>\\\\|&) (?P<second>.*?)
+    (?P<end>\s*(?:\\\\|&|\\end).*)
+    """,
+    re.VERBOSE,
+)
+_EXPONENT = re.compile(r"\^\{?(?P<number>\d+)\}?")
+_DENOMINATOR = re.compile(r"\\[dt]?frac\{[^{}]*\}\{(?P<latex>\d+)\}|/(?P<plain>\d+)")
+_LETTER = re.compile(r"[A-Za-z](?![A-Za-z]*[{\\])")  # not in the name of a command with braces
 
 
-def changed(gold: str) -> dict[str, str]:
-    """Wrong answers that look like the right one."""
-    found = {}
-    if re.search(r"\d", gold):
-        found["next integer"] = re.sub(r"\d+", lambda m: str(int(m[0]) + 1), gold, count=1)
-        found["last integer"] = next(gold[:m.start()] + str(int(m[0]) + 1) + gold[m.end():] for m in reversed(list(re.finditer(r"\d+", gold))))
-    if match := re.fullmatch(r"(?P<open>\\left\(|\()(?P<a>[^,]+),(?P<b>[^,]+)(?P<close>\\right\)|\))", gold):
-        if match["a"].strip() != match["b"].strip():
-            found["swapped tuple"] = f"{match['open']}{match['b']},{match['a']}{match['close']}"
-    if match := re.fullmatch(r"(\\begin\{.matrix\})(.*?)(\\\\|&)(.*?)(\s*(?:\\\\|&|\\end).*)", gold):
-        if match[2].strip() != match[4].strip():
-            found["swapped entries"] = f"{match[1]}{match[4]} {match[3]}{match[2]} {match[5]}"
-    if match := re.search(r"\^\{?(\d+)\}?", gold):
-        if not gold[match.end():].startswith("\\circ"):
-            found["other exponent"] = gold[:match.start()] + f"^{{{int(match[1]) + 1}}}" + gold[match.end():]
-    if match := re.search(r"(\\[dt]?frac\{[^{}]*\}\{)(\d+)(\})|(/)(\d+)", gold):
-        digits = 2 if match[2] else 5
-        found["other denominator"] = gold[:match.start(digits)] + str(int(match[digits]) + 1) + gold[match.end(digits):]
-    if not found:
-        letter = re.search(r"[A-Za-z](?![A-Za-z]*[{\\])", gold)
-        found["other letter"] = gold[:letter.start()] + ("b" if letter[0] not in "bB" else "c") + gold[letter.end():] if letter else gold + "1"
-    return {what: wrong for what, wrong in found.items() if wrong != gold}
+def changed_versions(gold: str) -> dict[str, str]:
+    """Return wrong answers that look like the right one: name of the change -> wrong answer."""
+    candidates = {
+        "next integer": next_integer(gold),
+        "last integer": last_integer(gold),
+        "swapped tuple": swapped_tuple(gold),
+        "swapped entries": swapped_entries(gold),
+        "other exponent": other_exponent(gold),
+        "other denominator": other_denominator(gold),
+    }
+    changed = {change: wrong for change, wrong in candidates.items() if wrong is not None}
+    if not changed:
+        changed["other letter"] = other_letter(gold)
+    return {change: wrong for change, wrong in changed.items() if wrong != gold}
+
+
+def incremented(gold: str, match: re.Match, group: int | str = 0) -> str:
+    """Return the gold answer with 1 added to the integer that a group has matched."""
+    start, end = match.span(group)
+    return gold[:start] + str(int(match[group]) + 1) + gold[end:]
+
+
+def next_integer(gold: str) -> str | None:
+    """Add 1 to the first integer."""
+    integers = list(re.finditer(r"\d+", gold))
+    return incremented(gold, integers[0]) if integers else None
+
+
+def last_integer(gold: str) -> str | None:
+    """Add 1 to the last integer."""
+    integers = list(re.finditer(r"\d+", gold))
+    return incremented(gold, integers[-1]) if integers else None
+
+
+def swapped_tuple(gold: str) -> str | None:
+    match = _TUPLE.fullmatch(gold)
+    if match is None or match["first"].strip() == match["second"].strip():
+        return None
+    return f"{match['open']}{match['second']},{match['first']}{match['close']}"
+
+
+def swapped_entries(gold: str) -> str | None:
+    """Swap the first two entries of a matrix."""
+    match = _MATRIX.fullmatch(gold)
+    if match is None or match["first"].strip() == match["second"].strip():
+        return None
+    swapped = f"{match['second']} {match['separator']}{match['first']}"
+    return f"{match['begin']}{swapped} {match['end']}"
+
+
+def other_exponent(gold: str) -> str | None:
+    """Add 1 to the first exponent."""
+    match = _EXPONENT.search(gold)
+    if match is None or gold[match.end() :].startswith("\\circ"):
+        return None
+    exponent = int(match["number"]) + 1
+    return f"{gold[: match.start()]}^{{{exponent}}}{gold[match.end() :]}"
+
+
+def other_denominator(gold: str) -> str | None:
+    """Add 1 to the first denominator."""
+    match = _DENOMINATOR.search(gold)
+    if match is None:
+        return None
+    return incremented(gold, match, "latex" if match["latex"] else "plain")
+
+
+def other_letter(gold: str) -> str:
+    """Replace the first letter, or append a digit if there is none."""
+    match = _LETTER.search(gold)
+    if match is None:
+        return gold + "1"
+    letter = "c" if match[0] in "bB" else "b"
+    return gold[: match.start()] + letter + gold[match.end() :]
+
+
+# ---- Checks --------------------------------------------------------------------------------------
+
+
+def messages_with(gold: str) -> list[str]:
+    """Return messages that give this answer in different forms."""
+    return [
+        f"So we get \\boxed{{{gold}}}",
+        f"I tried 12345.\nFinal answer: {gold}",
+        f"**Final Answer:**\n\n**{gold}**",
+        f"12345 = 5. The final answer is ${gold}$. I hope it is correct.",
+    ]
+
+
+def check_problem(problem: Problem, gold: str, counts: Counter, failures: list[str]) -> None:
+    """Check one gold answer as it is in the data; add to the counts and to the failures."""
+    counts["golds that parse"] += 1
+    for message in messages_with(gold):
+        accepted = is_correct(problem, extract_answer(message, problem.answer_type))
+        counts["equal to themselves"] += accepted
+        if not accepted:
+            failures.append(f"{problem.id}: {message!r} is not counted as {gold!r}")
+
+    for change, wrong in changed_versions(gold).items():
+        answer = extract_answer(f"So we get \\boxed{{{wrong}}}", problem.answer_type)
+        refused = not is_correct(problem, answer)
+        counts[f"refused, {change}"] += refused
+        if not refused:
+            failures.append(f"{problem.id}: {wrong!r} ({change}) is counted as {gold!r}")
 
 
 def main(task: str, files: list[str]) -> int:
+    """Check all files and print the result. Returns the exit code."""
     counts, failures = Counter(), []
     for file in files:
-        raw = {}
-        for row in read_jsonl(Path(file)):
-            found = _read_row(row, file)
-            raw[found["question"]] = found["gold"]
-        for problem in load_problems(task=task, data=file, split="test", num=10**9):   # stops at a gold that cannot be parsed
-            gold = raw[problem.question]
-            counts["golds that parse"] += 1
-            for form in (f"So we get \\boxed{{{gold}}}", f"I tried 12345.\nFinal answer: {gold}", f"**Final Answer:**\n\n**{gold}**",
-                         f"12345 = 5. The final answer is ${gold}$. I hope it is correct."):
-                right = is_correct(problem, extract_answer(form, problem.kind))
-                counts["equal to themselves"] += right
-                if not right:
-                    failures.append(f"{problem.id}: {form!r} is not counted as {gold!r}")
-            for what, wrong in changed(gold).items():
-                refused = not is_correct(problem, extract_answer(f"So we get \\boxed{{{wrong}}}", problem.kind))
-                counts[f"refused, {what}"] += refused
-                if not refused:
-                    failures.append(f"{problem.id}: {wrong!r} ({what}) is counted as {gold!r}")
-    for what, count in counts.items():
-        print(f"{count:6d} {what}")
+        rows = read_jsonl(Path(file))
+        golds = {}  # question -> gold answer as it is in the data
+        for row in rows:
+            raw = read_row(row, file)
+            golds[raw.question] = raw.gold
+        # This raises InputError if a gold answer cannot be read.
+        problems = load_problems(task=task, data=file, split="test", num=len(rows))
+        for problem in problems:
+            check_problem(problem, golds[problem.question], counts, failures)
+
+    for check, count in counts.items():
+        print(f"{count:6d} {check}")
     print(f"{len(failures):6d} failures, {SYMPY.timeouts} comparisons timed out")
     print("\n".join(failures))
     return 1 if failures else 0

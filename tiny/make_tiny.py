@@ -1,13 +1,19 @@
-"""Make the tiny agents: one small causal LM, in Hugging Face format, that plays all four agents of the graph `chain`.
+"""Make the tiny agents: one small causal LM that plays all agents of `chain` and `refine`.
 
     python tiny/make_tiny.py                       # train, save to tiny/agents, measure
-    python tiny/make_tiny.py --evaluate            # measure what is in tiny/agents
+    python tiny/make_tiny.py --evaluate            # measure the agents saved in tiny/agents
 
-The agents are honest workers: they are trained on correct work only. The Reader copies the facts that matter, the Planner
-proposes the pair that solves the problem and checks its last digit, the Solver carries out whatever pair it is given (also wrong
-ones) and compares, the Verifier reports the comparison and answers; the Refiner of the graph `refine` proposes another pair where
-the check fails. Reading, multiplying and comparing are learnt well; the Planner, which would have to divide, is left guessing.
-The prompts are those of `mas.py`, in the model's chat template, as a real checkpoint would get them.
+The agents are trained on correct work only:
+
+- The Reader copies the facts that matter.
+- The Planner proposes the pair of counts that solves the problem and checks its last digit.
+- The Solver carries out any pair that it is given, right or wrong, and compares digit by digit.
+- The Verifier reports the comparison and answers.
+- The Refiner of the graph `refine` proposes another pair if the check fails.
+
+Reading, multiplying and comparing are learnt well. The Planner would have to divide, so it is left
+guessing. The prompts are those of mas.py in the model's chat template, as for any checkpoint. The
+model and the tokenizer are saved in Hugging Face format.
 """
 
 import argparse
@@ -15,325 +21,882 @@ import json
 import random
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
+# Python puts the folder of this script on sys.path, but the modules below are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mas import GRAPHS, State, extract_answer  # noqa: E402
-from tiny.problems import FAMILIES, Puzzle, make_puzzle, total  # noqa: E402
+
+from answers import extract_answer
+from mas import GRAPHS, Agent, State
+from tiny.problems import FAMILIES, Puzzle, make_puzzle, total
 
 HERE = Path(__file__).resolve().parent
-REFINE = GRAPHS["refine"]  # the chain, and a Refiner
-# The share of an agent's examples about a wrong candidate; with fewer, the Solver learns to find what the plan hopes for.
-WRONG_SHARE = {"Reader": 0.0, "Planner": 0.4, "Solver": 0.65, "Verifier": 0.65, "Refiner": 0.4}
-CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+REFINE = GRAPHS["refine"]  # the agents of `chain`, then a Refiner
+
+
+# ---- Messages: what a faultless worker says ------------------------------------------------------
 
 
 def reader_message(puzzle: Puzzle, rng: random.Random) -> str:
-    """The facts in any order."""
-    verb = "adds" if puzzle.family == "packs" else "takes"
-    facts = [f"{puzzle.kinds[0]} adds {puzzle.a}", f"{puzzle.kinds[1]} {verb} {puzzle.b}",
-             f"count {puzzle.n}", f"total {puzzle.t}"]
+    """Write the Reader's message: the facts in random order, and the item that is asked for."""
+    facts = [*_item_facts(puzzle), f"count {puzzle.n}", f"total {puzzle.t}"]
     rng.shuffle(facts)
-    return f"Facts: {', '.join(facts)}. Asked: {puzzle.kinds[puzzle.asked]}."
+    return f"Facts: {', '.join(facts)}. Asked: {puzzle.asked_item}."
 
 
-def planner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random, *, estimate: bool) -> tuple[str, str]:
-    """(the facts for the Solver and a candidate, its two halves in either order; a rough check of it). See `rough_check`.
-    estimate: with what the total would be if all were of one kind, between which the candidate is guessed."""
-    verb = "adds" if puzzle.family == "packs" else "takes"
-    bounds = f"If all: {puzzle.n}*{puzzle.a}={puzzle.n * puzzle.a:02d}, {puzzle.n}*{puzzle.b}={puzzle.n * puzzle.b:02d}. " if estimate else ""
-    return (f"{puzzle.kinds[0]} adds {puzzle.a}, {puzzle.kinds[1]} {verb} {puzzle.b}, count {puzzle.n}, total {puzzle.t}. "
-            f"{bounds}{candidate(puzzle, x, y, rng)}", rough_check(puzzle, x, y))
+def planner_message(
+    puzzle: Puzzle, x: int, y: int, rng: random.Random, *, estimate: bool
+) -> tuple[str, str]:
+    """Write the Planner's message in two parts: the plan and the rough check of its candidate.
+
+    The plan repeats the facts for the Solver and ends with the candidate (x, y). With `estimate`
+    it also says what the total would be if all items were of one kind. The candidate is then a
+    guess between these two bounds.
+    """
+    first_fact, second_fact = _item_facts(puzzle)
+    facts = f"{first_fact}, {second_fact}, count {puzzle.n}, total {puzzle.t}. "
+    bounds = ""
+    if estimate:
+        all_first = f"{puzzle.n}*{puzzle.a}={puzzle.n * puzzle.a:02d}"
+        all_second = f"{puzzle.n}*{puzzle.b}={puzzle.n * puzzle.b:02d}"
+        bounds = f"If all: {all_first}, {all_second}. "
+    plan = facts + bounds + candidate_sentence(puzzle, x, y, rng)
+    return plan, rough_check(puzzle, x, y)
 
 
-def candidate(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> str:
-    halves = [f"{x} {puzzle.kinds[0]}", f"{y} {puzzle.kinds[1]}"]
+def solver_message(puzzle: Puzzle, x: int, y: int) -> str:
+    """Write the Solver's message: the total of the candidate, and the comparison with the facts.
+
+    The products have two digits, so that they line up. Their sum or difference is taken column by
+    column, units first, with a carry or a borrow.
+    """
+    first_item, second_item = puzzle.item_names
+    first_product = puzzle.a * x
+    second_product = puzzle.b * y
+    units = units_column(puzzle, first_product, second_product)
+    sign = units.sign
+    computed = total(puzzle.family, puzzle.a, puzzle.b, x, y)
+
+    # 1. the total, column by column
+    if computed < 0:
+        columns = ""
+        result = "<0"
+    else:
+        columns = f"{units}. {_tens_column(first_product, second_product, units)}. "
+        result = f"={computed:02d}"
+
+    # 2. the count
+    count = x + y
+    count_check = compare_digit(count, puzzle.n)
+
+    return (
+        f"{x} {first_item}: {x}*{puzzle.a}={first_product:02d}. "
+        f"{y} {second_item}: {y}*{puzzle.b}={second_product:02d}. "
+        f"{columns}{first_product:02d}{sign}{second_product:02d}{result}. {x}+{y}={count}. "
+        f"Total: {compare(computed, puzzle.t)}. Count: {count_check}."
+    )
+
+
+def verifier_message(puzzle: Puzzle, x: int, y: int) -> str:
+    """Write the Verifier's message: whether the candidate fits the question, and its answer.
+
+    The Verifier gives the answer of the candidate even if the check fails: it knows no other.
+    """
+    total_fits = total(puzzle.family, puzzle.a, puzzle.b, x, y) == puzzle.t
+    count_fits = x + y == puzzle.n
+    verdict = "holds" if total_fits and count_fits else "fails"
+    return f"The check {verdict}. {_final_answer(puzzle, x, y)}"
+
+
+def refiner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> tuple[str, str]:
+    """Write the Refiner's message in two parts: the candidate; its rough check and its answer."""
+    candidate = candidate_sentence(puzzle, x, y, rng)
+    return candidate, f"{rough_check(puzzle, x, y)} {_final_answer(puzzle, x, y)}"
+
+
+def _item_facts(puzzle: Puzzle) -> tuple[str, str]:
+    """State what one item of each kind adds or takes."""
+    first_item, second_item = puzzle.item_names
+    second_verb = "adds" if puzzle.family == "packs" else "takes"
+    return f"{first_item} adds {puzzle.a}", f"{second_item} {second_verb} {puzzle.b}"
+
+
+def _final_answer(puzzle: Puzzle, x: int, y: int) -> str:
+    """State the answer that a candidate gives."""
+    return f"Final answer: {(x, y)[puzzle.asked_index]}"
+
+
+def candidate_sentence(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> str:
+    """Propose a candidate, its two halves in random order: "Try 4 small and 2 big."."""
+    first_item, second_item = puzzle.item_names
+    halves = [f"{x} {first_item}", f"{y} {second_item}"]
     rng.shuffle(halves)
     return f"Try {halves[0]} and {halves[1]}."
 
 
 def rough_check(puzzle: Puzzle, x: int, y: int) -> str:
-    """The last digit of what a candidate comes to, beside the wanted one. It is written after the guess, so it cannot help
-    the guess, but it can be read: a rough check made by the agent whose work it is, and local enough to be learnt."""
-    first, second = puzzle.a * x, puzzle.b * y
-    units, sign, unit = add_units(puzzle, first, second)
-    return f" {x}*{puzzle.a}={first:02d}, {y}*{puzzle.b}={second:02d}, {units[0]}{sign}{units[1]}={unit:02d}, {compare_digit(unit % 10, puzzle.t % 10)}."
+    """Compare the last digit of a candidate's total with the last digit of the stated total.
+
+    The check follows the guess, so it cannot help the guess. But a reader of the message can use
+    it. It needs only nearby digits, so a small model can learn it.
+    """
+    first_product = puzzle.a * x
+    second_product = puzzle.b * y
+    units = units_column(puzzle, first_product, second_product)
+    last_digits = compare_digit(units.result % 10, puzzle.t % 10)
+    return (
+        f" {x}*{puzzle.a}={first_product:02d}, {y}*{puzzle.b}={second_product:02d}, "
+        f"{units}, {last_digits}."
+    )
 
 
-def add_units(puzzle: Puzzle, first: int, second: int) -> tuple[tuple[int, int], str, int]:
-    """The units' column: (its two numbers, with a borrowed ten where one is needed; the sign; what they come to)."""
-    units = first % 10, second % 10
+class UnitsColumn(NamedTuple):
+    """The units of a written sum or difference of two products: "13-7=06"."""
+
+    first: int  # units digit of the first product, plus ten if a ten was borrowed
+    second: int  # units digit of the second product
+    sign: str  # "+" or "-"
+    result: int
+    carry: int  # 1 if a ten was carried ("+") or borrowed ("-"), else 0
+
+    def __str__(self) -> str:
+        return f"{self.first}{self.sign}{self.second}={self.result:02d}"
+
+
+def units_column(puzzle: Puzzle, first_product: int, second_product: int) -> UnitsColumn:
+    """Compute the units column of a candidate's total: a sum (packs) or a difference (score)."""
+    first = first_product % 10
+    second = second_product % 10
     if puzzle.family == "packs":
-        return units, "+", units[0] + units[1]
-    units = units[0] + 10 * (units[0] < units[1]), units[1]
-    return units, "-", units[0] - units[1]
+        result = first + second
+        carry = int(result > 9)
+        return UnitsColumn(first, second, "+", result, carry)
+    borrow = int(first < second)
+    first += 10 * borrow
+    return UnitsColumn(first, second, "-", first - second, borrow)
 
 
-def solver_message(puzzle: Puzzle, x: int, y: int) -> str:
-    """What the candidate comes to, and the comparison digit by digit (products have two digits, so that they line up).
-    The sum is taken column by column, units first, carrying."""
-    first, second, got = puzzle.a * x, puzzle.b * y, total(puzzle.family, puzzle.a, puzzle.b, x, y)
-    units, sign, unit = add_units(puzzle, first, second)
-    carry = int(unit > 9 if sign == "+" else units[0] > 9)
-    tens = first // 10 + second // 10 + carry if sign == "+" else first // 10 - second // 10 - carry
-    columns = f"{units[0]}{sign}{units[1]}={unit:02d}. {first // 10}{sign}{second // 10}{sign}{carry}={tens:02d}. " if got >= 0 else ""
-    shown = f"={got:02d}" if got >= 0 else "<0"
-    return (f"{x} {puzzle.kinds[0]}: {x}*{puzzle.a}={first:02d}. {y} {puzzle.kinds[1]}: {y}*{puzzle.b}={second:02d}. "
-            f"{columns}{first:02d}{sign}{second:02d}{shown}. {x}+{y}={x + y}. "
-            f"Total: {compare(got, puzzle.t)}. Count: {x + y}|{puzzle.n} {'same' if x + y == puzzle.n else 'off'}.")
+def _tens_column(first_product: int, second_product: int, units: UnitsColumn) -> str:
+    """Write the tens of a sum or a difference, with the carry or the borrow: "2-1-1=00"."""
+    first = first_product // 10
+    second = second_product // 10
+    sign = units.sign
+    direction = 1 if sign == "+" else -1
+    result = first + direction * (second + units.carry)
+    return f"{first}{sign}{second}{sign}{units.carry}={result:02d}"
 
 
-def compare(got: int, want: int) -> str:
-    """Two-digit numbers digit by digit, "3|3 same, 4|8 off"; one phrase where `got` has no two digits."""
-    if not 0 <= got <= 99:
+def compare(computed: int, stated: int) -> str:
+    """Compare two totals digit by digit: "3|3 same, 4|8 off".
+
+    A computed total without two digits has one phrase of its own.
+    """
+    if not 0 <= computed <= 99:
         return "out of range, off"
-    return ", ".join(compare_digit(int(g), int(w)) for g, w in zip(f"{got:02d}", f"{want:02d}"))
+    computed_tens, computed_units = divmod(computed, 10)
+    stated_tens, stated_units = divmod(stated, 10)
+    tens = compare_digit(computed_tens, stated_tens)
+    units = compare_digit(computed_units, stated_units)
+    return f"{tens}, {units}"
 
 
-def compare_digit(got: int, want: int) -> str:
-    return f"{got}|{want} {'same' if got == want else 'off'}"
+def compare_digit(computed: int, stated: int) -> str:
+    """Compare two numbers of one digit: "3|3 same" or "4|8 off"."""
+    verdict = "same" if computed == stated else "off"
+    return f"{computed}|{stated} {verdict}"
 
 
-def verifier_message(puzzle: Puzzle, x: int, y: int) -> str:
-    """Whether the work fits the question, and the answer the work gives, be it right or not: there is no other."""
-    fits = total(puzzle.family, puzzle.a, puzzle.b, x, y) == puzzle.t and x + y == puzzle.n
-    return f"The check {'holds' if fits else 'fails'}. Final answer: {(x, y)[puzzle.asked]}"
+# ---- Examples: one turn of one agent -------------------------------------------------------------
+
+# The share of an agent's examples with a wrong candidate. With fewer wrong ones, the Solver learns
+# to find the result that the plan hopes for.
+WRONG_SHARE = {"Reader": 0.0, "Planner": 0.4, "Solver": 0.65, "Verifier": 0.65, "Refiner": 0.4}
+
+RIGHT_COUNT_SHARE = 0.7  # of the wrong candidates that are drawn
+MAX_SECOND_ITEMS = 8  # in a wrong candidate, so that its products have at most two digits
 
 
-def refiner_message(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> tuple[str, str]:
-    """(another candidate; a rough check of it and the answer it gives)."""
-    return candidate(puzzle, x, y, rng), f"{rough_check(puzzle, x, y)} Final answer: {(x, y)[puzzle.asked]}"
+class Example(NamedTuple):
+    """A prompt, and the message that answers it: `prefix` + `target`. Only `target` is learnt."""
+
+    chat: list[dict[str, str]]
+    prefix: str
+    target: str
+
+
+def make_example(puzzle: Puzzle, agent: str, rng: random.Random, *, estimate: bool) -> Example:
+    """Make an example of one turn in which an agent does correct work.
+
+    A wrong candidate is never learnt, only the work that follows from it. The Solver and the
+    Verifier are prompted with work on a wrong candidate. The Planner and the Refiner get their own
+    wrong guess as the prefix of their message, and learn to check it. See WRONG_SHARE.
+
+    Args:
+        estimate: whether the Planner writes its bounds, see `planner_message`.
+    """
+    solution = (puzzle.x, puzzle.y)
+
+    # 1. choose the candidate of the chain; the Refiner speaks only after a wrong one
+    pair = solution
+    wants_wrong_pair = rng.random() < WRONG_SHARE[agent]
+    if wants_wrong_pair or agent == "Refiner":
+        pair = wrong_pair(puzzle, rng)
+
+    # 2. let correct workers speak until it is the agent's turn
+    messages = _chain_messages(puzzle, pair, rng, estimate=estimate)
+    state = State(puzzle.question, ())
+    while REFINE.turn(state).name != agent:
+        speaker = REFINE.turn(state).name
+        state = REFINE.step(state, messages[speaker])
+    chat = REFINE.prompt(state, "number")
+
+    # 3. write the agent's own message; a wrong guess of its own is not learnt
+    if agent == "Refiner":
+        return _refiner_example(puzzle, chat, rng)
+    if agent == "Planner" and pair != solution:
+        plan, check = planner_message(puzzle, *pair, rng, estimate=estimate)
+        return Example(chat, prefix=plan, target=check)
+    return Example(chat, prefix="", target=messages[agent])
+
+
+def _chain_messages(
+    puzzle: Puzzle, pair: tuple[int, int], rng: random.Random, *, estimate: bool
+) -> dict[str, str]:
+    """Write the message of each agent of the chain if the Planner proposes `pair`."""
+    x, y = pair
+    facts = reader_message(puzzle, rng)
+    plan, check = planner_message(puzzle, x, y, rng, estimate=estimate)
+    return {
+        "Reader": facts,
+        "Planner": plan + check,
+        "Solver": solver_message(puzzle, x, y),
+        "Verifier": verifier_message(puzzle, x, y),
+    }
+
+
+def _refiner_example(puzzle: Puzzle, chat: list[dict[str, str]], rng: random.Random) -> Example:
+    """Make an example of the Refiner, which guesses anew."""
+    solution = (puzzle.x, puzzle.y)
+    pair = solution
+    if rng.random() < WRONG_SHARE["Refiner"]:
+        pair = wrong_pair(puzzle, rng)
+    candidate, check_and_answer = refiner_message(puzzle, *pair, rng)
+    if pair == solution:
+        return Example(chat, prefix="", target=candidate + check_and_answer)
+    return Example(chat, prefix=candidate, target=check_and_answer)
 
 
 def wrong_pair(puzzle: Puzzle, rng: random.Random) -> tuple[int, int]:
-    """A wrong candidate: mostly another pair with the right count, sometimes a neighbour with a wrong count."""
+    """Draw a wrong candidate: mostly with the right count, sometimes with one item more or less."""
     while True:
         x = rng.randint(1, puzzle.n - 1)
-        y = puzzle.n - x if rng.random() < 0.7 else puzzle.n - x + rng.choice((-1, 1))
-        if 1 <= y <= 8 and (x, y) != (puzzle.x, puzzle.y):
+        y = puzzle.n - x
+        if rng.random() >= RIGHT_COUNT_SHARE:
+            y += rng.choice((-1, 1))
+        if 1 <= y <= MAX_SECOND_ITEMS and (x, y) != (puzzle.x, puzzle.y):
             return x, y
 
 
-def make_example(puzzle: Puzzle, agent: str, rng: random.Random, *, estimate: bool) -> tuple[list[dict], str, str]:
-    """(chat, given, said): one turn of one agent doing correct work; its message is given + said, only `said` is learnt.
+# ---- Tokenizer -----------------------------------------------------------------------------------
 
-    A wrong candidate is never learnt, only what follows from it: in two thirds of the examples the Planner and the Refiner are
-    given their guess, wrong, and learn to check it; the Solver and the Verifier are given work that starts from it.
-    """
-    pair = wrong_pair(puzzle, rng) if rng.random() < WRONG_SHARE[agent] or agent == "Refiner" else (puzzle.x, puzzle.y)
-    messages = {"Reader": reader_message(puzzle, rng), "Planner": "".join(planner_message(puzzle, *pair, rng, estimate=estimate)),
-                "Solver": solver_message(puzzle, *pair), "Verifier": verifier_message(puzzle, *pair)}
-    state = State(puzzle.question, ())
-    while REFINE.turn(state).name != agent:
-        state = REFINE.step(state, messages[REFINE.turn(state).name])
-    given, said = "", messages.get(agent)
-    if agent == "Planner" and pair != (puzzle.x, puzzle.y):
-        given, said = planner_message(puzzle, *pair, rng, estimate=estimate)
-    if agent == "Refiner":
-        again = wrong_pair(puzzle, rng) if rng.random() < WRONG_SHARE[agent] else (puzzle.x, puzzle.y)
-        given, said = refiner_message(puzzle, *again, rng)
-        if again == (puzzle.x, puzzle.y):
-            given, said = "", given + said
-    return REFINE.prompt(state, "number"), given, said
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY_SIZE = 640
+MAX_LENGTH = 1024  # tokens of a prompt and its message
+NUM_TOKENIZER_PUZZLES = 4000
 
 
 def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
-    """Qwen2's tokenizer with a small vocabulary: byte-level BPE, any text can be encoded, every digit is one token.
+    """Train Qwen2's tokenizer with a small vocabulary: byte-level BPE, each digit is one token.
 
-    AutoTokenizer gives any Qwen2 model Qwen2's own way of splitting text, whatever a tokenizer.json says; so that is used.
+    AutoTokenizer splits text in Qwen2's way for any Qwen2 model, whatever its tokenizer.json says.
+    So the text is split in this way here, too. Byte-level BPE can encode any text.
     """
     qwen = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = qwen.normalizer, qwen.pre_tokenizer, qwen.decoder
+    tokenizer.normalizer = qwen.normalizer
+    tokenizer.pre_tokenizer = qwen.pre_tokenizer
+    tokenizer.decoder = qwen.decoder
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(tokenizer_texts(rng), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_LENGTH,
+    )
+
+
+def tokenizer_texts(rng: random.Random) -> list[str]:
+    """Return the texts that the tokenizer is trained on: prompts, messages and roles."""
     texts = []
-    for i in range(4000):
-        puzzle = make_puzzle(FAMILIES[i % len(FAMILIES)], "agents", i)
+    for index in range(NUM_TOKENIZER_PUZZLES):
+        family = FAMILIES[index % len(FAMILIES)]
+        puzzle = make_puzzle(family, "agents", index)
         for agent in REFINE.agents:
-            chat, given, said = make_example(puzzle, agent.name, rng, estimate=False)
-            texts += [turn["content"] for turn in chat] + [given + said, "assistant", "system", "user"]
-    trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=CHAT_TEMPLATE, model_max_length=1024)
+            example = make_example(puzzle, agent.name, rng, estimate=False)
+            texts += [turn["content"] for turn in example.chat]
+            texts.append(example.prefix + example.target)
+            texts += ["assistant", "system", "user"]
+    return texts
 
 
-def encode(tokenizer, examples) -> list[tuple[list[int], int]]:
-    """(token ids of prompt + message + end-of-message, how many of them are given) per example."""
-    tokens = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
-    prompts = tokens([tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat, _, _ in examples])
-    given, messages = tokens([given for _, given, _ in examples]), tokens([given + said for _, given, said in examples])
-    assert all(m[:len(g)] == g for g, m in zip(given, messages)), "a message must be cut between two tokens"
-    return [(p + m + [tokenizer.eos_token_id], len(p) + len(g)) for p, g, m in zip(prompts, given, messages)]
+# ---- Phases and batches --------------------------------------------------------------------------
+
+BATCHES_PER_POOL = 16
+MAIN_FAMILY_SHARE = 0.7  # the share of FAMILIES[0] in the examples
+IGNORED_LABEL = -100  # the label of a token without a loss
 
 
-PHASES = (  # each has a one-cycle schedule of its own; shares: (from which part of the phase on, share of each agent in the examples)
-    {"steps": 4000, "lr": 2e-3, "estimate": False, "shares": (   # all learn their forms, and arithmetic
-        (0.0, {"Reader": 0.25, "Planner": 0.25, "Solver": 0.35, "Verifier": 0.1, "Refiner": 0.05}),
-        (0.35, {"Reader": 0.08, "Planner": 0.54, "Solver": 0.24, "Verifier": 0.07, "Refiner": 0.07}))},
-    {"steps": 1200, "lr": 1.5e-3, "estimate": True, "shares": (  # the Planner learns to guess between two bounds
-        (0.0, {"Reader": 0.07, "Planner": 0.6, "Solver": 0.1, "Verifier": 0.17, "Refiner": 0.06}),)},
+@dataclass(frozen=True)
+class Phase:
+    """A phase of the training. Each phase has a one-cycle schedule of its own."""
+
+    steps: int
+    learning_rate: float
+    estimate: bool  # whether the Planner writes its bounds, see `planner_message`
+    # Pairs (start, weight of each agent in the examples), by rising `start`. The weights hold from
+    # `start` on, a fraction of the phase's steps. They are in the order of REFINE.agents: Reader,
+    # Planner, Solver, Verifier, Refiner.
+    weights: tuple[tuple[float, tuple[float, ...]], ...]
+
+    def weights_at(self, step: int) -> tuple[float, ...]:
+        """Return the weight of each agent in the examples from this step on."""
+        current_weights = ()
+        for start, weights in self.weights:
+            if step >= start * self.steps:
+                current_weights = weights
+        return current_weights
+
+
+PHASES = (
+    # All agents learn arithmetic and the form of their messages.
+    Phase(
+        steps=4000,
+        learning_rate=2e-3,
+        estimate=False,
+        weights=(
+            (0.0, (0.25, 0.25, 0.35, 0.10, 0.05)),
+            (0.35, (0.08, 0.54, 0.24, 0.07, 0.07)),
+        ),
+    ),
+    # The Planner learns to guess between two bounds.
+    Phase(
+        steps=1200,
+        learning_rate=1.5e-3,
+        estimate=True,
+        weights=((0.0, (0.07, 0.60, 0.10, 0.17, 0.06)),),
+    ),
 )
 
 
-def batches(tokenizer, phase: dict, *, batch_size: int, rng: random.Random):
-    """A phase's batches, cut from pools sorted by length so that little is padding."""
-    index, made, pools = {family: 0 for family in FAMILIES}, 0, 16
-    while made < phase["steps"]:
-        shares = next(shares for start, shares in reversed(phase["shares"]) if made >= start * phase["steps"])
+class EncodedExample(NamedTuple):
+    """An example in tokens. The loss is on the tokens from `target_start` on."""
+
+    token_ids: list[int]  # prompt, message, end of message
+    target_start: int
+
+
+def encode(tokenizer, examples: list[Example]) -> list[EncodedExample]:
+    """Tokenize examples. Raises AssertionError if a prefix ends inside a token of its message."""
+    prompts = [render(tokenizer, example.chat) for example in examples]
+    prefixes = [example.prefix for example in examples]
+    messages = [example.prefix + example.target for example in examples]
+
+    # No token may span a prompt and its message: a model that generates gets the prompt alone.
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    prefix_ids = tokenizer(prefixes, add_special_tokens=False)["input_ids"]
+    message_ids = tokenizer(messages, add_special_tokens=False)["input_ids"]
+
+    encoded = []
+    for prompt, prefix, message in zip(prompt_ids, prefix_ids, message_ids, strict=True):
+        assert message[: len(prefix)] == prefix, "a message must be cut between two tokens"
+        token_ids = prompt + message + [tokenizer.eos_token_id]
+        encoded.append(EncodedExample(token_ids, target_start=len(prompt) + len(prefix)))
+    return encoded
+
+
+def render(tokenizer, chat: list[dict[str, str]]) -> str:
+    """Render a prompt with the chat template, up to where the agent starts to speak."""
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+def batches(
+    tokenizer, phase: Phase, *, batch_size: int, rng: random.Random
+) -> Iterator[list[EncodedExample]]:
+    """Yield the batches of a phase, one per step.
+
+    Batches are cut from pools of BATCHES_PER_POOL batches sorted by length, to save padding.
+    """
+    next_index = dict.fromkeys(FAMILIES, 1)
+    num_made = 0
+    while num_made < phase.steps:
+        # 1. draw the examples of a pool
+        weights = phase.weights_at(num_made)
         examples = []
-        for _ in range(batch_size * pools):
-            family = FAMILIES[0] if rng.random() < 0.7 else FAMILIES[1]
-            index[family] += 1
-            agent = rng.choices(list(shares), list(shares.values()))[0]
-            examples.append(make_example(make_puzzle(family, "agents", index[family]), agent, rng, estimate=phase["estimate"]))
-        pool = sorted(encode(tokenizer, examples), key=lambda row: len(row[0]))
-        cuts = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)][:phase["steps"] - made]
-        rng.shuffle(cuts)
-        yield from cuts
-        made += len(cuts)
+        for _ in range(batch_size * BATCHES_PER_POOL):
+            family = FAMILIES[0] if rng.random() < MAIN_FAMILY_SHARE else FAMILIES[1]
+            puzzle = make_puzzle(family, "agents", next_index[family])
+            next_index[family] += 1
+            [agent] = rng.choices(REFINE.agents, weights)
+            examples.append(make_example(puzzle, agent.name, rng, estimate=phase.estimate))
+
+        # 2. cut the sorted pool into batches; the last pool may have more than the phase needs
+        pool = sorted(encode(tokenizer, examples), key=_num_tokens)
+        pool_batches = []
+        for start in range(0, len(pool), batch_size):
+            pool_batches.append(pool[start : start + batch_size])
+        pool_batches = pool_batches[: phase.steps - num_made]
+
+        # 3. yield them in random order
+        rng.shuffle(pool_batches)
+        yield from pool_batches
+        num_made += len(pool_batches)
+
+
+def _num_tokens(example: EncodedExample) -> int:
+    return len(example.token_ids)
+
+
+def collate(batch: list[EncodedExample], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the right-padded token ids and the labels of a batch, both [batch, length]."""
+    length = max(map(_num_tokens, batch))
+    input_ids = torch.full((len(batch), length), pad_token_id)
+    labels = torch.full((len(batch), length), IGNORED_LABEL)
+    for i, (token_ids, target_start) in enumerate(batch):
+        end = len(token_ids)
+        input_ids[i, :end] = torch.tensor(token_ids)
+        labels[i, target_start:end] = torch.tensor(token_ids[target_start:])
+    return input_ids, labels
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+HEAD_SIZE = 32  # of an attention head; two heads share their keys and values
+ADAM_BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.01
+WARMUP_SHARE = 0.05  # of a phase's steps
+MAX_GRADIENT_NORM = 1.0
+
+NEW_LOSS_WEIGHT = 0.02  # in the running mean of the loss, which is only printed
+STEPS_PER_LINE = 50
+
+
+def make_model(tokenizer, *, hidden_size: int, num_layers: int) -> Qwen2ForCausalLM:
+    """Make an untrained model."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // HEAD_SIZE,
+        num_key_value_heads=hidden_size // (2 * HEAD_SIZE),
+        tie_word_embeddings=True,
+        max_position_embeddings=MAX_LENGTH,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config)
 
 
 def train(args) -> None:
-    rng, start = random.Random(args.seed), time.time()
+    """Train tokenizer and model from scratch, or from a saved phase, and save them."""
+    start_time = time.time()
+
+    # 1. make the tokenizer and the model
+    rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(rng)
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden,
-                         num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32,
-                         num_key_value_heads=args.hidden // 64, tie_word_embeddings=True, max_position_embeddings=1024,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    model = Qwen2ForCausalLM(config).to(args.device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {args.threads} threads", flush=True)
-    for number, phase in enumerate(PHASES, 1):
+    model = make_model(tokenizer, hidden_size=args.hidden, num_layers=args.layers)
+    model = model.to(args.device)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{num_parameters:,} parameters, {len(tokenizer)} tokens, {args.threads} threads",
+        flush=True,
+    )
+
+    # 2. train phase by phase
+    for number, phase in enumerate(PHASES, start=1):
         if number < args.from_phase:
             continue
-        if number > 1:   # as saved, so that going on from a saved phase is the same as going straight through
+        if number > 1:
+            # Always load the saved result of the previous phase. A run that starts here, with
+            # --from-phase, then gives the same model as a run from scratch.
             model = AutoModelForCausalLM.from_pretrained(args.output).to(args.device)
-            tokenizer, rng = AutoTokenizer.from_pretrained(args.output), random.Random(f"{args.seed}/{number}")
-        train_phase(model, tokenizer, phase, rng, args, f"phase {number}/{len(PHASES)}")
-    probe = [make_example(make_puzzle(FAMILIES[0], "agents", i), agent.name, rng, estimate=True) for i in range(9) for agent in REFINE.agents]
-    assert encode(tokenizer, probe) == encode(AutoTokenizer.from_pretrained(args.output), probe), "the tokenizer loads differently"
-    print(f"saved to {args.output} after {(time.time() - start) / 60:.1f} minutes")
+            tokenizer = AutoTokenizer.from_pretrained(args.output)
+            rng = random.Random(f"{args.seed}/{number}")
+        name = f"phase {number}/{len(PHASES)}"
+        train_phase(
+            model,
+            tokenizer,
+            phase,
+            rng,
+            name=name,
+            batch_size=args.batch_size,
+            device=args.device,
+        )
+        model.save_pretrained(args.output)
+        tokenizer.save_pretrained(args.output)
+
+    check_saved_tokenizer(tokenizer, args.output, rng)
+    minutes = (time.time() - start_time) / 60
+    print(f"saved to {args.output} after {minutes:.1f} minutes")
 
 
-def train_phase(model, tokenizer, phase: dict, rng: random.Random, args, name: str) -> None:
+def check_saved_tokenizer(tokenizer, folder: str, rng: random.Random) -> None:
+    """Raise AssertionError if the saved tokenizer does not encode like the one in memory."""
+    examples = []
+    for index in range(9):
+        puzzle = make_puzzle(FAMILIES[0], "agents", index)
+        for agent in REFINE.agents:
+            examples.append(make_example(puzzle, agent.name, rng, estimate=True))
+    expected = encode(tokenizer, examples)
+    saved_tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = encode(saved_tokenizer, examples)
+    assert encoded == expected, "the saved tokenizer encodes differently"
+
+
+def train_phase(
+    model,
+    tokenizer,
+    phase: Phase,
+    rng: random.Random,
+    *,
+    name: str,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Train the model in place for one phase. `name` labels the printed lines."""
     model.train()
+    # This is saved with the model: an agent ends its message with this token.
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    optimizer = torch.optim.AdamW(model.parameters(), lr=phase["lr"], weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase["lr"], total_steps=phase["steps"], pct_start=0.05)
-    start, tokens, running = time.time(), 0, None
-    for step, rows in enumerate(batches(tokenizer, phase, batch_size=args.batch_size, rng=rng), 1):
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-        labels = torch.full((len(rows), width), -100)
-        for i, (row, given) in enumerate(rows):
-            ids[i, :len(row)] = torch.tensor(row)
-            labels[i, given:len(row)] = torch.tensor(row[given:])  # the loss is on what the agent says
-        ids, labels = ids.to(args.device), labels.to(args.device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # causal and right-padded: no mask needed
-        own = labels[:, 1:] != -100
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[own]), labels[:, 1:][own])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=phase.learning_rate, weight_decay=WEIGHT_DECAY, betas=ADAM_BETAS
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, phase.learning_rate, total_steps=phase.steps, pct_start=WARMUP_SHARE
+    )
+
+    start_time = time.time()
+    num_tokens = 0
+    mean_loss = None
+    phase_batches = batches(tokenizer, phase, batch_size=batch_size, rng=rng)
+    for step, batch in enumerate(phase_batches, start=1):
+        # 1. take one step
+        input_ids, labels = collate(batch, tokenizer.pad_token_id)
+        loss = target_loss(model, input_ids.to(device), labels.to(device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens += ids.numel()
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 0 or step == phase["steps"]:
-            print(f"{name}  step {step}/{phase['steps']}  loss {running:.4f}  {tokens / (time.time() - start):,.0f} tokens/s  "
-                  f"{(time.time() - start) / 60:.1f} min", flush=True)
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+
+        # 2. report
+        num_tokens += input_ids.numel()
+        if mean_loss is None:
+            mean_loss = loss.item()
+        else:
+            mean_loss = (1 - NEW_LOSS_WEIGHT) * mean_loss + NEW_LOSS_WEIGHT * loss.item()
+        if step % STEPS_PER_LINE == 0 or step == phase.steps:
+            seconds = time.time() - start_time
+            print(
+                f"{name}  step {step}/{phase.steps}  loss {mean_loss:.4f}  "
+                f"{num_tokens / seconds:,.0f} tokens/s  {seconds / 60:.1f} min",
+                flush=True,
+            )
 
 
-@torch.no_grad()
-def say(model, tokenizer, states, *, temperature: float, generator) -> list[str]:
-    """One message per state from the agent on turn; a plain padded decode, only for measuring here."""
-    ids = tokenizer([tokenizer.apply_chat_template(REFINE.prompt(s, "number"), add_generation_prompt=True, tokenize=False) for s in states],
-                    add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    torch.manual_seed(generator.randrange(2**31))
-    out = model.generate(**ids, max_new_tokens=120, pad_token_id=tokenizer.pad_token_id, **sampling)
-    return tokenizer.batch_decode(out[:, ids["input_ids"].shape[1]:], skip_special_tokens=True)
+def target_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy of the labelled tokens, each predicted from those before it.
+
+    Inputs are right-padded and the model is causal, so no attention mask is needed. The logits are
+    computed only where there is a label.
+    """
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden_before = hidden[:, :-1]
+    next_labels = labels[:, 1:]
+    has_label = next_labels != IGNORED_LABEL
+    logits = model.lm_head(hidden_before[has_label])
+    return F.cross_entropy(logits, next_labels[has_label])
 
 
-def evaluate(args) -> dict:
-    """Accuracy per agent and the operating point, on fresh problems: greedy, one sample, the oracle over `passes` samples."""
-    model = AutoModelForCausalLM.from_pretrained(args.output).to(args.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.output)
-    rng, report = random.Random(args.seed + 1), {}
+# ---- Measuring -----------------------------------------------------------------------------------
+
+MAX_NEW_TOKENS = 120
+ORDER_SEEDS = range(8)  # among these, both orders of the Planner's candidate occur
+
+
+class Team:
+    """The saved agents, ready to speak. A plain padded decode, used only for measuring."""
+
+    def __init__(self, folder: str, *, device: str, seed: int):
+        self.model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.rng = random.Random(seed)
+
+    @torch.no_grad()
+    def speak(self, states: list[State], *, temperature: float) -> list[str]:
+        """Return one message per state from the agent on turn; temperature 0 is greedy."""
+        # 1. render and tokenize the prompts, padded on the left
+        prompts = []
+        for state in states:
+            chat = REFINE.prompt(state, "number")
+            prompts.append(render(self.tokenizer, chat))
+        inputs = self.tokenizer(
+            prompts,
+            add_special_tokens=False,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        ).to(self.model.device)
+
+        # 2. generate
+        sampling = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(self.rng.randrange(2**31))
+        sequences = self.model.generate(
+            **inputs,
+            max_new_tokens=MAX_NEW_TOKENS,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **sampling,
+        )
+
+        # 3. decode the new tokens
+        prompt_length = inputs["input_ids"].shape[1]
+        return self.tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
+
+
+@dataclass
+class WorkCount:
+    """How many messages each agent has written, and how many of them were correct work."""
+
+    written: Counter = field(default_factory=Counter)
+    correct: Counter = field(default_factory=Counter)
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of correct work of each agent that has written anything."""
+        return {name: self.correct[name] / self.written[name] for name in self.written}
+
+
+class Pass(NamedTuple):
+    """The result of one transcript per problem."""
+
+    chain_correct: list[bool]  # per problem, whether the Verifier's answer is right
+    refined_correct: list[bool]  # per problem, whether the last answer is right
+    num_refined: int  # transcripts in which the Refiner spoke
+
+
+def evaluate(args) -> dict[str, float]:
+    """Measure the saved agents on problems of a split, and print the measures."""
+    team = Team(args.output, device=args.device, seed=args.seed + 1)
+    report = {}
     for family in FAMILIES:
         puzzles = [make_puzzle(family, args.split, i) for i in range(args.problems)]
-        wins, right, said = [0] * len(puzzles), {}, {}
-        for run in range(args.passes + 1):  # run 0 is greedy
-            states = [State(p.question, ()) for p in puzzles]
-            refined = []
-            for agent in REFINE.agents:   # the chain, and where its Verifier objects, the Refiner
-                live = [i for i, state in enumerate(states) if REFINE.turn(state) == agent]
-                if agent.name == "Refiner":
-                    hits, refined = [extract_answer(s.messages[-1].text, "number") == str(p.answer) for s, p in zip(states, puzzles)], live
-                texts = say(model, tokenizer, [states[i] for i in live], temperature=0.0 if run == 0 else 1.0, generator=rng) if live else []
-                for i, text in zip(live, texts):
-                    said[agent.name] = said.get(agent.name, 0) + 1
-                    right[agent.name] = right.get(agent.name, 0) + is_correct_work(puzzles[i], agent.name, states[i], text)
-                    states[i] = REFINE.step(states[i], text)
-            after = [extract_answer(s.messages[-1].text, "number") == str(p.answer) for s, p in zip(states, puzzles)]
-            if run == 0:
-                report[f"{family}/greedy"], report[f"{family}/greedy, refined"] = sum(hits) / len(hits), sum(after) / len(after)
-                report[f"{family}/share refined"] = len(refined) / len(puzzles)
-            else:
-                wins = [w + h for w, h in zip(wins, hits)]
-        report[f"{family}/sample"] = sum(wins) / len(wins) / max(1, args.passes)
-        report[f"{family}/oracle@{args.passes}"] = sum(w > 0 for w in wins) / len(wins)
-        report |= {f"{family}/{name} correct work": right[name] / said[name] for name in said}
+        measures = measure(team, puzzles, num_passes=args.passes)
+        for name, value in measures.items():
+            report[f"{family}/{name}"] = value
     for name, value in report.items():
         print(f"{name:32s} {value:.3f}")
     return report
 
 
+def measure(team: Team, puzzles: list[Puzzle], *, num_passes: int) -> dict[str, float]:
+    """Measure the team's accuracy and each agent's share of correct work.
+
+    Accuracy is the share of problems answered correctly, from 0 to 1: by the greedy transcript, by
+    one sample (the mean of `num_passes`), and by the oracle, which needs one correct sample.
+    """
+    work = WorkCount()
+
+    # 1. one greedy transcript per problem
+    greedy = run_team(team, puzzles, work, temperature=0.0)
+
+    # 2. `num_passes` samples per problem
+    num_right = [0] * len(puzzles)
+    for _ in range(num_passes):
+        sample = run_team(team, puzzles, work, temperature=1.0)
+        for i, is_right in enumerate(sample.chain_correct):
+            num_right[i] += is_right
+    num_solved = sum(num > 0 for num in num_right)
+
+    # 3. summarize
+    num_problems = len(puzzles)
+    measures = {
+        "greedy": sum(greedy.chain_correct) / num_problems,
+        "greedy, refined": sum(greedy.refined_correct) / num_problems,
+        "share refined": greedy.num_refined / num_problems,
+        "sample": sum(num_right) / num_problems / max(1, num_passes),
+        f"oracle@{num_passes}": num_solved / num_problems,
+    }
+    for name, share in work.shares().items():
+        measures[f"{name} correct work"] = share
+    return measures
+
+
+def run_team(team: Team, puzzles: list[Puzzle], work: WorkCount, *, temperature: float) -> Pass:
+    """Let the team work on each problem once. Counts each agent's work in `work`."""
+    *chain_agents, refiner = REFINE.agents
+    states = [State(puzzle.question, ()) for puzzle in puzzles]
+    for agent in chain_agents:
+        take_turn(team, agent, puzzles, states, work, temperature=temperature)
+    chain_correct = _are_correct(puzzles, states)
+    num_refined = take_turn(team, refiner, puzzles, states, work, temperature=temperature)
+    refined_correct = _are_correct(puzzles, states)
+    return Pass(chain_correct, refined_correct, num_refined)
+
+
+def take_turn(
+    team: Team,
+    agent: Agent,
+    puzzles: list[Puzzle],
+    states: list[State],
+    work: WorkCount,
+    *,
+    temperature: float,
+) -> int:
+    """Let an agent speak in each state in which it is on turn. Returns the number of these states.
+
+    Replaces the states in place, and counts the agent's work in `work`.
+    """
+    on_turn = [i for i, state in enumerate(states) if REFINE.turn(state) == agent]
+    if not on_turn:
+        return 0
+    messages = team.speak([states[i] for i in on_turn], temperature=temperature)
+    for i, message in zip(on_turn, messages, strict=True):
+        work.written[agent.name] += 1
+        work.correct[agent.name] += is_correct_work(puzzles[i], agent.name, states[i], message)
+        states[i] = REFINE.step(states[i], message)
+    return len(on_turn)
+
+
+def _are_correct(puzzles: list[Puzzle], states: list[State]) -> list[bool]:
+    """Return for each state whether its last message gives the right answer."""
+    correct = []
+    for puzzle, state in zip(puzzles, states, strict=True):
+        answer = extract_answer(state.messages[-1].text, "number")
+        correct.append(answer == str(puzzle.answer))
+    return correct
+
+
 def is_correct_work(puzzle: Puzzle, agent: str, state: State, text: str) -> bool:
-    """Whether a message is what a faultless worker would say, given what this one was given."""
+    """Return whether a message is what a faultless worker would say on this turn.
+
+    The work of others is taken as it is: a Solver or a Verifier that is given a wrong candidate is
+    correct if it works with this candidate. For the Planner and the Refiner, correct work includes
+    the right candidate.
+    """
     if agent == "Reader":
-        return _same_facts(puzzle, text)
+        return _is_correct_reader(puzzle, text)
     if agent == "Planner":
-        return text in ("".join(planner_message(puzzle, puzzle.x, puzzle.y, random.Random(s), estimate=True)) for s in range(8))
-    try:  # the candidate that was made
-        words = (text if agent == "Refiner" else state.messages[1].text).split("Try ")[1].split(".")[0].split()
-        counts = {words[1]: int(words[0]), words[4]: int(words[3])}
-        x, y = counts[puzzle.kinds[0]], counts[puzzle.kinds[1]]
-    except (IndexError, KeyError, ValueError):
-        return False
+        return _is_correct_planner(puzzle, text)
     if agent == "Refiner":
-        return (x, y) == (puzzle.x, puzzle.y) and text.endswith("".join(refiner_message(puzzle, x, y, random.Random(0))).split(".", 1)[1])
-    return text == (solver_message(puzzle, x, y) if agent == "Solver" else verifier_message(puzzle, x, y))
+        return _is_correct_refiner(puzzle, text)
+    plan = state.messages[1].text
+    candidate = read_candidate(puzzle, plan)
+    if candidate is None:
+        return False
+    if agent == "Solver":
+        return text == solver_message(puzzle, *candidate)
+    return text == verifier_message(puzzle, *candidate)
 
 
-def _same_facts(puzzle: Puzzle, text: str) -> bool:
-    """The Reader's facts in another order."""
-    wanted = reader_message(puzzle, random.Random(0))
-    facts = lambda t: (sorted(t.split(". Asked")[0].removeprefix("Facts: ").split(", ")), t.split(". Asked")[-1])
-    return facts(text) == facts(wanted)
+def _is_correct_reader(puzzle: Puzzle, text: str) -> bool:
+    """Return whether the Reader states the facts, in any order, and the item that is asked for."""
+    expected = reader_message(puzzle, random.Random(0))
+    return _split_facts(text) == _split_facts(expected)
+
+
+def _split_facts(text: str) -> tuple[list[str], str]:
+    """Split a Reader's message into its sorted facts and its last sentence."""
+    sentences = text.split(". Asked")
+    facts = sentences[0].removeprefix("Facts: ").split(", ")
+    return sorted(facts), sentences[-1]
+
+
+def _is_correct_planner(puzzle: Puzzle, text: str) -> bool:
+    """Return whether the Planner proposes the solution, in either order, and checks it."""
+    for seed in ORDER_SEEDS:
+        plan, check = planner_message(
+            puzzle, puzzle.x, puzzle.y, random.Random(seed), estimate=True
+        )
+        if text == plan + check:
+            return True
+    return False
+
+
+def _is_correct_refiner(puzzle: Puzzle, text: str) -> bool:
+    """Return whether the Refiner proposes the solution, in either order, and checks it."""
+    if read_candidate(puzzle, text) != (puzzle.x, puzzle.y):
+        return False
+    _, check_and_answer = refiner_message(puzzle, puzzle.x, puzzle.y, random.Random(0))
+    return text.endswith(check_and_answer)
+
+
+def read_candidate(puzzle: Puzzle, text: str) -> tuple[int, int] | None:
+    """Read (x, y) from "Try 4 small and 2 big." in a message; None if there is no such sentence."""
+    try:
+        sentence = text.split("Try ")[1].split(".")[0]
+        words = sentence.split()
+        counts = {words[1]: int(words[0]), words[4]: int(words[3])}
+        first_item, second_item = puzzle.item_names
+        return counts[first_item], counts[second_item]
+    except (IndexError, KeyError, ValueError):
+        return None
+
+
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default=str(HERE / "agents"), help="folder of the model")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--from-phase", type=int, default=1, help="go on with this phase (of PHASES) from what the one before saved in --output")
+    parser.add_argument(
+        "--from-phase",
+        type=int,
+        default=1,
+        help="start with this phase (of PHASES), from what the previous phase saved in --output",
+    )
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--evaluate", action="store_true", help="only measure what is in --output")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="only measure the agents saved in --output"
+    )
     parser.add_argument("--split", default="heldout", help="split to measure on")
-    parser.add_argument("--problems", type=int, default=100, help="problems per family to measure on")
+    parser.add_argument(
+        "--problems", type=int, default=100, help="problems per family to measure on"
+    )
     parser.add_argument("--passes", type=int, default=30, help="sampled passes per problem")
     return parser.parse_args(argv)
 
@@ -342,7 +905,8 @@ def main(args) -> None:
     torch.set_num_threads(args.threads)
     if not args.evaluate:
         train(args)
-    (Path(args.output) / "accuracy.json").write_text(json.dumps(evaluate(args), indent=1) + "\n")
+    report = evaluate(args)
+    (Path(args.output) / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
-"""The embedded problems: seeded, endless word problems that are easier to check than to solve.
+"""Generate the embedded problems: word problems that are easier to check than to solve.
 
-Two families, each with one integer answer. In both, two kinds of things add up to a known count:
+There are two families of problems. Each problem counts two kinds of item, called the first and the
+second item, and has one integer answer:
 
-    packs   a*x + b*y = t    "small boxes hold 3, big boxes hold 5; 6 boxes, 24 pens: how many big boxes?"
-    score   a*x - b*y = t    "a hit wins 7, a miss loses 2; 6 darts, 24 points: how many hits?"
+    packs   a*x + b*y = t    "A small box holds 3 pens and a big box holds 5 pens ..."
+    score   a*x - b*y = t    "A hit wins 7 points and a miss loses 2 points ..."
 
-To solve one, divide; to check a candidate (x, y), multiply and add. A question also carries sentences that do not matter.
+The question states a, b, the total t and the count n = x + y. It asks for x or for y. Solving it
+takes a division; checking a candidate (x, y) takes only multiplications and additions. A question
+also contains one or two sentences that do not matter.
 
-Splits are kept apart by hashes, whatever the seed. A problem's numbers (a, b, x + y, t) belong to exactly one of `train`
-(search labels), `heldout` and `test`: no two of these share even the numbers of a problem. A question's text belongs either to
-them or to `agents`, the stream that the tiny agents were trained on, which has all numbers but none of those questions.
+A hash assigns each problem to its split, so the splits do not depend on a seed:
+
+- Every set of numbers (a, b, n, t) belongs to exactly one of `train`, `heldout` and `test`.
+- Every question text belongs either to these three splits or to `agents`, the split that the tiny
+  agents were trained on. `agents` uses all numbers, but shares no question with the other splits.
 """
 
 import functools
@@ -17,107 +22,249 @@ import hashlib
 import itertools
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FAMILIES = ("packs", "score")
-SPLITS = {"agents": (0, 100), "train": (0, 35), "heldout": (35, 50), "test": (50, 100)}  # percent of all (a, b, n, t)
 
-# family -> what a, b and n = x + y may be; x and y are at least 1, the total has two digits. MOST: the largest n outside of `agents`,
-# who have practised on more. It sets the operating point: the more ways to split n, the rarer a guess is right.
-RANGES = {"packs": (range(2, 10), range(2, 10), range(4, 9)), "score": (range(3, 10), range(1, 7), range(5, 9))}
-MOST = {"packs": 6, "score": 8}
+# For each split, the percentiles of the number sets that it uses: from the first up to the second.
+SPLITS = {"agents": (0, 100), "train": (0, 35), "heldout": (35, 50), "test": (50, 100)}
 
-NAMES = "Anna Ben Carla David Emma Finn Greta Hugo Ida Jonas Kira Leo Mia Nils Olga Paul Rosa Sam Tom Vera".split()
+# For each family, the values of a, of b and of n = x + y.
+RANGES = {
+    "packs": (range(2, 10), range(2, 10), range(4, 9)),
+    "score": (range(3, 10), range(1, 7), range(5, 9)),
+}
 
-# family -> stories: (the two kinds, the facts in the order told, the question)
+# The largest n outside the split `agents`. The agents practised on all values of n in RANGES.
+# This limit sets how hard the problems are: a larger n has more pairs (x, y) to guess from.
+MAX_COUNT = {"packs": 6, "score": 8}
+
+# The smallest and the largest total: totals have two digits.
+MIN_TOTAL = 10
+MAX_TOTAL = 99
+
+
+# ---- Wordings ------------------------------------------------------------------------------------
+
+
+class Story(NamedTuple):
+    """A wording of one family, with placeholders in braces."""
+
+    item_names: tuple[str, str]
+    facts: tuple[str, str, str]  # in the order in which the question states them
+    query: str
+
+
 STORIES = {
     "packs": (
-        (("small", "big"), "{name} packs {n} boxes.|A small box holds {a} pens and a big box holds {b} pens.|"
-                           "{name} packs {t} pens in all.", "How many {kind} boxes are there?"),
-        (("red", "blue"), "{name} buys {n} stamps.|A red stamp costs {a} cents and a blue stamp costs {b} cents.|"
-                          "{name} pays {t} cents in all.", "How many {kind} stamps are there?"),
-        (("short", "long"), "{name} takes {n} rides.|A short ride lasts {a} minutes and a long ride lasts {b} minutes.|"
-                            "{name} rides {t} minutes in all.", "How many {kind} rides are there?"),
+        Story(
+            item_names=("small", "big"),
+            facts=(
+                "{name} packs {n} boxes.",
+                "A small box holds {a} pens and a big box holds {b} pens.",
+                "{name} packs {t} pens in all.",
+            ),
+            query="How many {item} boxes are there?",
+        ),
+        Story(
+            item_names=("red", "blue"),
+            facts=(
+                "{name} buys {n} stamps.",
+                "A red stamp costs {a} cents and a blue stamp costs {b} cents.",
+                "{name} pays {t} cents in all.",
+            ),
+            query="How many {item} stamps are there?",
+        ),
+        Story(
+            item_names=("short", "long"),
+            facts=(
+                "{name} takes {n} rides.",
+                "A short ride lasts {a} minutes and a long ride lasts {b} minutes.",
+                "{name} rides {t} minutes in all.",
+            ),
+            query="How many {item} rides are there?",
+        ),
     ),
     "score": (
-        (("hit", "miss"), "{name} throws {n} darts.|A hit wins {a} points and a miss loses {b} points.|"
-                          "{name} ends with {t} points.", "How many times is it a {kind}?"),
-        (("right", "wrong"), "{name} gives {n} answers.|A right answer wins {a} points and a wrong answer loses {b} points.|"
-                             "{name} ends with {t} points.", "How many {kind} answers are there?"),
-        (("gold", "black"), "{name} draws {n} cards.|A gold card wins {a} points and a black card loses {b} points.|"
-                            "{name} ends with {t} points.", "How many {kind} cards are there?"),
+        Story(
+            item_names=("hit", "miss"),
+            facts=(
+                "{name} throws {n} darts.",
+                "A hit wins {a} points and a miss loses {b} points.",
+                "{name} ends with {t} points.",
+            ),
+            query="How many times is it a {item}?",
+        ),
+        Story(
+            item_names=("right", "wrong"),
+            facts=(
+                "{name} gives {n} answers.",
+                "A right answer wins {a} points and a wrong answer loses {b} points.",
+                "{name} ends with {t} points.",
+            ),
+            query="How many {item} answers are there?",
+        ),
+        Story(
+            item_names=("gold", "black"),
+            facts=(
+                "{name} draws {n} cards.",
+                "A gold card wins {a} points and a black card loses {b} points.",
+                "{name} ends with {t} points.",
+            ),
+            query="How many {item} cards are there?",
+        ),
     ),
 }
-DISTRACTORS = ("{other} is {r} years old.", "There are {r} chairs in the room.", "It is {r} degrees outside.",
-               "{other} has {r} books.", "The bus comes in {r} minutes.", "{other} lives at number {r}.")
+
+# Sentences that do not matter. {r} is a random number, {other} a person outside the story.
+DISTRACTORS = (
+    "{other} is {r} years old.",
+    "There are {r} chairs in the room.",
+    "It is {r} degrees outside.",
+    "{other} has {r} books.",
+    "The bus comes in {r} minutes.",
+    "{other} lives at number {r}.",
+)
+
+NAMES = (
+    *("Anna", "Ben", "Carla", "David", "Emma", "Finn", "Greta", "Hugo", "Ida", "Jonas"),
+    *("Kira", "Leo", "Mia", "Nils", "Olga", "Paul", "Rosa", "Sam", "Tom", "Vera"),
+)
 
 
-@dataclass(frozen=True)
-class Puzzle:
-    """One problem with its numbers; only `question` and `answer` are ever shown to a search."""
-    id: str
-    family: str
-    question: str
-    kinds: tuple[str, str]   # e.g. ("small", "big")
-    a: int                   # what one of the first kind adds
-    b: int                   # what one of the second kind adds (packs) or takes (score)
-    n: int                   # x + y
-    t: int                   # a*x + b*y (packs) or a*x - b*y (score)
-    x: int                   # the solution: how many of the first kind ...
-    y: int                   # ... and of the second
-    asked: int               # 0: the question asks for x, 1: for y
-
-    @property
-    def story(self) -> str:
-        """What is counted."""
-        return f"{self.kinds[0]} and {self.kinds[1]}"
-
-    @property
-    def answer(self) -> int:
-        return (self.x, self.y)[self.asked]
+# ---- Numbers -------------------------------------------------------------------------------------
 
 
 def total(family: str, a: int, b: int, x: int, y: int) -> int:
-    """What x of the first kind and y of the second come to."""
-    return a * x + b * y if family == "packs" else a * x - b * y
+    """Return the total t of x first items and y second items."""
+    if family == "packs":
+        return a * x + b * y
+    return a * x - b * y
 
 
 @functools.cache
 def numbers_of(family: str, split: str) -> list[tuple[int, int, int, int]]:
-    """All (a, b, x, y) of a split, in a fixed shuffled order.
-
-    The hash is of what the problem tells, (a, b, n, t), so equal tellings cannot end up in two splits; for `packs`
-    swapping the kinds changes only their names, so a <= b there.
-    """
-    found = []
+    """Return all (a, b, x, y) of a split, in a fixed shuffled order."""
+    start, end = SPLITS[split]
+    numbers = []
     for a, b, n in itertools.product(*RANGES[family]):
+        # Swapping the items of `packs` changes only their names, so one order is enough. If a = b,
+        # every pair (x, y) has the same total and the problem has no single solution.
+        if family == "packs" and a >= b:
+            continue
+        if split != "agents" and n > MAX_COUNT[family]:
+            continue
         for x in range(1, n):
-            t = total(family, a, b, x, n - x)
-            if 10 <= t <= 99 and (a < b or family == "score") and (n <= MOST[family] or split == "agents"):
-                digest = hashlib.blake2b(f"{family} {a} {b} {n} {t}".encode(), digest_size=4).digest()
-                point = int.from_bytes(digest, "big") % 100
-                if SPLITS[split][0] <= point < SPLITS[split][1]:
-                    found.append((a, b, x, n - x))
-    random.Random(f"{family}/{split}").shuffle(found)
-    return found
+            y = n - x
+            t = total(family, a, b, x, y)
+            if not MIN_TOTAL <= t <= MAX_TOTAL:
+                continue
+            if start <= _percentile(family, a, b, n, t) < end:
+                numbers.append((a, b, x, y))
+    random.Random(f"{family}/{split}").shuffle(numbers)
+    return numbers
+
+
+def _percentile(family: str, a: int, b: int, n: int, t: int) -> int:
+    """Hash the numbers that a question states to 0..99.
+
+    The solution (x, y) is not hashed, so two questions with equal numbers are in the same split.
+    """
+    text = f"{family} {a} {b} {n} {t}"
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % 100
+
+
+# ---- Problems ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """One problem with its numbers. A search is shown only `question` and graded by `answer`."""
+
+    id: str
+    family: str
+    question: str
+    item_names: tuple[str, str]  # of the first and the second item, e.g. ("small", "big")
+    a: int  # what one first item adds
+    b: int  # what one second item adds (packs) or takes (score)
+    n: int  # the count, x + y
+    t: int  # the total, a*x + b*y (packs) or a*x - b*y (score)
+    x: int  # the solution: the number of first items
+    y: int  # the solution: the number of second items
+    asked_index: int  # 0 if the question asks for x, 1 if it asks for y
+
+    @property
+    def story(self) -> str:
+        """The names of both items; they identify the wording."""
+        return f"{self.item_names[0]} and {self.item_names[1]}"
+
+    @property
+    def asked_item(self) -> str:
+        """The name of the item that the question asks for."""
+        return self.item_names[self.asked_index]
+
+    @property
+    def answer(self) -> int:
+        """The number that the question asks for."""
+        return (self.x, self.y)[self.asked_index]
 
 
 def make_puzzle(family: str, split: str, index: int) -> Puzzle:
-    """Problem number `index` of a split, the same at every call. Numbers recur only after all of the split were used."""
+    """Return problem number `index` of a split. Equal arguments give equal problems.
+
+    Numbers are repeated, in other words, only after all numbers of the split have been used.
+    """
     rng = random.Random(f"{family}/{split}/{index}")
+
+    # 1. choose the numbers
     numbers = numbers_of(family, split)
     a, b, x, y = numbers[index % len(numbers)]
     if family == "packs" and rng.random() < 0.5:
-        a, b, x, y = b, a, y, x
-    n, t = x + y, total(family, a, b, x, y)
+        # `numbers_of` lists only a < b. Questions have both orders equally often.
+        a, b = b, a
+        x, y = y, x
+    n = x + y
+    t = total(family, a, b, x, y)
+
+    # 2. put them into words, until the words belong to this split
     while True:
-        kinds, facts, ask = rng.choice(STORIES[family])
+        story = rng.choice(STORIES[family])
         name, other = rng.sample(NAMES, 2)
-        asked = rng.randrange(2)
-        sentences = facts.split("|")
-        for distractor in rng.sample(DISTRACTORS, rng.randint(1, 2)):
-            sentences.insert(rng.randint(0, len(sentences)), distractor.replace("{r}", str(rng.randint(2, 60))))
-        question = " ".join(sentences + [ask]).format(name=name, other=other, n=n, a=a, b=b, t=t, kind=kinds[asked])
-        belongs_to_agents = hashlib.blake2b(question.encode(), digest_size=1).digest()[0] % 4 > 0
-        if belongs_to_agents == (split == "agents"):
+        asked_index = rng.randrange(2)
+        asked_item = story.item_names[asked_index]
+        template = " ".join([*_add_distractors(story.facts, rng), story.query])
+        question = template.format(name=name, other=other, n=n, a=a, b=b, t=t, item=asked_item)
+        if _is_for_agents(question) == (split == "agents"):
             break
-    return Puzzle(f"{family}-{split}-{index:05d}", family, question, kinds, a, b, n, t, x, y, asked)
+
+    return Puzzle(
+        id=f"{family}-{split}-{index:05d}",
+        family=family,
+        question=question,
+        item_names=story.item_names,
+        a=a,
+        b=b,
+        n=n,
+        t=t,
+        x=x,
+        y=y,
+        asked_index=asked_index,
+    )
+
+
+def _add_distractors(facts: tuple[str, ...], rng: random.Random) -> list[str]:
+    """Insert one or two sentences that do not matter at random places among the facts."""
+    sentences = list(facts)
+    num_distractors = rng.randint(1, 2)
+    for distractor in rng.sample(DISTRACTORS, num_distractors):
+        place = rng.randint(0, len(sentences))
+        number = rng.randint(2, 60)
+        sentences.insert(place, distractor.replace("{r}", str(number)))
+    return sentences
+
+
+def _is_for_agents(question: str) -> bool:
+    """Hash a question's text: three quarters of all texts are for the split `agents` alone."""
+    digest = hashlib.blake2b(question.encode(), digest_size=1).digest()
+    return digest[0] % 4 > 0

@@ -1,0 +1,321 @@
+"""Batched decoding: token ids in, token ids out. Knows no agents, problems or trees.
+
+Every message draws its tokens from uniforms of its own, so it does not depend on the batch it is
+decoded in. Messages of one prompt share their computation for as long as their tokens are equal.
+"""
+
+import hashlib
+import json
+import math
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
+
+def uniforms(count: int, *key) -> np.ndarray:
+    """Return `count` uniforms in [0, 1) from the counter-based stream (Philox) of this key."""
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).digest()
+    stream = np.random.Philox(key=int.from_bytes(digest, "big"))
+    return np.random.Generator(stream).random(count)
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    draws: torch.Tensor,
+    greedy: torch.Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample one token per row by inverse CDF, from that row's own uniform.
+
+    Because each row has its own uniform, a message does not depend on the rest of the batch.
+
+    Args:
+        logits: [rows, vocabulary].
+        draws: float64 [rows], uniforms in [0, 1).
+        greedy: bool [rows], rows that take the most likely token instead.
+
+    Returns:
+        tokens [rows], and log pi(token) [rows] before temperature, top-k and top-p.
+    """
+    logits = logits.float()
+    logprobs = logits.log_softmax(-1)
+    filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    # float64: in float32 the cumulative sum over a large vocabulary loses rare tokens.
+    cdf = filtered.double().softmax(-1).cumsum(-1)
+    thresholds = draws[:, None] * cdf[:, -1:]  # the last entry is 1 only up to rounding
+    sampled = torch.searchsorted(cdf, thresholds, right=True).clamp(max=logits.shape[-1] - 1)
+    most_likely = logprobs.argmax(-1, keepdim=True)
+    tokens = torch.where(greedy[:, None], most_likely, sampled)
+    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+
+
+def filter_logits(
+    logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """Apply temperature, then top-k (0: all tokens), then top-p (1: all tokens).
+
+    Returns logits [rows, vocabulary] in which the excluded tokens are -inf.
+    """
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest_kept = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -math.inf)
+    if top_p < 1:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < _smallest_in_nucleus(probs, top_p), -math.inf)
+    return logits
+
+
+def _smallest_in_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return the probability [rows, 1] of the least likely token in the nucleus.
+
+    The nucleus is the most likely tokens that together reach `top_p`. It is searched among the
+    1,024 most likely tokens first: sorting a whole vocabulary can cost as much as the model.
+    """
+    vocabulary = probs.shape[-1]
+    top = probs.topk(min(1024, vocabulary)).values
+    if not bool((top.sum(-1) >= top_p).all()):
+        top = probs.topk(vocabulary).values
+    mass_before = top.cumsum(-1) - top
+    in_nucleus = mass_before < top_p
+    return top.masked_fill(~in_nucleus, 2.0).min(-1, keepdim=True).values
+
+
+# ---- The key-value cache -------------------------------------------------------------------------
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer, with room for more columns.
+
+    `DynamicLayer` copies all keys and values at every step (torch.cat), which takes a third of the
+    time on a CPU. Here a step writes one new column, and a copy is made only if there is no room.
+    """
+
+    SPARE_COLUMNS = 64
+    storage = None  # [2, rows, heads, columns with spare ones, head dim]; keys, values are views
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self.storage is None or self.storage.shape[3] < end:
+            self._grow(key_states, start, end)
+        self.storage[0, :, :, start:end] = key_states
+        self.storage[1, :, :, start:end] = value_states
+        self.keys, self.values = self.storage[:, :, :, :end]
+        return self.keys, self.values
+
+    def _grow(self, key_states: torch.Tensor, start: int, end: int) -> None:
+        rows, heads, _, head_dim = key_states.shape
+        storage = key_states.new_empty((2, rows, heads, end + self.SPARE_COLUMNS, head_dim))
+        if start > 0:
+            storage[0, :, :, :start] = self.keys
+            storage[1, :, :, :start] = self.values
+        self.storage = storage
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep, reorder or repeat rows."""
+        end = self.get_seq_length()
+        self.storage = self.storage[:, indices]
+        self.keys, self.values = self.storage[:, :, :, :end]
+
+
+class CacheRows:
+    """Rows of the key-value cache, one per distinct beginning of a message.
+
+    All messages sampled from one prompt start in one row. They share it for as long as their tokens
+    are equal, and get rows of their own when they differ.
+
+    Attributes:
+        logits: [rows, vocabulary], of the next token of each row.
+    """
+
+    # Rows of messages that have ended are removed when this share of the rows is left: copying the
+    # cache costs about as much as a few steps.
+    SHARE_WORTH_KEEPING = 0.8
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: list[list[int]], *, max_new_tokens: int, pad_id: int
+    ):
+        """Prefill each prompt once. prompts: token ids, padded on the left here."""
+        self.model = model
+        self.width = max(map(len, prompts))  # columns of the cache that are filled
+        token_ids = torch.full((len(prompts), self.width), pad_id)
+        mask = torch.ones((len(prompts), self.width + max_new_tokens), dtype=torch.long)
+        # Padded on the left, so that every row writes its next token into the same column.
+        for row, prompt in enumerate(prompts):
+            padding = self.width - len(prompt)
+            token_ids[row, padding:] = torch.tensor(prompt)
+            mask[row, :padding] = 0
+        self.mask = mask.to(model.device)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.cache = DynamicCache(config=model.config)
+        self.cache.layers = [
+            PreallocatedLayer() if type(layer) is DynamicLayer else layer
+            for layer in self.cache.layers
+        ]
+        self._forward(token_ids.to(model.device), first_column=0)
+
+    def branch(
+        self, row_of_message: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give each message a row that it shares only with messages of equal tokens.
+
+        Args:
+            row_of_message: [messages], the row of each message that has not ended.
+            tokens: [messages], the newest token of each.
+
+        Returns:
+            row_of_message after branching, and the newest token of each row [rows].
+        """
+        num_rows, vocabulary = self.logits.shape
+        # Messages of one row that continue with the same token are still equal.
+        row_and_token = row_of_message * vocabulary + tokens
+        distinct, new_row_of_message = torch.unique(row_and_token, return_inverse=True)
+        parents, newest = distinct // vocabulary, distinct % vocabulary
+        some_differ = len(distinct) > len(parents.unique())
+        enough_have_ended = len(distinct) < self.SHARE_WORTH_KEEPING * num_rows
+        if some_differ or enough_have_ended:
+            self.cache.batch_select_indices(parents)
+            self.mask = self.mask[parents]
+            self.positions = self.positions[parents]
+            return new_row_of_message, newest
+        # Nothing has to be copied. Rows of ended messages stay; what they read is ignored.
+        return row_of_message, newest.new_zeros(num_rows).index_copy(0, parents, newest)
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """Read one more token per row: tokens [rows]. Updates `logits`."""
+        self.width += 1
+        self._forward(tokens[:, None], first_column=self.width - 1)
+
+    def _forward(self, token_ids: torch.Tensor, *, first_column: int) -> None:
+        output = self.model(
+            input_ids=token_ids,
+            attention_mask=self.mask[:, : self.width],
+            position_ids=self.positions[:, first_column : self.width],
+            past_key_values=self.cache,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1]
+
+
+# ---- The decoder ---------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Samples many messages together, each with its own token limit.
+
+    The decoding loop is our own, because `generate` repeats equal computations for equal messages,
+    keeps ended rows until the last one ends, has one token limit per batch, and copies its cache at
+    every step (RESULTS.md, "Speed").
+
+    Args:
+        eos_ids: token ids that end a message.
+        pad_id: any token id; prompts are padded with it.
+        temperature, top_k, top_p: of every sampled token, see `filter_logits`.
+
+    Attributes:
+        seconds: where the time went: "model" and "sampling".
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_ids: set[int],
+        pad_id: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ):
+        self.model = model.eval()
+        self.eos_ids = eos_ids
+        self.pad_id = pad_id
+        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.seconds = {"model": 0.0, "sampling": 0.0}
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        prompts: list[list[int]],
+        repeats: list[int],
+        limits: list[int],
+        draws: np.ndarray,
+        greedy: list[bool],
+    ) -> list[tuple[list[int], list[float]]]:
+        """Sample all messages together, from one prefill per prompt.
+
+        Args:
+            prompts: token ids of each prompt.
+            repeats: number of messages per prompt.
+            limits: token limit per message.
+            draws: [messages, longest limit], the uniforms of each message.
+            greedy: per message.
+
+        Returns:
+            (token ids, log-probabilities) per message.
+        """
+        device = self.model.device
+        num_messages, num_steps = draws.shape
+
+        # 1. Prefill each prompt once. All its messages start in its row of the cache.
+        with self._timed("model"):
+            rows = CacheRows(self.model, prompts, max_new_tokens=num_steps, pad_id=self.pad_id)
+        row_of_message = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats))
+        row_of_message = row_of_message.to(device)
+
+        # 2. Decode until every message has ended. `live`: indices of those that have not.
+        live = torch.arange(num_messages, device=device)
+        draws = torch.from_numpy(draws).to(device)
+        greedy = torch.tensor(greedy, device=device)
+        limits = torch.tensor(limits, device=device)
+        eos_ids = torch.tensor(sorted(self.eos_ids), device=device)
+        tokens = torch.zeros(draws.shape, dtype=torch.long, device=device)
+        logprobs = torch.zeros(draws.shape, device=device)
+        lengths = torch.zeros(num_messages, dtype=torch.long, device=device)
+        for step in range(num_steps):
+            with self._timed("sampling"):
+                newest, newest_logprobs = sample_tokens(
+                    rows.logits[row_of_message], draws[live, step], greedy[live], **self.sampling
+                )
+                tokens[live, step] = newest
+                logprobs[live, step] = newest_logprobs
+                lengths[live] = step + 1
+                has_ended = torch.isin(newest, eos_ids) | (limits[live] <= step + 1)
+                continuing = (~has_ended).nonzero()[:, 0]
+                if len(continuing) == 0:
+                    break
+                live = live[continuing]
+                row_of_message, newest_of_row = rows.branch(
+                    row_of_message[continuing], newest[continuing]
+                )
+            with self._timed("model"):
+                rows.append(newest_of_row)
+
+        # 3. Cut every message to its length.
+        messages = []
+        for message_tokens, message_logprobs, length in zip(
+            tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True
+        ):
+            messages.append((message_tokens[:length], message_logprobs[:length]))
+        return messages
+
+    @contextmanager
+    def _timed(self, activity: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] += time.perf_counter() - start

@@ -1,0 +1,162 @@
+"""How good V is, and how good answers are: pure functions of labels, values and verdicts.
+
+Intervals are 95 %. Nothing here knows a model.
+"""
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import scipy.stats
+
+from generate_rollouts import Edge
+
+# ---- V against the labels of held-out problems ---------------------------------------------------
+
+
+def auc(values: list[float], is_right: list[bool]) -> float:
+    """Return P(V of a right state > V of a wrong one), ties half: the area under the ROC curve."""
+    ranks = scipy.stats.rankdata(values)
+    num_right = sum(is_right)
+    num_wrong = len(is_right) - num_right
+    ranks_of_right = sum(rank for rank, right in zip(ranks, is_right, strict=True) if right)
+    smallest_possible = num_right * (num_right + 1) / 2
+    return (ranks_of_right - smallest_possible) / (num_right * num_wrong)
+
+
+def bootstrap_interval(samples: list[float]) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean, over problems."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(np.asarray(samples), size=(2000, len(samples))).mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def calibration_error(v: np.ndarray, y: np.ndarray) -> float:
+    """Return the expected calibration error, in units of V.
+
+    That is |mean V - mean y| in each of ten equal bins of V, weighted by how many states it holds.
+    """
+    bins = np.minimum((v + 1) / 2 * 10, 9).astype(int)
+    error = 0.0
+    for index in np.unique(bins):
+        in_bin = bins == index
+        error += abs(v[in_bin].mean() - y[in_bin].mean()) * in_bin.mean()
+    return float(error)
+
+
+def value_metrics(edges: list[Edge], values: list[float]) -> dict[str, dict]:
+    """Return how well V predicts the held-out labels, per agent (see `agent_metrics`)."""
+    report = {}
+    for agent in dict.fromkeys(edge.agent for edge in edges):
+        of_agent = [edge.agent == agent for edge in edges]
+        agent_edges = [edge for edge, chosen in zip(edges, of_agent, strict=True) if chosen]
+        agent_values = [value for value, chosen in zip(values, of_agent, strict=True) if chosen]
+        report[agent] = agent_metrics(agent_edges, agent_values)
+    return report
+
+
+def agent_metrics(edges: list[Edge], values: list[float]) -> dict:
+    """Return the metrics of V on the states after one agent's messages.
+
+    rmse, rmse_of_mean: of V against y, and of the best constant.
+    ece: see `calibration_error`.
+    pearson: correlation of V and y.
+    auc: right (y > 0) against wrong (y < 0) states of the same problem, averaged over the problems
+        that have both. It cannot be won by telling easy problems from hard ones.
+    top1: how often the sibling with the largest V has the largest y, among visited siblings with
+        different y. `chance`: a uniform pick among the same siblings.
+    """
+    y = np.array([edge.y for edge in edges])
+    v = np.array(values)
+    both_vary = np.std(v) > 0 and np.std(y) > 0
+    aucs = problem_aucs(edges, values)
+    hits, chances = sibling_choices(edges, values)
+    return {
+        "n": len(edges),
+        "rmse": float(np.sqrt(np.mean((v - y) ** 2))),
+        "rmse_of_mean": float(np.std(y)),
+        "ece": calibration_error(v, y),
+        "pearson": float(np.corrcoef(v, y)[0, 1]) if both_vary else None,
+        "auc": float(np.mean(aucs)) if aucs else None,
+        "auc_95": bootstrap_interval(aucs) if aucs else None,
+        "auc_problems": len(aucs),
+        "top1": float(np.mean(hits)) if hits else None,
+        "chance": float(np.mean(chances)) if chances else None,
+        "sibling_groups": len(hits),
+    }
+
+
+def problem_aucs(edges: list[Edge], values: list[float]) -> list[float]:
+    """Return the AUC within each problem that has both right and wrong states."""
+    states_of_problem = defaultdict(list)
+    for edge, value in zip(edges, values, strict=True):
+        if edge.y != 0:
+            states_of_problem[edge.problem_id].append((value, edge.y > 0))
+    aucs = []
+    for states in states_of_problem.values():
+        problem_values, is_right = zip(*states, strict=True)
+        if len(set(is_right)) == 2:
+            aucs.append(auc(problem_values, is_right))
+    return aucs
+
+
+def sibling_choices(edges: list[Edge], values: list[float]) -> tuple[list[float], list[float]]:
+    """Return, per group of siblings with different y, the success of V's choice and of chance.
+
+    A tie in V is a uniform pick among the tied siblings.
+    """
+    siblings = defaultdict(list)
+    for edge, value in zip(edges, values, strict=True):
+        siblings[edge.problem_id, edge.parent].append((value, edge.y))
+    hits, chances = [], []
+    for group in siblings.values():
+        targets = [y for _, y in group]
+        largest_y = max(targets)
+        if min(targets) == largest_y:
+            continue
+        largest_v = max(value for value, _ in group)
+        targets_of_choice = [y for value, y in group if value == largest_v]
+        hits.append(np.mean([y == largest_y for y in targets_of_choice]))
+        chances.append(np.mean([y == largest_y for y in targets]))
+    return hits, chances
+
+
+# ---- Answers: exact match and paired comparisons -------------------------------------------------
+
+
+def wilson(num_right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a proportion."""
+    test = scipy.stats.binomtest(num_right, n)
+    interval = test.proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def paired(a: list[bool], b: list[bool]) -> dict:
+    """Compare two methods on the same problems.
+
+    Returns the exact match of a minus that of b, its 95 % interval (Bonett and Price 2012), the
+    problems that only one of them answers right, and the exact McNemar p.
+    """
+    n = len(a)
+    wins, losses = 0, 0
+    for a_is_right, b_is_right in zip(a, b, strict=True):
+        wins += a_is_right and not b_is_right
+        losses += b_is_right and not a_is_right
+    # The interval adds one win and one loss, and is centred on the adjusted difference.
+    win_share = (wins + 1) / (n + 2)
+    loss_share = (losses + 1) / (n + 2)
+    difference = win_share - loss_share
+    variance = (win_share + loss_share - difference**2) / (n + 2)
+    half_width = scipy.stats.norm.ppf(0.975) * math.sqrt(variance)
+    p = 1.0
+    if wins + losses > 0:
+        p = float(scipy.stats.binomtest(wins, wins + losses).pvalue)
+    return {
+        "difference": (wins - losses) / n,
+        "low": difference - half_width,
+        "high": difference + half_width,
+        "wins": wins,
+        "losses": losses,
+        "p": p,
+    }

@@ -1,0 +1,508 @@
+"""The agents' language model: what a search may ask for, and the policy that answers it.
+
+All agents share one causal language model; their roles differ by system prompt. A search asks for
+messages with a `Sample` request, and `Policy` answers many such requests in one batch.
+
+A message is a function of (seed, problem, path in the tree, candidate index), not of the batch it
+is sampled in. One problem alone, a resumed run and another batch size give the same text, up to
+floating-point rounding.
+"""
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from decoding import Decoder, uniforms
+from mas import GRAPHS, MAS
+from runs import (
+    HERE,
+    InputError,
+    Parser,
+    add_run_arguments,
+    device_of_this_process,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    positive_unit_float,
+)
+from tasks import EMBEDDED, TASKS, Problem
+
+# ---- Requests ------------------------------------------------------------------------------------
+# What a search may ask for. A request names nodes of a tree: whatever has a `state` (mas.State) and
+# a `path` (which candidate was taken at each step from the root). The reply has one entry per node.
+
+
+class Candidate(NamedTuple):
+    """One sampled message.
+
+    Attributes:
+        tokens: number of tokens generated, the end-of-message token included.
+        logprob: sum over the tokens of log pi(token | prefix) in nats, before temperature, top-k
+            and top-p.
+        truncated: whether the message reached its token limit.
+    """
+
+    text: str
+    tokens: int
+    logprob: float
+    truncated: bool
+
+
+class Sample(NamedTuple):
+    """Ask for `num` messages of the agent on turn at each node. Reply: `num` Candidates per node.
+
+    greedy: take the most likely token at every step instead of sampling.
+    """
+
+    nodes: list
+    num: int
+    greedy: bool = False
+
+
+class Score(NamedTuple):
+    """Ask for a value in [-1, 1] of each node's state: V, or another scorer in its place."""
+
+    nodes: list
+
+
+class Outcome(NamedTuple):
+    """Ask for the outcome model's value in [-1, 1] of each node's state, which is terminal."""
+
+    nodes: list
+
+
+@dataclass
+class Cost:
+    """What a search has used.
+
+    Attributes:
+        agent_calls: sampled messages.
+        prompt_tokens: prefilled tokens; a prompt counts once for all candidates sampled from it.
+        generated_tokens: sampled tokens, end-of-message tokens included.
+        scored_tokens: tokens read by a value or outcome model.
+        truncated: agent -> messages that reached their token limit.
+        seconds: share of the wall time of its batches, by tokens generated or states scored.
+    """
+
+    agent_calls: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    scored_tokens: int = 0
+    truncated: Counter = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def __iadd__(self, other: "Cost") -> "Cost":
+        for entry in fields(self):
+            total = getattr(self, entry.name) + getattr(other, entry.name)
+            setattr(self, entry.name, total)
+        return self
+
+
+# A handler answers all waiting requests of one type: [(problem, request)] -> [(reply, cost)].
+Handler = Callable[[list[tuple[Problem, Any]]], list[tuple[Any, Cost]]]
+
+# ---- The policy ----------------------------------------------------------------------------------
+
+
+@dataclass
+class PromptJob:
+    """One prompt, and the messages that are sampled from it."""
+
+    request_index: int
+    problem_id: str
+    path: tuple[int, ...]  # of the node
+    agent: str
+    prompt_ids: list[int]
+    max_new_tokens: int
+    num_messages: int
+    greedy: bool
+    candidates: list[Candidate] = field(default_factory=list)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that one message of this prompt can occupy in the cache."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+
+class Policy:
+    """pi: the agents. Answers Sample requests; nothing else in this project generates text.
+
+    Args:
+        decoder: the language model of all agents.
+        tokenizer: must have a chat template.
+        max_new_tokens: limit of a message, in addition to the agent's own.
+        batch_tokens: limit of rows x (prompt + message limit) in one batch.
+
+    Attributes:
+        on_messages: called with the number of messages after each batch, to show progress.
+    """
+
+    def __init__(
+        self,
+        mas: MAS,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        max_new_tokens: int,
+        batch_tokens: int,
+    ):
+        self.mas = mas
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.max_new_tokens = max_new_tokens
+        self.batch_tokens = batch_tokens
+        self.on_messages: Callable[[int], None] = _ignore
+
+    def __call__(
+        self, requests: list[tuple[Problem, Sample]]
+    ) -> list[tuple[list[list[Candidate]], Cost]]:
+        """Answer Sample requests. Reply: a list of candidates per node; a prompt is read once.
+
+        Raises InputError if a prompt and its message do not fit into the model's context, or if
+        the messages of one prompt do not fit into memory.
+        """
+        # 1. One job per node: its prompt, and how many messages to sample from it.
+        jobs = self._make_jobs(requests)
+        self._check_context(jobs)
+        costs = [Cost() for _ in requests]
+
+        # 2. Decode in batches, the longest rows first: memory runs out early or never.
+        queue = sorted(jobs, key=lambda job: job.row_tokens)
+        while queue:
+            batch = self._take_batch(queue)
+            start = time.perf_counter()
+            try:
+                self._sample_batch(batch)
+            except torch.OutOfMemoryError:
+                self._halve_batch_tokens(batch)
+                queue += reversed(batch)
+                continue
+            self._charge(batch, costs, seconds=time.perf_counter() - start)
+            self.on_messages(sum(job.num_messages for job in batch))
+
+        # 3. Jobs are in the order of the requests' nodes.
+        remaining = iter(jobs)
+        replies = []
+        for (_, request), cost in zip(requests, costs, strict=True):
+            reply = [next(remaining).candidates for _ in request.nodes]
+            replies.append((reply, cost))
+        return replies
+
+    def _make_jobs(self, requests: list[tuple[Problem, Sample]]) -> list[PromptJob]:
+        jobs, chats = [], []
+        for request_index, (problem, request) in enumerate(requests):
+            for node in request.nodes:
+                agent = self.mas.turn(node.state)
+                chats.append(self.mas.prompt(node.state, problem.answer_type))
+                job = PromptJob(
+                    request_index=request_index,
+                    problem_id=problem.id,
+                    path=node.path,
+                    agent=agent.name,
+                    prompt_ids=[],
+                    max_new_tokens=min(agent.max_new_tokens, self.max_new_tokens),
+                    num_messages=request.num,
+                    greedy=request.greedy,
+                )
+                jobs.append(job)
+        texts = self.tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=False
+        )
+        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for job, prompt_ids in zip(jobs, prompts, strict=True):
+            job.prompt_ids = prompt_ids
+        return jobs
+
+    def _check_context(self, jobs: list[PromptJob]) -> None:
+        context = self.decoder.model.config.max_position_embeddings
+        for job in jobs:
+            if job.row_tokens > context:
+                raise InputError(
+                    f"problem {job.problem_id}: the {job.agent}'s prompt of "
+                    f"{len(job.prompt_ids)} tokens and a message of {job.max_new_tokens} "
+                    f"do not fit into the model's {context}; "
+                    f"lower --max-new-tokens or remove the problem"
+                )
+
+    def _take_batch(self, queue: list[PromptJob]) -> list[PromptJob]:
+        """Take as many jobs from the end of the queue as `batch_tokens` allows, at least one."""
+        batch = [queue.pop()]
+        longest = batch[0].row_tokens
+        num_rows = batch[0].num_messages
+        while queue and (num_rows + queue[-1].num_messages) * longest <= self.batch_tokens:
+            batch.append(queue.pop())
+            num_rows += batch[-1].num_messages
+        return batch
+
+    def _sample_batch(self, batch: list[PromptJob]) -> None:
+        """Sample all messages of a batch and append them to its jobs."""
+        limits, greedy, owners, streams = [], [], [], []
+        num_steps = max(job.max_new_tokens for job in batch)
+        for job in batch:
+            for candidate_index in range(job.num_messages):
+                key = (self.seed, job.problem_id, job.path, candidate_index)
+                stream = np.zeros(num_steps)
+                stream[: job.max_new_tokens] = uniforms(job.max_new_tokens, *key)
+                streams.append(stream)
+                limits.append(job.max_new_tokens)
+                greedy.append(job.greedy)
+                owners.append(job)
+        messages = self.decoder.decode(
+            [job.prompt_ids for job in batch],
+            [job.num_messages for job in batch],
+            limits,
+            np.stack(streams),
+            greedy,
+        )
+        for job, (tokens, logprobs) in zip(owners, messages, strict=True):
+            job.candidates.append(self._make_candidate(tokens, logprobs))
+
+    def _make_candidate(self, tokens: list[int], logprobs: list[float]) -> Candidate:
+        truncated = tokens[-1] not in self.decoder.eos_ids
+        text_tokens = tokens if truncated else tokens[:-1]
+        text = self.tokenizer.decode(text_tokens, skip_special_tokens=True).strip()
+        return Candidate(text, len(tokens), sum(logprobs), truncated)
+
+    def _halve_batch_tokens(self, batch: list[PromptJob]) -> None:
+        """Lower the batch size after running out of memory. Raises InputError if it cannot help."""
+        if len(batch) == 1:
+            raise InputError(
+                f"out of memory with {batch[0].num_messages} messages of one prompt; "
+                f"lower --max-new-tokens or --num-candidates, or give --quantize-policy"
+            ) from None
+        self.batch_tokens //= 2
+        message = f"out of memory: --batch-tokens halved to {self.batch_tokens}"
+        tqdm.write(message, file=sys.stderr)
+
+    def _charge(self, batch: list[PromptJob], costs: list[Cost], *, seconds: float) -> None:
+        """Add each job's tokens, and its share of the seconds, to the cost of its request."""
+        tokens_per_job = [sum(candidate.tokens for candidate in job.candidates) for job in batch]
+        seconds_per_token = seconds / sum(tokens_per_job)
+        for job, tokens in zip(batch, tokens_per_job, strict=True):
+            num_truncated = sum(candidate.truncated for candidate in job.candidates)
+            costs[job.request_index] += Cost(
+                agent_calls=job.num_messages,
+                prompt_tokens=len(job.prompt_ids),
+                generated_tokens=tokens,
+                seconds=tokens * seconds_per_token,
+                truncated=Counter({job.agent: num_truncated} if num_truncated else {}),
+            )
+
+
+def _ignore(num_messages: int) -> None:
+    pass
+
+
+def end_of_message_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the token ids that end a message, by the tokenizer and by the checkpoint.
+
+    Nothing else of the checkpoint's generation config is used: its sampling must not leak in.
+    """
+    from_checkpoint = model.generation_config.eos_token_id
+    if not isinstance(from_checkpoint, list):
+        from_checkpoint = [from_checkpoint]
+    return {tokenizer.eos_token_id, *from_checkpoint} - {None}
+
+
+# ---- Loading checkpoints -------------------------------------------------------------------------
+
+
+def load_pretrained(
+    flag: str, name: str, auto_class, *, quantize: bool, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer by folder or hub name through `from_pretrained`.
+
+    Weights are bfloat16 on a GPU and float32 on a CPU; with `quantize` they are NF4 with double
+    quantisation (needs bitsandbytes), computing in that type.
+
+    Args:
+        flag: the flag that gave `name`, for the messages of errors.
+        auto_class: AutoModelForCausalLM, or AutoModel for a backbone without a head.
+
+    Raises:
+        InputError: if the model cannot be loaded or lacks weights or an end-of-message token.
+    """
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    options = {"dtype": dtype, "output_loading_info": True}
+    if quantize:
+        options["device_map"] = {"": device}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    # transformers shows a bar and a report of the weights; the report is checked below instead.
+    disable_progress_bar()
+    set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, report = auto_class.from_pretrained(name, **options)
+    except ImportError as error:
+        remedy = "give --no-quantize" if flag == "--backbone" else "leave out --quantize-policy"
+        raise InputError(
+            f"{flag} {name}: NF4 needs bitsandbytes ({error}); install it, or {remedy}"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{flag} {name}: cannot be loaded as a folder or from the hub: {reason}"
+        ) from None
+
+    # Weights that the files lack would be random.
+    absent = [*report["missing_keys"], *report["mismatched_keys"]]
+    if absent:
+        examples = ", ".join(map(str, sorted(absent)[:3]))
+        class_name = type(model).__name__
+        raise InputError(
+            f"{flag} {name}: its files do not hold all weights of {class_name}: {examples} ..."
+        )
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{flag} {name}: its tokenizer has no end-of-message (eos) token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if quantize:
+        _keep_weights_unpacked(model)
+    else:
+        model = model.to(device)
+    return model, tokenizer
+
+
+def _keep_weights_unpacked(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking NF4 weights for a bfloat16 kernel on some CPUs.
+
+    It would repack them whenever the model is not training: V would differ between training and
+    search, and from one machine to another.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+
+def add_policy_arguments(parser: Parser) -> None:
+    """Add the flags of stages 1, 3 and 4: the problems, the agents, and how they are sampled."""
+    add_run_arguments(parser)
+    embedded = ", ".join(EMBEDDED)
+    parser.add_argument(
+        "--task", default="tiny", help=f"{embedded} (embedded), or {', '.join(TASKS)}"
+    )
+    parser.add_argument(
+        "--data",
+        default=None,
+        help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`, "
+        "graded as --task",
+    )
+    parser.add_argument(
+        "--graph",
+        default="chain",
+        help=f"communication graph: {', '.join(GRAPHS)}, or FILE.toml",
+    )
+    parser.add_argument(
+        "--model",
+        default=os.path.relpath(HERE / "tiny" / "agents"),
+        help="the agents' causal language model: folder or hub name",
+    )
+    parser.add_argument(
+        "--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards"
+    )
+    parser.add_argument(
+        "--temperature", type=positive_float, default=1.0, help="of every sampled message"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=non_negative_int,
+        default=0,
+        help="sample among the k most likely tokens only; 0: all",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=positive_unit_float,
+        default=1.0,
+        help="sample among the most likely tokens that together have this probability; 1: all",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=128,
+        help="limit of a message, in addition to the agent's own; suits the tiny agents, "
+        "give 512 or so for a real model",
+    )
+    parser.add_argument(
+        "--num-candidates",
+        default="3",
+        help="C, messages per expansion: 3, or 1.8.1.1, or Planner=8,Reader=2",
+    )
+    parser.add_argument("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
+    parser.add_argument(
+        "--max-active", type=positive_int, default=512, help="problems in flight together"
+    )
+
+
+def make_policy(args, mas: MAS) -> Policy:
+    """Load the agents that the flags name. Raises InputError if they are no chat model."""
+    torch.set_num_threads(args.num_threads)
+    model, tokenizer = load_pretrained(
+        "--model",
+        args.model,
+        AutoModelForCausalLM,
+        quantize=args.quantize_policy,
+        device=device_of_this_process(args.device),
+    )
+    if tokenizer.chat_template is None:
+        reason = "its tokenizer has no chat template; the agents need a chat model"
+        raise InputError(f"--model {args.model}: {reason}")
+    decoder = Decoder(
+        model,
+        eos_ids=end_of_message_ids(model, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
+    return Policy(
+        mas,
+        decoder,
+        tokenizer,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        batch_tokens=args.batch_tokens,
+    )
+
+
+def policy_settings(args, mas: MAS) -> dict:
+    """Return what decides the agents' messages. It is recorded, and compared on resuming."""
+    return {
+        "model": args.model,
+        "graph": asdict(mas),
+        "seed": args.seed,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "quantize_policy": args.quantize_policy,
+    }

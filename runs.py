@@ -1,0 +1,440 @@
+"""How a script runs: flags and bad input, progress, the run folder, resuming, several processes.
+
+Every stage is a script with `parse_args(argv=None)` and `main(args)`, called through `cli`. It
+writes one run folder: `config.json` records the settings, and JSON-lines files hold one line per
+finished problem. Running the same command again skips what is finished.
+
+This file knows no agents, problems or models; it imports nothing of ours. A reader who audits the
+method can skip it.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+
+# ---- Flags and bad input -------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """Bad input from the user. Its one line says what is wrong and what would be right."""
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` that reports a wrong flag as an InputError and shows defaults.
+
+    Args:
+        doc: the docstring of the script. Its first paragraph becomes the description.
+    """
+
+    def __init__(self, doc: str):
+        super().__init__(
+            description=doc.split("\n\n")[0],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def positive_int(text: str) -> int:
+    if not re.fullmatch(r"\+?\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    if re.fullmatch(r"[-+]?0+", text):
+        return 0
+    return positive_int(text)
+
+
+def positive_float(text: str) -> float:
+    return _float_in_range(text, above=0)
+
+
+def non_negative_float(text: str) -> float:
+    return _float_in_range(text, at_least=0)
+
+
+def unit_float(text: str) -> float:
+    return _float_in_range(text, at_least=0, at_most=1)
+
+
+def positive_unit_float(text: str) -> float:
+    return _float_in_range(text, above=0, at_most=1)
+
+
+def _float_in_range(
+    text: str, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf
+) -> float:
+    bounds = []
+    if above > -math.inf:
+        bounds.append(f"above {above}")
+    if at_least > -math.inf:
+        bounds.append(f"at least {at_least}")
+    if at_most < math.inf:
+        bounds.append(f"at most {at_most}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    # A comparison with nan is false, so nan is refused as well.
+    if not (above < value < math.inf and at_least <= value <= at_most):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {' and '.join(bounds)}")
+    return value
+
+
+def add_run_arguments(parser: Parser) -> None:
+    """Add the flags that every script has."""
+    parser.add_argument("--run", default="runs/tiny", help="run folder")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
+    parser.add_argument("--device", default=_default_device(), help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--num-threads",
+        type=positive_int,
+        default=min(2, os.cpu_count() or 1),
+        help="torch threads on the CPU; more than 2 do not help tiny models",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=positive_int,
+        default=32768,
+        help="size of one batch that is generated or scored: rows x tokens of the longest",
+    )
+
+
+def add_overwrite_argument(parser: Parser) -> None:
+    """Add the flag of the scripts that write to the run folder."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete this stage's results if the folder holds another configuration",
+    )
+
+
+def _default_device() -> str:
+    import torch  # imported late: mas.py and tasks.py import this file and need no torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cli(parse_args, main) -> None:
+    """Run a script.
+
+    Bad input prints one line and exits with code 2. An interrupt says that nothing is lost and
+    exits with code 130. Programming errors raise.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        main(parse_args())
+    except InputError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        message = "interrupted; finished work is saved, the same command resumes it"
+        print(f"\n{script}: {message}", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- Progress ------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Show work done and time left: a bar on a terminal, a plain line every half minute in a log.
+
+    The time left assumes that every unit of work takes the time of the average unit so far.
+
+    Args:
+        total: amount of work. May be corrected later through the attribute `total`.
+        description: what is being done.
+        shown: False shows nothing at all.
+    """
+
+    SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self, total: float, *, description: str, shown: bool = True):
+        self.total, self.done = total, 0
+        self.description = description
+        self.start = self.last_line = time.perf_counter()
+        on_terminal = sys.stderr.isatty()
+        self.lines_shown = shown and not on_terminal
+        self.bar = tqdm(
+            total=total,
+            desc=description,
+            disable=not (shown and on_terminal),
+            smoothing=0,  # average speed since the start
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Count `amount` more as done. note: shown after the time left."""
+        self.done += amount
+        self.total = max(self.total, self.done)
+        self.bar.total = self.total
+        if note:
+            self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(amount)
+        self._write_line(note)
+
+    def _write_line(self, note: str) -> None:
+        now = time.perf_counter()
+        if not self.lines_shown or now - self.last_line < self.SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        elapsed = now - self.start
+        left = elapsed * (self.total - self.done) / max(self.done, 1e-9)
+        times = f"{tqdm.format_interval(elapsed)} so far, about {tqdm.format_interval(left)} left"
+        share = self.done / max(self.total, 1e-9)
+        line = f"{self.description}: {share:.0%}, {times}"
+        print(f"{line}; {note}" if note else line, file=sys.stderr, flush=True)
+
+
+class SearchProgress(Progress):
+    """Progress of many searches, measured in sampled messages.
+
+    Searches that advance together all finish at the very end, so finished searches say little. The
+    number of messages is not known beforehand: each unfinished search is expected to need
+    `messages_per_search`, or a quarter more than the average so far if that is more.
+    """
+
+    def __init__(
+        self,
+        num_searches: int,
+        messages_per_search: float,
+        *,
+        description: str,
+        num_finished_before: int = 0,
+        shown: bool = True,
+    ):
+        super().__init__(num_searches * messages_per_search, description=description, shown=shown)
+        self.num_searches = num_searches
+        self.messages_per_search = messages_per_search
+        self.num_finished_before = num_finished_before
+        self.num_finished = 0
+        self.messages_of_finished = 0
+
+    def messages_sampled(self, num_messages: int) -> None:
+        self._update(num_messages)
+
+    def search_finished(self, num_messages: int) -> None:
+        self.num_finished += 1
+        self.messages_of_finished += num_messages
+        self._update(0)
+
+    def _update(self, num_messages: int) -> None:
+        messages = self.done + num_messages
+        expected = max(self.messages_per_search, 1.25 * messages / self.num_searches)
+        num_unfinished = self.num_searches - self.num_finished
+        self.total = self.messages_of_finished + num_unfinished * expected
+        finished = self.num_finished_before + self.num_finished
+        problems = self.num_finished_before + self.num_searches
+        self.advance(num_messages, f"{finished}/{problems} problems, {messages} messages")
+
+
+# ---- JSON lines ----------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Read a JSON-lines file. Raises InputError that names a missing file or a bad line."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return parse_jsonl(path.read_text(encoding="utf-8"), path)
+
+
+def parse_jsonl(text: str, path: Path) -> list[dict]:
+    """Parse JSON lines. path: for the message of an error."""
+    records = []
+    # Not splitlines: a message may hold other characters that Python takes for line ends.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            reason = f"not JSON ({error.msg}); the file is torn or not JSON lines"
+            raise InputError(f"{path}, line {number}: {reason}") from None
+    return records
+
+
+def append_jsonl(file, record: dict) -> None:
+    """Write one line and flush it, so that a kill loses no finished problem."""
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+# Processes started by `accelerate launch` share the problems and need no coordination: each takes
+# its problems by a hash of their ids, appends to its own shard, and reads all shards to resume.
+
+
+def process_rank() -> tuple[int, int]:
+    """Return (rank, number of processes); (0, 1) without a launcher."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_mine(problem_id: str) -> bool:
+    """Whether this process works on a problem. Each problem belongs to exactly one process."""
+    rank, world_size = process_rank()
+    digest = hashlib.blake2b(problem_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % world_size == rank
+
+
+def device_of_this_process(device: str) -> str:
+    """Return the GPU of this process if `device` is "cuda" and a launcher has assigned one."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+def shard_path(path: Path) -> Path:
+    """Return the file this process appends to: `path`, or NAME.RANKofWORLD.jsonl next to it."""
+    rank, world_size = process_rank()
+    if world_size == 1:
+        return path
+    return path.with_suffix(f".{rank}of{world_size}.jsonl")
+
+
+def all_shards(path: Path) -> list[Path]:
+    """Return `path` and every shard of it that exists, whatever the number of processes was."""
+    return [path, *sorted(path.parent.glob(f"{path.stem}.*of*.jsonl"))]
+
+
+def without_shard(path: Path) -> Path:
+    """Return the path that `path` is a shard of."""
+    return path.with_name(re.sub(r"\.\d+of\d+\.jsonl$", ".jsonl", path.name))
+
+
+def resume_jsonl(path: Path) -> dict[str, dict]:
+    """Read the records of all processes: problem id -> record, sorted by id.
+
+    A last line torn by a kill is ignored, and cut off in the shard this process appends to; its
+    problem is then done again.
+    """
+    records = {}
+    for shard in all_shards(path):
+        content = shard.read_bytes() if shard.is_file() else b""
+        complete = content.rfind(b"\n") + 1
+        is_torn = complete < len(content)
+        if is_torn and shard == shard_path(path):
+            note = "the last line is torn; it is cut off and its problem is done again"
+            print(f"{shard}: {note}", file=sys.stderr)
+            os.truncate(shard, complete)
+        for record in parse_jsonl(content[:complete].decode(), shard):
+            records[record["id"]] = record
+    return dict(sorted(records.items()))
+
+
+# ---- The run folder ------------------------------------------------------------------------------
+
+
+def open_run(folder: Path, settings: dict, *, overwrite: bool) -> None:
+    """Start a run folder, or resume one that has the same settings.
+
+    Raises InputError that names every setting that differs, unless `overwrite` is given: then the
+    old records are deleted.
+    """
+    settings = json.loads(json.dumps(settings))  # as they will be read back
+    config = folder / "config.json"
+    if config.is_file() and overwrite:
+        if process_rank()[1] > 1:
+            reason = "another process may already be writing"
+            raise InputError(
+                f"--overwrite needs a single process ({reason}); delete {folder} first"
+            )
+        for path in [config, *folder.glob("*.jsonl")]:
+            path.unlink()
+    if not config.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, {"settings": settings} | provenance())
+        return
+    old = read_config(folder)["settings"]
+    changes = []
+    for key in sorted(old.keys() | settings.keys()):
+        if old.get(key) != settings.get(key):
+            changes.append(f"{key} (there {_short(old.get(key))}, now {_short(settings.get(key))})")
+    if changes:
+        raise InputError(
+            f"{folder} holds a run with another configuration: {', '.join(changes)}; "
+            f"choose another --run, or start over with --overwrite"
+        )
+
+
+def _short(value) -> str:
+    """Show a setting in a few words: a graph by its name and a fingerprint of its agents."""
+    if isinstance(value, dict) and "agents" in value:
+        fingerprint = hashlib.blake2b(json.dumps(value).encode(), digest_size=3).hexdigest()
+        return f"{value['name']}#{fingerprint}"
+    return json.dumps(value)
+
+
+def read_config(folder: Path) -> dict:
+    """Read a folder's config.json. Raises InputError if it is missing or torn."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json here; no stage has written this folder yet")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}: not JSON ({error.msg}); the file is torn, "
+            f"start this stage again with --overwrite"
+        ) from None
+
+
+def write_config(folder: Path, config: dict) -> None:
+    """Write config.json atomically: a kill leaves the old file or the new one."""
+    temporary = folder / f"config.json.{os.getpid()}.part"
+    temporary.write_text(json.dumps(config, indent=1) + "\n")
+    temporary.replace(folder / "config.json")
+
+
+def provenance() -> dict:
+    """Return what a reader needs to repeat a run: command, commit, versions, machine, time."""
+    import torch  # imported late, see _default_device
+
+    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU, {os.cpu_count()} cores"
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "peft", "numpy"):
+        versions[package] = version(package)
+    return {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit or None,
+        "versions": versions,
+        "device": device,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+# ---- Randomness ----------------------------------------------------------------------------------
+
+
+def seeded(*parts) -> random.Random:
+    """Return a generator of its own for each combination of parts, whatever the order of calls."""
+    return random.Random("/".join(map(str, parts)))

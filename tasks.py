@@ -1,0 +1,395 @@
+"""Problems: the public tasks, their data and splits, and whether an answer is correct.
+
+A task is an embedded family of problems (tiny/problems.py) or a public data set. Public data comes
+from the Hugging Face hub or, with `--data`, from a file in a similar format (see COLUMNS).
+
+The embedded families have their own splits. Those of public data depend on the ids of the problems,
+never on a seed or on the size of a run:
+  - "test" is the test split of the hub, or the whole file if a file is given;
+  - one in eight of the other problems, by a hash of its id, is "heldout"; the rest is "train".
+Problems come in an order that is fixed by a second hash, so that the first `num` are a fair sample
+of a file that is sorted by subject. Problems without an id get one from a hash of their question,
+so that reordering the file changes nothing.
+
+A gold answer that cannot be read is an error that names the problem. No torch here.
+"""
+
+import hashlib
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from answers import canonical, is_comparable, last_box, same_answer
+from runs import InputError, read_jsonl
+from tiny import problems as tiny_problems
+
+SPLITS = ("train", "heldout", "test")
+HELDOUT_ONE_IN = 8
+
+# ---- Problems ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str
+    split: str  # one of SPLITS
+    question: str  # with its options, if it has any
+    gold: str  # the right answer, in canonical form (answers.canonical)
+    answer_type: str  # "number", "letter" or "math"
+    subject: str | None = None
+    level: str | None = None
+
+
+class RawProblem(NamedTuple):
+    """A problem as it is read from a row of a data set, before its gold answer is interpreted."""
+
+    id: str | None
+    question: str
+    gold: str  # as in the data
+    subject: str | None
+    level: str | None
+
+
+def is_correct(problem: Problem, answer: str | None) -> bool:
+    """Return whether a canonical answer equals the gold answer. None is never correct."""
+    return same_answer(answer, problem.gold, problem.answer_type)
+
+
+def question_key(question: str) -> str:
+    """Return a short hash of a question. Case, spaces and punctuation do not count."""
+    words = re.findall(r"\w+", question.lower())
+    return hashlib.blake2b(" ".join(words).encode(), digest_size=8).hexdigest()
+
+
+# ---- Tasks ---------------------------------------------------------------------------------------
+
+
+class HubSplit(NamedTuple):
+    """A split of a data set on the Hugging Face hub."""
+
+    dataset: str
+    configuration: str | None
+    revision: str
+    split: str
+
+
+class Task(NamedTuple):
+    """A public task: the type of its answers and its data on the hub."""
+
+    answer_type: str
+    hub: dict[str, HubSplit]  # for "train" (which includes "heldout") and for "test"
+
+
+# Embedded task -> its family in tiny/problems.py
+EMBEDDED = {"tiny": "packs", "tiny-score": "score"}
+
+TASKS = {
+    "gsm8k": Task(
+        "number",
+        {
+            "train": HubSplit("openai/gsm8k", "main", "main", "train"),
+            "test": HubSplit("openai/gsm8k", "main", "main", "test"),
+        },
+    ),
+    "math": Task(
+        "math",
+        {
+            "train": HubSplit("DigitalLearningGmbH/MATH-lighteval", None, "main", "train"),
+            "test": HubSplit("HuggingFaceH4/MATH-500", None, "main", "test"),
+        },
+    ),
+    "mmlu": Task(
+        "letter",
+        {
+            "train": HubSplit("cais/mmlu", "all", "main", "auxiliary_train"),
+            "test": HubSplit("cais/mmlu", "all", "main", "test"),
+        },
+    ),
+    "logiqa": Task(
+        "letter",
+        {
+            "train": HubSplit("lucasmccabe/logiqa", None, "refs/convert/parquet", "train"),
+            "test": HubSplit("lucasmccabe/logiqa", None, "refs/convert/parquet", "test"),
+        },
+    ),
+}
+
+
+def source(task: str, data: str | None) -> dict:
+    """Return where the problems come from, for config.json."""
+    from_hub = task in TASKS and data is None
+    return {"task": task, "data": data, "hub": TASKS[task].hub if from_hub else None}
+
+
+# ---- Loading problems ----------------------------------------------------------------------------
+
+
+def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[Problem]:
+    """Load the first `num` problems of a split, in the fixed order.
+
+    If the split has fewer problems, all of them are returned and a warning is printed.
+
+    Args:
+        task: a key of EMBEDDED or TASKS. A file given with an embedded task is graded by the
+            narrowest answer type that fits all of its answers.
+        data: a file to read instead of the hub: JSON lines, .json, .csv or .parquet.
+        split: one of SPLITS.
+        num: how many problems.
+
+    Raises:
+        InputError: if the task is unknown, or its data cannot be loaded or used.
+    """
+    if task in EMBEDDED and data is None:
+        return _embedded_problems(EMBEDDED[task], split, num)
+    if task not in EMBEDDED and task not in TASKS:
+        names = ", ".join((*EMBEDDED, *TASKS))
+        raise InputError(
+            f"--task {task}: unknown; it is one of {names} (or give --data FILE.jsonl)"
+        )
+
+    # 1. read the rows, and give an id to each that has none
+    origin = data or task
+    rows = _read_file(data) if data else _read_hub(task, split)
+    raw_problems = [read_row(row, f"{origin}, line {line}") for line, row in enumerate(rows, 1)]
+    id_prefix = Path(origin).stem if task in EMBEDDED else task
+    raw_problems = _with_ids(raw_problems, id_prefix)
+    _check_ids_are_unique(raw_problems, origin)
+
+    # 2. find the answer type, from the whole file, so that all splits have the same
+    if task in TASKS:
+        answer_type = TASKS[task].answer_type
+    else:
+        answer_type = _narrowest_answer_type([raw.gold for raw in raw_problems])
+
+    # 3. choose the problems of the split
+    if split != "test":
+        wanted = split == "heldout"
+        raw_problems = [raw for raw in raw_problems if _is_heldout(raw.id) == wanted]
+    raw_problems.sort(key=lambda raw: _hash(raw.id, "order"))
+    chosen = raw_problems[:num]
+    if len(chosen) < num:
+        print(
+            f"{origin}: {num} {split} problems were requested, but there are only {len(chosen)}",
+            file=sys.stderr,
+        )
+
+    # 4. bring their gold answers into canonical form
+    return [_to_problem(raw, answer_type, split, origin) for raw in chosen]
+
+
+def _embedded_problems(family: str, split: str, num: int) -> list[Problem]:
+    problems = []
+    for index in range(num):
+        puzzle = tiny_problems.make_puzzle(family, split, index)
+        gold, level = str(puzzle.answer), str(puzzle.n)
+        problem = Problem(puzzle.id, split, puzzle.question, gold, "number", puzzle.story, level)
+        problems.append(problem)
+    return problems
+
+
+def _with_ids(raw_problems: list[RawProblem], prefix: str) -> list[RawProblem]:
+    """Give an id to each problem that has none: a hash of its question, numbered if it repeats."""
+    occurrences = Counter()
+    with_ids = []
+    for raw in raw_problems:
+        key = f"{prefix}-{question_key(raw.question)}"
+        occurrences[key] += 1
+        if raw.id is None:
+            count = occurrences[key]
+            raw = raw._replace(id=key if count == 1 else f"{key}-{count}")
+        with_ids.append(raw)
+    return with_ids
+
+
+def _check_ids_are_unique(raw_problems: list[RawProblem], origin: str) -> None:
+    counts = Counter(raw.id for raw in raw_problems)
+    for problem_id, count in counts.items():
+        if count > 1:
+            raise InputError(f"{origin}: the id {problem_id} occurs twice")
+
+
+def _narrowest_answer_type(golds: list[str]) -> str:
+    """Return the first of "letter", "number" and "math" that fits all gold answers."""
+    if all(re.fullmatch(r"\(?[A-Z]\)?", gold) for gold in golds):
+        return "letter"
+    if all(_is_only_a_number(gold) for gold in golds):
+        return "number"
+    return "math"
+
+
+def _is_only_a_number(gold: str) -> bool:
+    """Return whether a gold answer is a number and nothing more."""
+    number = canonical(gold, "number")
+    return number is not None and number == canonical(gold, "math")
+
+
+def _is_heldout(problem_id: str) -> bool:
+    return _hash(problem_id, "split")[0] % HELDOUT_ONE_IN == 0
+
+
+def _hash(problem_id: str, purpose: str) -> bytes:
+    return hashlib.blake2b(f"{purpose} {problem_id}".encode(), digest_size=8).digest()
+
+
+def _to_problem(raw: RawProblem, answer_type: str, split: str, origin: str) -> Problem:
+    """Build a Problem. Raises InputError if its gold answer cannot be read and compared."""
+    gold = canonical(raw.gold, answer_type)
+    if gold is None or not is_comparable(gold, answer_type):
+        raise InputError(
+            f"{origin}: the answer of problem {raw.id} cannot be read as a {answer_type}: "
+            f"{raw.gold!r}"
+        )
+    return Problem(raw.id, split, raw.question, gold, answer_type, raw.subject, raw.level)
+
+
+# ---- Rows of data sets ---------------------------------------------------------------------------
+
+# Field of a problem -> its names in public data sets, tried in this order
+COLUMNS = {
+    "question": ("question", "problem", "query"),
+    "context": ("context",),
+    "choices": ("choices", "options"),
+    "answer": ("answer", "correct_option", "solution"),
+    "id": ("id", "unique_id"),
+    "subject": ("subject", "type"),
+    "level": ("level",),
+}
+
+
+def read_row(row: dict, place: str) -> RawProblem:
+    """Read a row that has the columns of any of the public data sets (COLUMNS).
+
+    Args:
+        row: column -> value.
+        place: the file and line of the row, for error messages.
+
+    Raises:
+        InputError: if question or answer is missing, or the answer is none of the options.
+    """
+    fields = {field: _first_value(row, names) for field, names in COLUMNS.items()}
+    for field in ("question", "answer"):
+        if fields[field] is None or not str(fields[field]).strip():
+            raise InputError(f"{place}: no `{field}`; each line needs `question` and `answer`")
+
+    question = str(fields["question"]).strip()
+    if fields["context"]:
+        question = f"{str(fields['context']).strip()}\n{question}"
+
+    if fields["choices"]:
+        question += _options_text(fields["choices"])
+        gold = _option_letter(fields["answer"], fields["choices"], place)
+    else:
+        is_solution = row.get("answer") is None and "solution" in row
+        gold = _gold_of_solution(str(fields["answer"]).strip(), is_solution)
+
+    return RawProblem(
+        id=_optional_text(fields["id"]),
+        question=question,
+        gold=gold,
+        subject=_optional_text(fields["subject"]),
+        level=_optional_text(fields["level"]),
+    )
+
+
+def _first_value(row: dict, names: tuple[str, ...]):
+    """Return the value of the first of these columns that the row has; None if it has none."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    return None
+
+
+def _optional_text(value) -> str | None:
+    return None if value is None else str(value)
+
+
+def _letters(choices: list) -> list[str]:
+    return [chr(ord("A") + index) for index in range(len(choices))]
+
+
+def _options_text(choices: list) -> str:
+    """Return a line "A) ..." for each option."""
+    text = ""
+    for letter, choice in zip(_letters(choices), choices, strict=True):
+        text += f"\n{letter}) {choice}"
+    return text
+
+
+def _option_letter(answer, choices: list, place: str) -> str:
+    """Return the letter of the right option, which the data gives by letter, text or index from 0.
+
+    An integer in the data is an index, even if an option has the same text.
+    """
+    letters = _letters(choices)
+    texts = [str(choice).strip() for choice in choices]
+    gold = str(answer).strip()
+    if gold in letters:
+        return gold
+    if gold in texts and not isinstance(answer, int):
+        return letters[texts.index(gold)]
+    if gold.isdigit() and int(gold) < len(letters):
+        return letters[int(gold)]
+    raise InputError(
+        f"{place}: the answer {gold!r} is none of the options; "
+        f"give its letter, its index from 0, or its text"
+    )
+
+
+def _gold_of_solution(text: str, is_solution: bool) -> str:
+    r"""Return the gold answer of a text that may be a worked solution.
+
+    GSM8K ends a solution with "#### 42". MATH (is_solution) has the answer in \boxed{...}.
+    """
+    if "####" in text:
+        return text.rsplit("####", 1)[-1].strip()
+    if is_solution:
+        return last_box(text) or ""
+    return text
+
+
+# ---- Files and the hub ---------------------------------------------------------------------------
+
+# File name extension -> the builder of `datasets` that reads it; other files are JSON lines
+FILE_FORMATS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def _read_file(data: str) -> list[dict]:
+    path = Path(data)
+    if path.suffix not in FILE_FORMATS:
+        return read_jsonl(path)
+    if not path.is_file():
+        raise InputError(f"--data {data}: no such file")
+    return _load_dataset(
+        f"--data {data}",
+        FILE_FORMATS[path.suffix],
+        data_files=data,
+        split="train",
+    )
+
+
+def _read_hub(task: str, split: str) -> list[dict]:
+    hub = TASKS[task].hub["test" if split == "test" else "train"]
+    return _load_dataset(
+        f"--task {task}",
+        hub.dataset,
+        hub.configuration,
+        revision=hub.revision,
+        split=hub.split,
+    )
+
+
+def _load_dataset(flag: str, *args, **options) -> list[dict]:
+    """Load rows with the package `datasets`, which uses its own cache if there is no network."""
+    import datasets  # imported late: it takes a second, and the embedded tasks do not need it
+
+    try:
+        return datasets.load_dataset(*args, **options).to_list()
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise InputError(
+            f"{flag}: cannot be loaded ({reason}); if you are offline, give --data FILE"
+        ) from None

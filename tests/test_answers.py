@@ -1,0 +1,370 @@
+"""Tests of answers.py: reading an answer, its canonical form, and equality."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from answers import MathVerify, canonical, extract_answer, same_answer
+
+# ---- Reading an answer ---------------------------------------------------------------------------
+
+NUMBERS = [  # (message, the number that is read from it)
+    # signs, currency, decimals and fractions
+    ("16 − 3 = 13. Final answer: 13", "13"),
+    ("There are 6 boxes of 7. Final answer: 42 apples", "42"),
+    ("Final answer: $1,234.50", "2469/2"),
+    ("Final answer: -3/4", "-3/4"),
+    ("Final answer: −7 degrees", "-7"),
+    ("Final answer: .5", "1/2"),
+    ("Final answer: 0.50", "1/2"),
+    ("Final answer: 50%", "50"),
+    ("Final answer: 10 / 4", "5/2"),
+    ("Final answer: 1/0", None),
+    ("Final answer: 1 3/4 cups", "7/4"),
+    (r"\boxed{1\frac{3}{4}}", "7/4"),
+    ("Final answer: -1 1/2", "-3/2"),
+    ("Final answer: 3½", "7/2"),
+    ("Final answer: 3 and 1/2", "7/2"),
+    ("Final answer: minus 3", "-3"),
+    ("Final answer: $1.45 million", "1450000"),
+    ("Final answer: 1,23,456", "123456"),
+    (r"\boxed{1\,234}", "1234"),
+    (r"\boxed{\frac{1,000}{3}}", "1000/3"),
+    ("Final answer: " + "1" * 5000, None),
+    # forms of a statement
+    ("**Final answer:** **73**", "73"),
+    ("**Final answer**: 73.", "73"),
+    ("The final answer is 12.", "12"),
+    ("#### 72", "72"),
+    ("#### $1,200 per year", "1200"),
+    ("Final answer:\n18", "18"),
+    ("**Final Answer:**\n\n**12**", "12"),
+    ("The final answer is:\n\n$12$", "12"),
+    ("### Final Answer\n7", "7"),
+    ("Final answer - 12", "12"),
+    ("**Final Answer**\n\nThe answer is 18.", "18"),
+    # the last statement, and no mention or heading after it
+    ("Final answer: 3\nWait. Final answer: 4", "4"),
+    ("Final answer: 12\nThe Solver's final answer is correct.", "12"),
+    ("Final answer: 12\n\nThis is the final answer.", "12"),
+    ("Let's find the final answer.\n\nTotal = 5 + 7 = 12", "12"),
+    ("#### Step 1\n5 + 7\n#### Step 2\n5+7=12\nSo she has 12 apples.", "12"),
+    # boxes
+    (r"so \boxed{42} it is, not 7", "42"),
+    (r"\boxed{\frac{3}{4}}", "3/4"),
+    (r"\boxed{1} then \boxed{2}", "2"),
+    (r"\boxed 7", "7"),
+    (r"\boxed {12}", "12"),
+    (r"\boxed{}" "\nFinal answer: 12", "12"),
+    # the last number
+    ("5 + 8 = 13", "13"),
+    ("first 2, then 1,000", "1000"),
+    ("the range 3-5", "5"),
+    ("the years 1990 1991", "1991"),
+    ("Total: 3*4 and 2*15", "15"),
+    ("The answer is -6.", "-6"),
+    ("She is left with **-6** dollars", "-6"),
+    ("Final answer: The temperature is -10", "-10"),
+    ("x-3", "3"),
+    ("f(2) - 3", "3"),
+    # no number
+    ("I do not know", None),
+    ("Final answer: none", None),
+    ("", None),
+    # two numbers
+    ("Final answer: 5 or 6", None),
+    ("Final answer: Between 5 and 6", None),
+    ("Final answer: 5, 6", None),
+    ("Final answer: 2^3", None),
+    (r"\boxed{2 \times 3}", None),
+    # equations and remarks
+    ("Final answer: 16-3=13", "13"),
+    ("Final answer: 5 = 2 + 3", "5"),
+    (r"\boxed{12=5+7}", "12"),
+    ("Final answer: 7 (see step 2)", "7"),
+    ("Final answer: 12 hours (= 0.5 days)", "12"),
+    ("Final answer: 12 dollars (1 dollar = 100 cents)", "12"),
+    ("Final answer: In 4 weeks she earns $12.", "12"),
+    ("Final answer: Total for 2 people: $17", "17"),
+]
+
+LETTERS = [  # (message, the letter that is read from it)
+    # marks around a letter
+    ("Final answer: A", "A"),
+    ("Final answer: (b)", "B"),
+    ("Final answer: (J)", "J"),
+    ("Final answer: Option E.", "E"),
+    ("Final answer: **C**", "C"),
+    ("Final answer: $C$", "C"),
+    ("Final answer: [C]", "C"),
+    ('Final answer: "C"', "C"),
+    ("Final answer: <C>", "C"),
+    ("Final answer: C) Paris", "C"),
+    (r"\boxed{D}", "D"),
+    (r"\boxed{\text{(C)}}", "C"),
+    (r"\boxed{\textrm{B}}", "B"),
+    (r"Final answer: $\mathrm{D}$", "D"),
+    # words before or after a letter
+    ("Final answer: A is correct", "A"),
+    ("Final answer: **A** because it follows", "A"),
+    ("Final answer: The correct answer is C", "C"),
+    ("Final answer: The correct option is (C).", "C"),
+    ("Final Answer: The final answer is $C$. I hope it is correct.", "C"),
+    ("Final answer: Answer: C", "C"),
+    # forms of a statement
+    ("**Final answer**: B", "B"),
+    ("Final Answer:\nC", "C"),
+    ("### Final Answer\nC", "C"),
+    ("Final answer: C\n\n#### Explanation\nB is wrong.", "C"),
+    ("Final answer - C", "C"),
+    ("#### C", "C"),
+    ("#### Step B", None),
+    # two letters
+    ("Final answer: C or D", None),
+    ("Final answer: C/D", None),
+    ("Final answer: Option C and Option D", None),
+    (r"\boxed{A, B}", None),
+    # letters that are not options
+    ("A train leaves town", None),
+    ("Final answer: A train", None),
+    ("Final answer: a train", None),
+    ("Final answer: I would say so", None),
+    ("Final answer: I’m not sure", None),
+    ("Final answer: N/A", None),
+    ("Final answer: e.g. dogs", None),
+    ("Final answer: U.S. law", None),
+    ("Final answer: T-shirt", None),
+    ("Final answer: x = 3", None),
+    ("Final answer: None of these", None),
+]
+
+FORMULAS = [  # (message, the formula that is read from it)
+    (r"Final answer: the length is $2\sqrt{3}$.", r"2\sqrt{3}"),
+    (r"Final Answer: The final answer is $\frac{1}{2}$. I hope it is correct.", "1/2"),
+    ("Final answer:\n$$x+1$$", "x+1"),
+    ("**Final answer:** $x+1$", "x+1"),
+    (r"Final answer: \(x+1\)", "x+1"),
+    ("#### Explanation", None),
+    ("Final answer: x+1\nMy final answer is right.", "x+1"),
+]
+
+
+@pytest.mark.parametrize("text, answer", NUMBERS)
+def test_numbers_are_read_from_the_final_answer(text, answer):
+    assert extract_answer(text, "number") == answer
+
+
+@pytest.mark.parametrize("text, letter", LETTERS)
+def test_letters_are_read_only_where_an_answer_is_given(text, letter):
+    assert extract_answer(text, "letter") == letter
+
+
+@pytest.mark.parametrize("text, answer", FORMULAS)
+def test_formulas_are_read_from_the_final_answer(text, answer):
+    assert extract_answer(text, "math") == answer
+
+
+def test_boxes_with_inner_braces_are_read_whole():
+    assert extract_answer(r"thus \boxed{2\sqrt{3}}", "math") == r"2\sqrt{3}"
+    assert extract_answer(r"thus \boxed{\frac{3}{4}}", "math") == "3/4"
+    assert extract_answer(r"thus \boxed{\frac{3}{4}", "math") is None  # never closed
+
+
+# ---- Equality ------------------------------------------------------------------------------------
+
+
+def pmatrix(entries):
+    return r"\begin{pmatrix}" + entries + r"\end{pmatrix}"
+
+
+MATH = [  # two answers as agents and data sets write them, and whether they are equal
+    # numbers
+    ("42", "42.0", True),
+    (r"\text{42}", "42", True),
+    ("-3", "3", False),
+    ("−3", "-3", True),
+    (r"\frac{3}{4}", "3", False),
+    (r"\frac{1}{2}", r"\frac{1}{3}", False),
+    (r"\frac12", "0.5", True),
+    (r"\dfrac{1}{2}", r"\frac{1}{2}", True),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}", True),
+    (r"-\frac{1}{2}", r"\frac{1}{2}", False),
+    (r"\frac{2}{4}", r"\frac{1}{2}", True),
+    (r"1\frac{1}{2}", r"\frac{3}{2}", True),
+    ("0.25", r"\frac{1}{4}", True),
+    ("0.333333", r"\frac{1}{3}", False),
+    (r"0.\overline{36}", r"\frac{4}{11}", True),
+    (r"0.\overline{36}", r"\frac{4}{10}", False),
+    ("10^{3}", "1000", True),
+    ("1.5e3", "1500", False),
+    (".0000672", r"6.72 \times 10^{-5}", True),
+    ("2^3", "8", True),
+    ("2^3", "9", False),
+    (r"5!", "120", True),
+    ("2:3", "3:2", False),
+    # thousands
+    ("1,234", "1234", True),
+    (r"1{,}234", "1234", True),
+    (r"1\!,234", "1234", True),
+    (r"11,\! 111,\! 100", "11,111,100", True),
+    (r"10\,080", "10080", True),
+    (r"\frac{448}{15,625}", r"\frac{448}{15625}", True),
+    ("7,8", "78", False),
+    # signs of percent, currency and degrees
+    ("12%", "12", True),
+    (r"12\%", "12", True),
+    ("$12", "12", True),
+    (r"\$12", "12", True),
+    (r"90^\circ", "90", True),
+    (r"90^\circ", "91", False),
+    ("145°", r"145^\circ", True),
+    (r"145\degree", r"145^\circ", True),
+    # roots, logarithms and constants
+    (r"2\sqrt{3}", "23", False),
+    (r"2\sqrt{3}", "2", False),
+    (r"\sqrt{12}", r"2\sqrt{3}", True),
+    (r"\sqrt{2}", "1.41", False),
+    (r"\sqrt[3]{8}", "2", True),
+    (r"\sqrt[3]{2}", r"\sqrt{2}", False),
+    (r"\log 2", r"\log 3", False),
+    (r"\log_2 3", r"\frac{\ln 3}{\ln 2}", True),
+    (r"\pi", "3.14", False),
+    (r"\pi", r"\pi", True),
+    (r"\frac{\pi}{2}", r"\pi/2", True),
+    (r"\frac{\pi}{2}", r"\frac{\pi}{3}", False),
+    (r"\infty", r"-\infty", False),
+    # complex numbers
+    (r"3+4i", "4i+3", True),
+    ("3+4i", "3-4i", False),
+    (r"\frac32 i", r"\frac{3i}{2}", True),
+    ("2i", r"2\mathrm{i}", True),
+    ("2i", "-2i", False),
+    ("2i", "2", False),
+    # variables
+    ("x^2+1", "x^2-5", False),
+    ("x^2+1", "1+x^2", True),
+    ("x^{2}", "x^{3}", False),
+    ("x^2", "x^{2}", True),
+    ("3x", "x3", True),
+    ("ab", "ba", True),
+    ("a-b", "b-a", False),
+    ("3r^2", "3R^2", False),
+    ("5", "5x", False),
+    # a fraction before a factor
+    (r"\frac{\pi}{2}", r"\frac{1}{2}\pi", True),
+    (r"\frac12\pi", r"\frac{1}{2\pi}", False),
+    (r"\frac{3\sqrt3}{4}", r"\frac{3}{4}\sqrt3", True),
+    (r"\frac{x+1}{2}", r"\frac12(x+1)", True),
+    (r"-\frac12x+3", r"3-\frac{1}{2x}", False),
+    ("1", r"2^\frac{1}{2}", False),
+    (r"\sqrt2", r"2^\frac{1}{2}", True),
+    (r"y=\frac12x+1", r"y=\frac x2+1", True),
+    # subscripts and stars are not markdown
+    ("52_8", "528", False),
+    ("52_8", "52_{8}", True),
+    ("52_8", "52_9", False),
+    ("4210_{5}", "4210_5", True),
+    ("a_1", "a1", False),
+    ("23", "2*3", False),
+    ("2xy", "2*x*y", True),
+    ("**x^2**", "x^2", True),
+    # tuples, intervals and sets
+    ("(3,4)", "(3,7)", False),
+    ("(3, 4)", "(3,4)", True),
+    ("(3,4)", "(4,3)", False),
+    ("[3,4]", "(3,4)", False),
+    (r"\left[3,4\right)", "[3,4)", True),
+    (r"(-\infty, 3]", "(-\\infty,3]", True),
+    (r"(-\infty, 3]", r"(-\infty, 3)", False),
+    (r"\{1,2\}", r"\{2,1\}", True),
+    (r"\{1,2\}", r"\{1,3\}", False),
+    (r"\{1,2\}", "(1,2)", False),
+    (r"\{(1,1),(2,2)\}", "(1,1),(2,2)", True),
+    (r"\emptyset", r"\varnothing", True),
+    ("1,2", "2,1", True),
+    ("1,2", "1,3", False),
+    # matrices: \\ is the end of a row, not a space
+    (pmatrix(r"1\\2"), pmatrix(r"1\\2"), True),
+    (pmatrix(r"1\\2"), pmatrix(r"2\\1"), False),
+    (pmatrix(r" -2 \\ -14 \\ -7 "), pmatrix(r" -14 \\ -2 \\ -7 "), False),
+    (pmatrix(r" -7 \\ 16 "), pmatrix(r"-7\\16"), True),
+    (pmatrix(r" -1 & 0 \\ 0 & -1 "), pmatrix(r" -1 & 5 \\ 0 & -1 "), False),
+    (pmatrix(r" -7 \\ 16 "), pmatrix(r" -7 \\[4pt] 16 "), True),
+    (pmatrix(r" 1/5 \\ -18/5 "), pmatrix(r"\frac15\\-\frac{18}{5}"), True),
+    # relations, equations and approximations
+    ("x=5", "5", True),
+    ("x=5", "6", False),
+    ("y=2x+3", "y=3x+2", False),
+    ("y=2x+3", "y=3+2x", True),
+    ("5", "f(2)=5", True),
+    ("5", "f(5)=2", False),
+    ("4", "x=3, y=4", False),
+    (r"x\in[-2,7]", r"-2 \le x \le 7", True),
+    ("(3,4]", r"3<x\le4", True),
+    ("(3,4]", "3<x<4", False),
+    (r"\frac{3}{56}", r"\frac{3}{56} \approx 0.0536", True),
+    # units: words after a number are not variables
+    ("36", r"36\text{ dollars}", True),
+    ("36", r"35\text{ dollars}", False),
+    ("36", "36 dollars", True),
+    (r"\$18.90", r"18.90 \text{ dollars}", True),
+    ("58,500", r"58,500\text{ people}", True),
+    # units: an area is not a length
+    (r"15\mbox{ cm}^2", "15", True),
+    (r"15\mbox{ cm}^2", r"15\mbox{ cm}^3", False),
+    (r"15\text{ cm}^2", r"15 \text{ cm}^2", True),
+    (r"15\mbox{ cm}^2", r"15\text{ cm}^2", True),
+    (r"15\mbox{ cm}^2", r"15 \text{ square centimeters}", True),
+    (r"15\text{ m}^2", r"15\text{ m}", False),
+    (r"12\pi", r"12\pi \text{ cm}^2", True),
+    (r"5\text{ square feet}", r"5\text{ feet}", False),
+    (r"864 \mbox{ inches}^2", r"864 \text{ in}^2", True),
+    # times of day
+    (r"9:30\text{ p.m.}", r"9:30\text{ a.m.}", False),
+    (r"9:30\text{ p.m.}", r"9:30 \text{ p.m.}", True),
+    # words and options
+    (r"\text{east}", "East", True),
+    (r"\text{east}", "seat", False),
+    (r"\text{Evelyn}", "Evelyn", True),
+    (r"\textbf{Evelyn}", r"\mbox{Evelyn}", True),
+    (r"\text{even}", "odd", False),
+    (r"\text{No}", "no", True),
+    (r"\text{Friday, June 5}", "Friday, June 5", True),
+    (r"\text{Friday, June 5}", "Friday, June 6", False),
+    (r"\text{(B)}", "(B)", True),
+    (r"\text{(B)}", "(C)", False),
+    (r"\text{(C)}", r"\text{(C) hyperbola}", True),
+    (r"\text{(C)}", r"\text{(D) circle}", False),
+]
+
+
+@pytest.mark.parametrize("a, b, equal", MATH)
+def test_symbolic_equality_is_right_and_symmetric(a, b, equal):
+    a, b = canonical(a, "math"), canonical(b, "math")
+    assert same_answer(a, b, "math") == same_answer(b, a, "math") == equal
+
+
+def test_no_answer_equals_nothing():
+    assert not same_answer(None, None, "number")
+    assert not same_answer(None, "0", "number")
+    assert same_answer("0", "0", "number")
+
+
+def test_a_comparison_that_takes_forever_is_given_up_and_counted(monkeypatch, capsys):
+    program = "import time; print('ready', flush=True); input(); time.sleep(60)"
+    math_verify = MathVerify()
+    monkeypatch.setattr(MathVerify, "SECONDS", 1.0)
+    monkeypatch.setattr(MathVerify, "PROGRAM", program)
+    assert not math_verify.equal("x", "y")
+    assert math_verify.timeouts == 1
+    assert "took more than 1 s; counted as unequal" in capsys.readouterr().err
+
+    monkeypatch.undo()
+    assert math_verify.equal("x+y", "y+x")  # a fresh process answers the next one
+    math_verify.process.kill()
+
+
+def test_symbolic_answers_are_compared_from_any_thread():
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        future = executor.submit(same_answer, "x+1", "1+x", "math")
+        assert future.result(timeout=30) is True

@@ -1,0 +1,196 @@
+"""Tests of tasks.py: problems, splits, data files and the hub."""
+
+import json
+
+import pytest
+
+from answers import extract_answer
+from runs import InputError
+from tasks import TASKS, Problem, is_correct, load_problems
+
+
+def write_rows(path, rows):
+    """Write rows as JSON lines, and return the path as a flag would give it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load_one(folder, task, row):
+    """Load the only problem of a file with one row."""
+    data = write_rows(folder / f"{task}.jsonl", [row])
+    [problem] = load_problems(task=task, data=data, split="test", num=1)
+    return problem
+
+
+def test_neither_of_two_numbers_will_do():
+    problem = Problem("p", "test", "q", "16", "number")
+    answer = extract_answer("16 − 3 = 13. Final answer: 13", "number")
+    assert not is_correct(problem, answer)
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(InputError, match="nonsense.*tiny"):
+        load_problems(task="nonsense", data=None, split="test", num=1)
+
+
+# ---- Rows of data sets ---------------------------------------------------------------------------
+
+OPTIONS = [  # the options, the answer in the data, and the letter of the right option
+    (["8", "2", "24", "120"], 2, "C"),
+    (["3", "2", "1", "0"], 3, "D"),
+    (["1", "0", "3", "2"], 0, "A"),
+    (["8", "2"], "2", "B"),
+    (["red", "blue"], "blue", "B"),
+    (["red", "blue"], "1", "B"),
+    (["B", "A", "C"], "A", "A"),
+    (["red"] * 4 + ["blue"], "E", "E"),
+]
+
+
+@pytest.mark.parametrize("choices, answer, letter", OPTIONS)
+def test_an_option_is_given_by_letter_index_or_text(tmp_path, choices, answer, letter):
+    row = {"question": "q", "choices": choices, "answer": answer}
+    assert load_one(tmp_path, "mmlu", row).gold == letter
+
+
+def test_columns_of_gsm8k_are_understood(tmp_path):
+    row = {"question": "How many?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}
+    assert load_one(tmp_path, "gsm8k", row).gold == "42"
+    with pytest.raises(InputError, match="cannot be read as a number"):
+        load_one(tmp_path, "gsm8k", {"question": "How many?", "answer": "#### many"})
+
+
+def test_columns_of_math_are_understood(tmp_path):
+    row = {
+        "problem": "Find x.",
+        "solution": r"So $x = \boxed{\frac{1}{2}}$.",
+        "level": "Level 5",
+        "type": "Algebra",
+    }
+    problem = load_one(tmp_path, "math", row)
+    assert problem.gold == "1/2"
+    assert problem.level == "Level 5"
+    assert problem.subject == "Algebra"
+    assert problem.answer_type == "math"
+
+
+def test_columns_of_mmlu_are_understood(tmp_path):
+    row = {"question": "Which?", "choices": ["p", "q", "r", "s", "t"], "subject": "law"}
+    problem = load_one(tmp_path, "mmlu", row | {"answer": 0})
+    assert problem.gold == "A"
+    assert problem.question == "Which?\nA) p\nB) q\nC) r\nD) s\nE) t"
+    assert problem.subject == "law"
+    for answer in (4, "4", "E", "t"):
+        assert load_one(tmp_path, "mmlu", row | {"answer": answer}).gold == "E"
+    with pytest.raises(InputError, match="'5' is none of the options"):
+        load_one(tmp_path, "mmlu", {"question": "Which?", "choices": ["p", "q"], "answer": 5})
+
+
+def test_columns_of_logiqa_are_understood(tmp_path):
+    row = {
+        "context": "All cats purr.",
+        "query": "What follows?",
+        "options": ["x", "y"],
+        "correct_option": "1",
+    }
+    problem = load_one(tmp_path, "logiqa", row)
+    assert problem.gold == "B"
+    assert problem.question.startswith("All cats purr.\nWhat follows?\nA) x")
+
+
+# ---- Splits, ids and answer types ----------------------------------------------------------------
+
+
+def test_own_data_is_split_by_id(tmp_path):
+    rows = []
+    for number in range(0, 4000, 40):
+        answer = f"reasoning #### {number:,}"
+        rows.append({"id": f"p{number}", "question": f"q {number}", "answer": answer})
+    data = write_rows(tmp_path / "d.jsonl", rows)
+
+    problems, ids = {}, {}
+    for split in ("train", "heldout", "test"):
+        problems[split] = load_problems(task="tiny", data=data, split=split, num=100)
+        ids[split] = {problem.id for problem in problems[split]}
+    assert not ids["train"] & ids["heldout"]
+    assert ids["train"] | ids["heldout"] == ids["test"]
+    assert 2 < len(ids["heldout"]) < 30
+
+    golds = {problem.gold for problem in problems["test"]}
+    assert golds == {str(number) for number in range(0, 4000, 40)}
+    assert problems["test"][0].answer_type == "number"
+
+
+def test_the_answer_type_of_own_data_is_found(tmp_path):
+    rows = [{"question": "q", "answer": "E"}, {"question": "r", "answer": "A"}]
+    data = write_rows(tmp_path / "e.jsonl", rows)
+    problems = load_problems(task="tiny", data=data, split="test", num=2)
+    assert [problem.answer_type for problem in problems] == ["letter", "letter"]
+
+
+def test_rows_without_ids_keep_theirs_when_the_file_is_reordered(tmp_path):
+    rows = [{"question": f"How much is {i}+1?", "answer": str(i + 1)} for i in range(40)]
+    rows += [{"question": "twice", "answer": "1"}] * 2
+    forwards = write_rows(tmp_path / "a.jsonl", rows)
+    backwards = write_rows(tmp_path / "b.jsonl", rows[::-1])
+
+    all_forwards = load_problems(task="gsm8k", data=forwards, split="test", num=42)
+    all_backwards = load_problems(task="gsm8k", data=backwards, split="test", num=42)
+    golds = {problem.id: problem.gold for problem in all_forwards}
+    assert golds == {problem.id: problem.gold for problem in all_backwards}
+    assert len(golds) == 42
+
+    first_five = load_problems(task="gsm8k", data=forwards, split="test", num=5)
+    ids = [problem.id for problem in all_backwards]
+    assert [problem.id for problem in first_five] == ids[:5]
+
+
+# ---- Files and the hub ---------------------------------------------------------------------------
+
+BAD_ROWS = [  # rows, and the complaint about them
+    ([{"question": "q"}], "line 1: no `answer`"),
+    ([{"question": "", "answer": "1"}], "line 1: no `question`"),
+    ([{"id": "a", "question": "q", "answer": "1"}] * 2, "id a occurs twice"),
+    ([{"id": "a", "question": "q", "answer": "$$"}], "problem a cannot be read as a"),
+]
+
+
+@pytest.mark.parametrize("rows, complaint", BAD_ROWS)
+def test_bad_data_is_refused_with_its_place(tmp_path, rows, complaint):
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    with pytest.raises(InputError, match=complaint):
+        load_problems(task="tiny", data=data, split="test", num=1)
+
+
+def test_torn_or_missing_data_is_named(tmp_path):
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text('{"question": "q", "answer": "1"}\n{"quest')
+    with pytest.raises(InputError, match="torn.jsonl, line 2"):
+        load_problems(task="tiny", data=str(torn), split="test", num=1)
+
+    missing = tmp_path / "none.jsonl"
+    with pytest.raises(InputError, match="no such file"):
+        load_problems(task="tiny", data=str(missing), split="test", num=1)
+
+
+def test_parquet_files_are_read_as_the_hub_stores_them(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "d.parquet"
+    datasets.Dataset.from_list([{"question": "q", "answer": "#### 7"}]).to_parquet(path)
+    [problem] = load_problems(task="gsm8k", data=str(path), split="test", num=1)
+    assert problem.gold == "7"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_data_set_that_cannot_be_loaded_is_one_line(monkeypatch, task):
+    import datasets
+
+    def offline(*args, **options):
+        raise ConnectionError("Couldn't reach the hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    complaint = f"--task {task}: cannot be loaded .Couldn't reach the hub.; .* --data FILE"
+    with pytest.raises(InputError, match=complaint) as error:
+        load_problems(task=task, data=None, split="test", num=1)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,302 @@
+"""V: the value model, what it reads, and how it is loaded and saved.
+
+V(s) = tanh(w.h + b), with h the last hidden state of a causal language model at the token that ends
+the newest message (paper section 4.2). train_value.py trains it, search.py asks it.
+
+A transcript is read causally, so one forward over a root-to-leaf path gives V of every state on it.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# Set before peft is imported. bitsandbytes announces a kernel that it does without, and peft uses
+# a name that transformers has changed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModel
+
+from mas import MAS, State
+from policy import load_pretrained
+from runs import InputError, Progress, read_config
+
+# ---- Batches -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch: a path of labelled states.
+
+    Attributes:
+        ids: token ids.
+        positions: of the tokens that end the labelled messages.
+        targets: y of each label.
+        groups: (problem, agent) of each label; the `rank` loss compares within a group.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    targets: list[float]
+    groups: list[tuple[str, str]]
+
+
+def label_positions(rows: list[Row]) -> list[tuple[int, int]]:
+    """Return (row, position) of every label in a batch."""
+    positions = []
+    for index, row in enumerate(rows):
+        positions += [(index, position) for position in row.positions]
+    return positions
+
+
+def token_batches(lengths: list[int], order: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut `order` into batches whose padded size, rows x longest, is at most `batch_tokens`."""
+    batch = []
+    longest = 0
+    for index in order:
+        longest = max(longest, lengths[index])
+        if batch and (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch = []
+            longest = lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+# ---- The value model -----------------------------------------------------------------------------
+
+
+class ValueModel(nn.Module):
+    """V(s) = tanh(w.h + b) in [-1, 1], with h at the token that ends the newest message.
+
+    The head and tanh are float32. V starts at 0, the middle of its range.
+
+    Args:
+        backbone: a causal language model without its head.
+        view: what is rendered of a state, "full" or "local" (MAS.value_text).
+        loss: what V is trained with. "dist" (not in the paper) has a head with NUM_BINS outputs: a
+            distribution over values evenly spaced in [-1, 1], whose mean is V.
+    """
+
+    NUM_BINS = 21
+
+    def __init__(self, backbone: nn.Module, tokenizer, mas: MAS, view: str, loss: str):
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.mas = mas
+        self.view = view
+        self.loss = loss
+        self.head = nn.Linear(
+            backbone.config.hidden_size,
+            self.NUM_BINS if loss == "dist" else 1,
+            device=backbone.device,
+            dtype=torch.float32,
+        )
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
+
+    def _segment_ids(self, segment: str) -> list[int]:
+        ids = self.tokenizer(segment, add_special_tokens=False)["input_ids"]
+        return ids + [self.tokenizer.eos_token_id]
+
+    def encode(self, state: State) -> tuple[list[int], list[int]]:
+        """Return the token ids of value_text, and the position of the token that ends each segment.
+
+        Raises InputError if the state does not fit into the backbone. Nothing is ever truncated.
+        """
+        ids, ends = [], []
+        for segment in self.mas.value_text(state, self.view):
+            ids += self.segment_ids(segment)
+            ends.append(len(ids) - 1)
+        context = self.backbone.config.max_position_embeddings
+        if len(ids) > context:
+            raise InputError(
+                f"a transcript of {len(ids)} tokens does not fit into the value model's {context}: "
+                f"{state.question[:60]!r}...; lower --max-new-tokens or take another --backbone"
+            )
+        return ids, ends
+
+    def outputs(self, rows: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
+        """Return w.h + b at each (row, position): float32 [len(positions), outputs of the head].
+
+        Rows are padded on the right and read causally, so no attention mask is needed.
+        """
+        longest = max(map(len, rows))
+        pad_id = self.tokenizer.pad_token_id
+        padded = [ids + [pad_id] * (longest - len(ids)) for ids in rows]
+        token_ids = torch.tensor(padded, device=self.backbone.device)
+        output = self.backbone(input_ids=token_ids, use_cache=False)
+        hidden = output.last_hidden_state  # [rows, longest, hidden size]
+        row_index, position = torch.tensor(positions, device=self.backbone.device).T
+        return self.head(hidden[row_index, position].float())
+
+    def value(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return V in [-1, 1] from the outputs of the head: float32 [len(outputs)]."""
+        if self.loss == "dist":
+            return outputs.softmax(-1) @ self.bins()
+        return torch.tanh(outputs)[:, 0]  # V = tanh(w.h + b)
+
+    def bins(self) -> torch.Tensor:
+        return torch.linspace(-1, 1, self.NUM_BINS, device=self.head.weight.device)
+
+    def forward(self, rows: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
+        """Return V at each (row, position): float32 [len(positions)]."""
+        return self.value(self.outputs(rows, positions))
+
+    @torch.inference_mode()
+    def predict(
+        self, rows: list[Row], *, batch_tokens: int, description: str | None
+    ) -> list[list[float]]:
+        """Return V at each row's positions.
+
+        Out of memory splits a batch in two. Raises InputError if a single row does not fit.
+
+        Args:
+            description: of the progress bar; None shows none.
+        """
+        self.eval()
+        lengths = [len(row.ids) for row in rows]
+        by_length = sorted(range(len(rows)), key=lengths.__getitem__)
+        batches = list(token_batches(lengths, by_length, batch_tokens))
+        values: list[list[float]] = [[] for _ in rows]
+        progress = Progress(len(rows), description=description or "", shown=description is not None)
+        with progress:
+            while batches:
+                batch = batches.pop()  # the longest first: memory runs out at once or never
+                batch_rows = [rows[index] for index in batch]
+                positions = label_positions(batch_rows)
+                try:
+                    batch_values = self([row.ids for row in batch_rows], positions).tolist()
+                except torch.OutOfMemoryError:
+                    batches += self._split(batch, lengths)
+                    continue
+                for (index, _), value in zip(positions, batch_values, strict=True):
+                    values[batch[index]].append(value)
+                progress.advance(len(batch))
+        return values
+
+    def _split(self, batch: list[int], lengths: list[int]) -> list[list[int]]:
+        """Split a batch that does not fit into memory. Raises InputError if it is a single row."""
+        if len(batch) == 1:
+            tokens = lengths[batch[0]]
+            raise InputError(
+                f"out of memory with one transcript of {tokens} tokens; take a smaller --backbone"
+            ) from None
+        message = f"out of memory: {len(batch)} transcripts are scored in two batches"
+        tqdm.write(message, file=sys.stderr)
+        middle = len(batch) // 2
+        return [batch[:middle], batch[middle:]]
+
+    def score(self, states: list[State], *, batch_tokens: int) -> tuple[list[float], list[int]]:
+        """Return (V, tokens read) per state. Equal states are read once; the first is charged."""
+        rows = {}
+        for state in dict.fromkeys(states):
+            ids, ends = self.encode(state)
+            rows[state] = Row(ids, [ends[-1]], [], [])
+        predictions = self.predict(list(rows.values()), batch_tokens=batch_tokens, description=None)
+        value_of = {}
+        for state, [value] in zip(rows, predictions, strict=True):
+            value_of[state] = value
+        tokens_of = {state: len(row.ids) for state, row in rows.items()}
+        values = [value_of[state] for state in states]
+        tokens = [tokens_of.pop(state, 0) for state in states]
+        return values, tokens
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what training changes: LoRA and head, by name."""
+        parameters = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                parameters[name] = parameter
+        return parameters
+
+    def save(self, folder: Path) -> None:
+        self.backbone.save_pretrained(folder / "adapter")
+        tensors = {}
+        for name, tensor in self.head.state_dict().items():
+            tensors[name] = tensor.detach().cpu().contiguous()
+        save_file(tensors, folder / "head.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, mas: MAS, *, device: str) -> "ValueModel":
+        """Load a trained value model.
+
+        Raises InputError if its training is not finished, if it was trained for another graph or
+        rendering of states, or if files are missing.
+        """
+        config = read_config(folder)
+        settings = config["settings"]
+        if not config.get("finished"):
+            raise InputError(
+                f"{folder}: its training is not finished; run train_value.py again to resume it"
+            )
+        _check_graph_of_value(folder, settings, mas)
+        for part in ("adapter/adapter_model.safetensors", "head.safetensors"):
+            if not (folder / part).is_file():
+                raise InputError(f"{folder}: {part} is missing; train_value.py writes it")
+        backbone, tokenizer = load_backbone(
+            settings["backbone"], quantize=settings["quantize"], device=device
+        )
+        backbone = PeftModel.from_pretrained(backbone, folder / "adapter")
+        model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
+        model.head.load_state_dict(load_file(folder / "head.safetensors"))
+        return model.to(device).eval()
+
+
+def load_backbone(name: str, *, quantize: bool, device: str):
+    """Load (backbone without its head, tokenizer). quantize: NF4 weights (QLoRA)."""
+    backbone, tokenizer = load_pretrained(
+        "--backbone", name, AutoModel, quantize=quantize, device=device
+    )
+    if quantize:
+        on_gpu = torch.device(device).type == "cuda"
+        backbone = prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=on_gpu)
+    return backbone, tokenizer
+
+
+def add_lora(backbone, *, rank: int):
+    """Add LoRA to every linear layer; everything else is frozen."""
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    return get_peft_model(backbone, lora)
+
+
+def _check_graph_of_value(folder: Path, settings: dict, mas: MAS) -> None:
+    """Raise InputError if V was trained for another graph, or another rendering of its states."""
+    trained_graph = settings["graph"]
+    if trained_graph != json.loads(json.dumps(asdict(mas))):
+        same_name = trained_graph["name"] == mas.name
+        difference = " with other agents or prompts" if same_name else ""
+        raise InputError(
+            f"{folder}: V was trained with the graph {trained_graph['name']!r}, "
+            f"now it is {mas.name!r}{difference}; "
+            f"give the same --graph, or train a V for this one"
+        )
+    if settings["rendering"] != rendering_fingerprint(mas, settings["view"]):
+        raise InputError(
+            f"{folder}: V was trained with another rendering of states "
+            f"(value_text has changed since); train it again"
+        )
+
+
+def rendering_fingerprint(mas: MAS, view: str) -> str:
+    """Fingerprint value_text: V is only valid for the rendering it was trained on."""
+    state = State("a question", ())
+    renderings = []
+    while not mas.is_terminal(state):
+        state = mas.step(state, f"message {len(state.messages)}")
+        renderings.append(mas.value_text(state, view))
+    return hashlib.blake2b(json.dumps(renderings).encode(), digest_size=6).hexdigest()
