@@ -1,10 +1,11 @@
-# `make demo`: the whole method on the embedded agents. `make test`: the tests. Both set up .venv where it is missing.
-# The paper's experiments in small: main and transfer (both after `make demo`), rollout-count, lambda, losses, refine.
+# make demo: the whole method on the embedded agents. make test, make lint: the tests and the linter.
+# The paper's experiments in small: main and transfer (both after `make demo`), rollout-count,
+# lambda, losses, refine. Every target sets up .venv if it is missing.
 PYTHON ?= python3
 RUN := .venv/bin/python
-SEARCH := sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
+SEARCHES := sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
 
-.PHONY: demo test clean main hard rollout-count lambda transfer losses refine
+.PHONY: demo test lint format clean main hard rollout-count lambda transfer losses refine
 
 demo: .venv/.installed
 	$(RUN) generate_rollouts.py
@@ -12,56 +13,91 @@ demo: .venv/.installed
 	$(RUN) search.py
 	$(RUN) evaluate.py
 
-test: .venv/.installed
-	$(RUN) -m pytest -q tests
+test: .venv/.installed-dev
+	$(RUN) -m pytest -q
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+format: .venv/.installed-dev
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+# ---- Experiments (RESULTS.md) ----
 
 main: .venv/.installed
 	$(RUN) train_value.py --target outcome
-	$(RUN) evaluate.py --methods greedy vote-4 vote-8 best_of-4-policy best_of-4-value best_of-4-outcome sbs-2x1.6.1.1-policy sbs-2x1.6.1.1-value \
-	  mcts-8x1.8.1.1-random mcts-8x1.8.1.1-policy mcts-8x1.8.1.1-policy-lam0.5 mcts-8x1.8.1.1-value mcts-8x1.8.1.1-value-lam0.5
+	$(RUN) evaluate.py --methods greedy vote-4 vote-8 \
+	  best_of-4-policy best_of-4-value best_of-4-outcome \
+	  sbs-2x1.6.1.1-policy sbs-2x1.6.1.1-value \
+	  mcts-8x1.8.1.1-random mcts-8x1.8.1.1-policy mcts-8x1.8.1.1-policy-lam0.5 \
+	  mcts-8x1.8.1.1-value mcts-8x1.8.1.1-value-lam0.5
 
-# Where V is hard to learn: agents at temperature 1.5, 100 training problems. All V meet the held-out labels of 80 simulations.
+# V is hard to learn here: agents at temperature 1.5, 100 training problems. Every V is measured on
+# the same held-out labels, those of 80 simulations.
 HARD_LABELS := $(RUN) generate_rollouts.py --num-train 100 --temperature 1.5
-HARD := $(RUN) train_value.py --heldout-rollouts runs/n80/rollouts --epochs 4
+HARD_VALUE := $(RUN) train_value.py --heldout-rollouts runs/n80/rollouts --epochs 4
+HARD_EVALUATE := $(RUN) evaluate.py --temperature 1.5
+
 hard: .venv/.installed
-	for n in 80 40; do $(HARD_LABELS) --run runs/n$$n --num-simulations $$n || exit 1; done
-	$(HARD) --run runs/n40
+	for n in 80 40; do \
+	  $(HARD_LABELS) --run runs/n$$n --num-simulations $$n || exit 1; \
+	done
+	$(HARD_VALUE) --run runs/n40
 
 rollout-count: hard
-	for n in 10 20; do $(HARD_LABELS) --run runs/n$$n --num-simulations $$n || exit 1; done
+	for n in 10 20; do \
+	  $(HARD_LABELS) --run runs/n$$n --num-simulations $$n || exit 1; \
+	done
 	for n in 10 20 40 80; do \
-	  $(HARD) --run runs/n$$n && $(RUN) evaluate.py --run runs/n$$n --temperature 1.5 --methods greedy $(SEARCH) || exit 1; done
+	  $(HARD_VALUE) --run runs/n$$n || exit 1; \
+	  $(HARD_EVALUATE) --run runs/n$$n --methods greedy $(SEARCHES) || exit 1; \
+	done
 	$(RUN) evaluate.py --compare runs/n10 runs/n20 runs/n40 runs/n80
 
 lambda: hard
-	$(HARD) --run runs/n40 --target outcome
-	$(RUN) evaluate.py --run runs/n40 --temperature 1.5 --methods greedy $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
+	$(HARD_VALUE) --run runs/n40 --target outcome
+	$(HARD_EVALUATE) --run runs/n40 --methods greedy \
+	  $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
 
+TRANSFER_METHODS := greedy vote-4 best_of-4-value $(SEARCHES) mcts-8x1.8.1.1-policy
 transfer: .venv/.installed
 	$(RUN) generate_rollouts.py --run runs/score --task tiny-score
 	$(RUN) train_value.py --run runs/score
-	$(RUN) evaluate.py --run runs/score --task tiny-score --methods greedy vote-4 best_of-4-value $(SEARCH) mcts-8x1.8.1.1-policy
-	$(RUN) evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score --by subject level --methods greedy vote-4 best_of-4-value $(SEARCH) mcts-8x1.8.1.1-policy
+	$(RUN) evaluate.py --run runs/score --task tiny-score --methods $(TRANSFER_METHODS)
+	$(RUN) evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score \
+	  --by subject level --methods $(TRANSFER_METHODS)
 	$(RUN) evaluate.py --compare runs/score runs/transfer
 
 losses: hard
 	for loss in mse rank dist; do \
-	  $(HARD) --run runs/$$loss --rollouts runs/n40/rollouts --loss $$loss || exit 1; done
-	$(HARD) --run runs/local --rollouts runs/n40/rollouts --view local
+	  $(HARD_VALUE) --run runs/$$loss --rollouts runs/n40/rollouts --loss $$loss || exit 1; \
+	done
+	$(HARD_VALUE) --run runs/local --rollouts runs/n40/rollouts --view local
 	for run in n40 mse rank dist local; do \
-	  $(RUN) evaluate.py --run runs/$$run --temperature 1.5 --methods greedy $(SEARCH) || exit 1; done
+	  $(HARD_EVALUATE) --run runs/$$run --methods greedy $(SEARCHES) || exit 1; \
+	done
 	$(RUN) evaluate.py --compare runs/n40 runs/mse runs/rank runs/dist runs/local
 
 refine: .venv/.installed
 	$(RUN) generate_rollouts.py --run runs/refine --graph refine
 	$(RUN) train_value.py --run runs/refine
-	$(RUN) evaluate.py --run runs/refine --graph refine --methods greedy vote-4 sbs-2x1.6.1.1.1-value mcts-8x1.8.1.1.1-value
+	$(RUN) evaluate.py --run runs/refine --graph refine \
+	  --methods greedy vote-4 sbs-2x1.6.1.1.1-value mcts-8x1.8.1.1.1-value
+
+# ---- Set-up ----
 
 .venv/.installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "Python 3.10 or newer is needed, $(PYTHON) is older; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python 3.10 or newer is needed, $(PYTHON) is older;" \
+	    "name another one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt
+	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
 clean:

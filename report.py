@@ -14,14 +14,14 @@ def value_table(report: dict[str, dict]) -> str:
 
     report: agent -> metrics, as in metrics.jsonl.
     """
-    lines = ["held-out     edges   RMSE  (of mean)  calib.    AUC    95 % interval   top-1  chance"]
+    lines = ["held-out    edges   RMSE  of mean  calib.    AUC   95 % interval  top-1  chance"]
     for agent, row in report.items():
         low, high = row["auc_95"] or (None, None)
         interval = f"[{number_or_dash(low)}, {number_or_dash(high)}]"
         lines.append(
-            f"{agent:10s} {row['n']:7d} {row['rmse']:6.3f} {row['rmse_of_mean']:10.3f} "
+            f"{agent:10s} {row['n']:6d} {row['rmse']:6.3f} {row['rmse_of_mean']:8.3f} "
             f"{row['ece']:7.3f} {number_or_dash(row['auc']):>6s}  {interval:14s} "
-            f"{number_or_dash(row['top1']):>7s} {number_or_dash(row['chance']):>7s}"
+            f"{number_or_dash(row['top1']):>6s} {number_or_dash(row['chance']):>7s}"
         )
     return "\n".join(lines)
 
@@ -39,11 +39,11 @@ def screen(summary: dict) -> str:
 
 
 def _method_lines(summary: dict) -> str:
-    lines = ["method                     EM %   95 % interval   calls  generated  scored  seconds"]
+    lines = ["method                   EM %   95 % interval  calls  generated  scored  seconds"]
     for name, row in summary["methods"].items():
         interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
         lines.append(
-            f"{name:25s} {100 * row['em']:5.1f} {interval:>15s} {row['agent_calls']:7.1f} "
+            f"{name:23s} {100 * row['em']:5.1f} {interval:>15s} {row['agent_calls']:6.1f} "
             f"{row['generated_tokens']:10.0f} {row['scored_tokens']:7.0f} {row['seconds']:8.3f}"
         )
     n = next(iter(summary["methods"].values()))["n"]
@@ -157,36 +157,34 @@ def plot_accuracy(summary: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # 1. The points, with their intervals.
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    points, names, colours = [], [], []
     for name, row in summary["methods"].items():
         algorithm = name.split("-")[0]
-        scorers = [scorer for scorer in COLOURS if scorer and scorer in name.split("-")]
-        colour = COLOURS[scorers[0] if scorers else None]
-        em, low, high = 100 * row["em"], 100 * row["low"], 100 * row["high"]
+        em = 100 * row["em"]
         axes.errorbar(
             row["agent_calls"],
             em,
-            yerr=[[em - low], [high - em]],
-            color=colour,
+            yerr=[[em - 100 * row["low"]], [100 * row["high"] - em]],
+            color=colour_of(name),
             marker=MARKERS[algorithm],
             markersize=10 if algorithm == "greedy" else 7,
             elinewidth=1,
             capsize=2,
         )
-        points.append((row["agent_calls"], em))
-        names.append(name)
-        colours.append(colour)
-
-    # 2. Axes that fit the data.
     set_axes(axes, summary)
-
-    # 3. A name at each point, where there is room for it.
-    figure.canvas.draw()
-    place_names(axes, points, names, colours)
+    figure.canvas.draw()  # the layout must be final before there is room to measure
+    place_names(axes, summary)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def colour_of(name: str) -> str:
+    """Return the colour of a method: that of its scorer."""
+    parts = name.split("-")
+    for scorer, colour in COLOURS.items():
+        if scorer in parts:
+            return colour
+    return COLOURS[None]
 
 
 def set_axes(axes, summary: dict) -> None:
@@ -195,8 +193,8 @@ def set_axes(axes, summary: dict) -> None:
     calls = [row["agent_calls"] for row in rows]
     lowest = 100 * min(row["low"] for row in rows)
     highest = 100 * max(row["high"] for row in rows)
-    # A margin, in which the names of the outermost points have room.
-    x_limits = (min(calls) / 1.5, max(calls) * 1.5)
+    # Room for the names of the outermost points; names are preferably on the right.
+    x_limits = (min(calls) / 1.5, max(calls) * 2.2)
     y_limits = (max(0, lowest - 5), min(100, highest + 5))
     axes.set(
         xscale="log",
@@ -215,59 +213,55 @@ def set_axes(axes, summary: dict) -> None:
 
 
 # Places of a name relative to its point: (x, y, alignment), in points. The first is preferred.
-NAME_PLACES = (
-    (9, 0, "left"),
-    (-9, 0, "right"),
-    (9, 11, "left"),
-    (9, -11, "left"),
-    (-9, 11, "right"),
-    (-9, -11, "right"),
-    (9, 22, "left"),
-    (9, -22, "left"),
-    (-9, 22, "right"),
-    (-9, -22, "right"),
-)
+NAME_PLACES = [(9, 0, "left"), (-9, 0, "right")]
+for distance in (11, 22, 33, 44):
+    for side in (1, -1):
+        NAME_PLACES.append((9, side * distance, "left"))
+        NAME_PLACES.append((-9, side * distance, "right"))
 
 
-def place_names(axes, points: list, names: list[str], colours: list[str]) -> None:
-    """Write each name where it overlaps least with points, intervals and the names before it."""
+def place_names(axes, summary: dict) -> None:
+    """Write each name at the first of its places that is free, or else at the least crowded.
+
+    Points with their intervals and the names already written take up room.
+    """
+    occupied = [_box_of_point(axes, row) for row in summary["methods"].values()]
+    inside = axes.get_window_extent()
+    for name, row in summary["methods"].items():
+        best_text, fewest = None, math.inf
+        for place in NAME_PLACES:
+            text = _write_name(axes, name, row, place)
+            box = text.get_window_extent()
+            is_cut_off = not (inside.x0 < box.x0 and box.x1 < inside.x1)
+            num_overlaps = sum(box.overlaps(other) for other in occupied) + 10 * is_cut_off
+            if num_overlaps < fewest:
+                if best_text is not None:
+                    best_text.remove()
+                best_text, fewest = text, num_overlaps
+            else:
+                text.remove()
+        occupied.append(best_text.get_window_extent())
+
+
+def _box_of_point(axes, row: dict):
+    """Return the box, in pixels, of a point with its interval."""
     from matplotlib.transforms import Bbox
 
-    occupied = []
-    for x, y in axes.transData.transform(points):
-        occupied.append(Bbox.from_extents(x - 7, y - 7, x + 7, y + 7))
-    for container in axes.containers:
-        for line in container.lines[2]:
-            occupied.append(line.get_window_extent().padded(2))
-    inside = axes.get_window_extent()
-
-    for point, name, colour in zip(points, names, colours, strict=True):
-        candidates = []
-        for place in NAME_PLACES:
-            dx, dy, alignment = place
-            text = axes.annotate(
-                name,
-                point,
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=alignment,
-                va="center",
-                fontsize=9,
-                color=colour,
-            )
-            box = text.get_window_extent()
-            overlap = sum(_overlap(box, other) for other in occupied)
-            outside = box.width * box.height - _overlap(box, inside)
-            candidates.append((overlap + outside, len(candidates), text, box))
-        _, chosen, _, box = min(candidates, key=lambda candidate: candidate[:2])
-        occupied.append(box)
-        for _, index, text, _ in candidates:
-            if index != chosen:
-                text.remove()
+    ends = [(row["agent_calls"], 100 * row["low"]), (row["agent_calls"], 100 * row["high"])]
+    (x, bottom), (_, top) = axes.transData.transform(ends)
+    return Bbox.from_extents(x - 6, bottom, x + 6, top)
 
 
-def _overlap(box, other) -> float:
-    """Return the area that two boxes share, in square pixels."""
-    width = min(box.x1, other.x1) - max(box.x0, other.x0)
-    height = min(box.y1, other.y1) - max(box.y0, other.y0)
-    return max(0.0, width) * max(0.0, height)
+def _write_name(axes, name: str, row: dict, place: tuple[int, int, str]):
+    """Write a name at a place relative to its point. Returns the text."""
+    dx, dy, alignment = place
+    return axes.annotate(
+        name,
+        (row["agent_calls"], 100 * row["em"]),
+        xytext=(dx, dy),
+        textcoords="offset points",
+        ha=alignment,
+        va="center",
+        fontsize=9,
+        color=colour_of(name),
+    )

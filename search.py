@@ -574,7 +574,8 @@ def print_solution(problem: Problem, method: Method, leaf: Node, cost: Cost) -> 
     # 3. The tree.
     root = path_to(leaf)[0].parent
     if root.children:
-        print(f"\nThe tree (V is {score_name}; N counts the virtual visit):")
+        meaning = "" if score_name == "V" else f"V is {score_name}; "
+        print(f"\nThe tree ({meaning}N counts the virtual visit):")
         print(show_tree(root, leaf, width=shutil.get_terminal_size().columns))
 
     # 4. The cost.
