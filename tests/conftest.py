@@ -1,80 +1,104 @@
-"""Shared pieces: a scripted stand-in for the policy, and the embedded tiny agents loaded once."""
-
-import sys
-from pathlib import Path
+"""Pieces that the tests share: scripted stand-ins, and the embedded tiny agents."""
 
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from generate_rollouts import Candidate, Cost, Policy, Sample  # noqa: E402
-from mas import GRAPHS, MAS, Agent  # noqa: E402
+import generate_rollouts
+from mas import CHAIN, MAS, Agent
+from policy import Candidate, Cost, Policy, Sample, make_policy
+from runs import HERE
 
 torch.set_num_threads(1)
-AGENTS = str(HERE.parent / "tiny" / "agents")
+AGENTS = str(HERE / "tiny" / "agents")
 
-
-def pytest_configure(config):
-    """Deprecations inside torch and peft are theirs to mend."""
-    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.*:DeprecationWarning")
-    config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing.*:FutureWarning")
+# ---- Stand-ins -----------------------------------------------------------------------------------
 
 
 class NoProgress:
-    """Stands in for a progress bar."""
+    """Stands in for SearchProgress and shows nothing."""
 
-    def update(self, n=1): ...
+    def messages_sampled(self, num_messages: int) -> None: ...
 
-    def set_postfix_str(self, text): ...
+    def search_finished(self, num_messages: int) -> None: ...
 
 
 class ScriptedPolicy:
-    """Answers Sample requests from `say(path) -> text`, a function of the candidate's path from the root alone.
+    """Answers Sample requests without a model. Asserts that it is sent no other request.
 
-    Also checks what a driver owes it: one kind of request per batch, and records the batch sizes.
+    Args:
+        say: path of a candidate from the root -> text of its message.
+
+    Attributes:
+        batches: number of requests in each batch.
+        calls: number of messages so far.
     """
 
     def __init__(self, say):
-        self.say, self.batches, self.calls = say, [], 0
+        self.say = say
+        self.batches = []
+        self.calls = 0
 
     def __call__(self, requests):
         assert all(type(request) is Sample for _, request in requests)
         self.batches.append(len(requests))
         replies = []
         for _, request in requests:
-            self.calls += request.num * len(request.nodes)
-            replies.append(([[Candidate(self.say(node.path + (k,)), 2, -0.5, False) for k in range(request.num)]
-                             for node in request.nodes], Cost(agent_calls=request.num * len(request.nodes))))
+            reply = [self._candidates(node, request.num) for node in request.nodes]
+            num_messages = request.num * len(request.nodes)
+            self.calls += num_messages
+            replies.append((reply, Cost(agent_calls=num_messages)))
         return replies
+
+    def _candidates(self, node, num: int) -> list[Candidate]:
+        candidates = []
+        for index in range(num):
+            text = self.say((*node.path, index))
+            candidates.append(Candidate(text, tokens=2, logprob=-0.5, truncated=False))
+        return candidates
 
 
 def drive(search, handlers):
-    """Answer one search's requests without `run`: the plainest possible driver. Returns its result."""
+    """Answer the requests of one search, one at a time. Returns the result of the search."""
     reply = None
     while True:
         try:
             request = search.send(reply)
         except StopIteration as stop:
             return stop.value
-        [(reply, _)] = handlers[type(request)]([(None, request)])
+        handler = handlers[type(request)]
+        [(reply, _)] = handler([(None, request)])
+
+
+# ---- Graphs --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def chain() -> MAS:
-    return GRAPHS["chain"]
+    return CHAIN
 
 
 @pytest.fixture(scope="session")
 def duo() -> MAS:
     """Two agents: small enough to work out trees by hand."""
-    return MAS("duo", (Agent("A", ("Q",), "You are A.", 16), Agent("B", ("Q", "A"), "You are B.", 16)))
+    first = Agent("A", sees=("Q",), prompt="You are A.", max_new_tokens=16)
+    second = Agent("B", sees=("Q", "A"), prompt="You are B.", max_new_tokens=16)
+    return MAS("duo", (first, second))
 
 
-def make_tiny_policy(chain, **changes) -> Policy:
-    settings = dict(seed=0, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=128, batch_tokens=32768, device="cpu", quantize=False)
-    return Policy(chain, changes.pop("model", AGENTS), **(settings | changes))
+# ---- The tiny agents -----------------------------------------------------------------------------
+
+
+def make_tiny_policy(mas: MAS, *, model: str = AGENTS, **changes) -> Policy:
+    """Load a policy as the scripts do, on one thread of the CPU.
+
+    changes: flags that differ from their defaults, e.g. `batch_tokens=700`.
+    """
+    argv = ["--model", model, "--device", "cpu", "--num-threads", "1"]
+    for name, value in changes.items():
+        flag = "--" + name.replace("_", "-")
+        argv += [flag, str(value)]
+    args = generate_rollouts.parse_args(argv)
+    return make_policy(args, mas)
 
 
 @pytest.fixture(scope="session")
