@@ -606,7 +606,21 @@ def is_comparable(answer: str, answer_type: str) -> bool:
 
 def _same_math(a: str, b: str) -> bool:
     """Return whether two different canonical answers of type "math" have the same value."""
-    # 1. texts, words and fractions need no math-verify: \text{June 20} and June 20
+    # 1. Pairs that need no math-verify, or whose difference it would ignore.
+    for compare in (_compare_words, _compare_properties, _compare_options, _compare_notation):
+        verdict = compare(a, b)
+        if verdict is not None:
+            return verdict
+
+    # 2. math-verify. The pair is sorted, so that the result is symmetric and cached once.
+    first, second = sorted((a, b))
+    if SYMPY.equal(first, second):
+        return True
+    return _equation_yields(a, b) or _equation_yields(b, a)
+
+
+def _compare_words(a: str, b: str) -> bool | None:
+    r"""Compare words and fractions; \text{June 20} equals June 20. None if a formula is left."""
     if _without_style(a) == _without_style(b):
         return True
     a_is_words, b_is_words = _WORDS.fullmatch(a), _WORDS.fullmatch(b)
@@ -614,27 +628,36 @@ def _same_math(a: str, b: str) -> bool:
         return a.lower().split() == b.lower().split()
     if a_is_words or b_is_words:  # "east" is not the product of e, a, s and t
         return False
-    if _FRACTION.fullmatch(a) and _FRACTION.fullmatch(b):
+    if _FRACTION.fullmatch(a) and _FRACTION.fullmatch(b):  # they differ, and are reduced
         return False
+    return None
 
-    # 2. differences that math-verify ignores
+
+def _compare_properties(a: str, b: str) -> bool | None:
+    """Return False if both have a unit, a base or a half of the day, and these differ."""
     for property_of in (_unit_power, _base, _half_day):
         property_a, property_b = property_of(a), property_of(b)
         if None not in (property_a, property_b) and property_a != property_b:
             return False
+    return None
+
+
+def _compare_options(a: str, b: str) -> bool | None:
+    """Compare options by their letters; "(C)" equals "(C) hyperbola". None for other answers."""
     label_a, label_b = _OPTION_LABEL.match(a), _OPTION_LABEL.match(b)
-    if label_a and label_b and (label_a[0] == a or label_b[0] == b):  # "(C)" and "(C) hyperbola"
-        return label_a["letter"] == label_b["letter"]
-    if a.lower() == b.lower():  # 3r^2 is not 3R^2
+    if label_a is None or label_b is None:
+        return None
+    one_is_only_a_label = label_a[0] == a or label_b[0] == b
+    return label_a["letter"] == label_b["letter"] if one_is_only_a_label else None
+
+
+def _compare_notation(a: str, b: str) -> bool | None:
+    """Return False for 3r^2 and 3R^2, and for a set and a tuple."""
+    if a.lower() == b.lower():
         return False
     if _is_set_and_tuple(a, b) or _is_set_and_tuple(b, a):
         return False
-
-    # 3. math-verify. The pair is sorted, so that the result is symmetric and cached once.
-    first, second = sorted((a, b))
-    if SYMPY.equal(first, second):
-        return True
-    return _equation_yields(a, b) or _equation_yields(b, a)
+    return None
 
 
 def _without_style(answer: str) -> str:

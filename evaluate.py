@@ -217,24 +217,30 @@ def opponents(
     if method.algorithm == "greedy":
         return []
     pairs = [(other, "greedy") for other in methods if other.algorithm == "greedy"]
-    votes = [other for other in methods if other.algorithm == "vote"]
-    if votes and method.algorithm != "vote":
-        pairs.append((_nearest_in_calls(method, votes, rows), "nearest vote"))
-    picks = [other for other in methods if other.algorithm == "best_of"]
-    picks = [other for other in picks if other.scorer == method.scorer]
-    if picks and method.algorithm in ("sbs", "mcts"):
-        pairs.append((_nearest_in_calls(method, picks, rows), "nearest best-of-N"))
+    if method.algorithm != "vote":
+        votes = [other for other in methods if other.algorithm == "vote"]
+        pairs += _nearest_in_calls(method, votes, rows, "nearest vote")
+    if method.algorithm in ("sbs", "mcts"):
+        picks = []
+        for other in methods:
+            if other.algorithm == "best_of" and other.scorer == method.scorer:
+                picks.append(other)
+        pairs += _nearest_in_calls(method, picks, rows, "nearest best-of-N")
     return pairs + _variants(method, methods)
 
 
-def _nearest_in_calls(method: Method, others: list[Method], rows: dict[str, dict]) -> Method:
-    """Return the method whose number of agent calls differs by the smallest factor."""
+def _nearest_in_calls(
+    method: Method, others: list[Method], rows: dict[str, dict], why: str
+) -> list[tuple[Method, str]]:
+    """Return the method whose number of agent calls differs by the smallest factor, if any."""
+    if not others:
+        return []
     calls = rows[method.name]["agent_calls"]
 
     def distance(other: Method) -> float:
         return abs(math.log(rows[other.name]["agent_calls"] / calls))
 
-    return min(others, key=distance)
+    return [(min(others, key=distance), why)]
 
 
 def _variants(method: Method, methods: list[Method]) -> list[tuple[Method, str]]:

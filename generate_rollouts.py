@@ -306,15 +306,7 @@ def label_statistics(records: list[dict], mas: MAS) -> str:
         edges = []
         for record in records:
             edges += [node for node in record["nodes"] if node.get("agent") == agent.name]
-        targets = [edge["W"] / edge["N"] for edge in edges if edge["N"] > 0]
-        num_targets = max(1, len(targets))
-        mean_target = sum(targets) / num_targets
-        certain = sum(abs(target) == 1 for target in targets) / num_targets
-        truncated = sum(edge["truncated"] for edge in edges)
-        lines.append(
-            f"{agent.name:10s} {len(edges):7d} {len(targets):8d} {mean_target:7.3f} "
-            f"{certain:8.1%} {truncated:10d}"
-        )
+        lines.append(_agent_statistics(agent.name, edges))
 
     num_mixed, num_leaves, num_unanswered = 0, 0, 0
     for record in records:
@@ -328,6 +320,18 @@ def label_statistics(records: list[dict], mas: MAS) -> str:
         f"{num_unanswered} of {num_leaves} final messages held no answer (graded wrong)"
     )
     return "\n".join(lines)
+
+
+def _agent_statistics(name: str, edges: list[dict]) -> str:
+    targets = [edge["W"] / edge["N"] for edge in edges if edge["N"] > 0]
+    num_targets = max(1, len(targets))
+    mean_target = sum(targets) / num_targets
+    certain = sum(abs(target) == 1 for target in targets) / num_targets
+    num_truncated = sum(edge["truncated"] for edge in edges)
+    return (
+        f"{name:10s} {len(edges):7d} {len(targets):8d} {mean_target:7.3f} "
+        f"{certain:8.1%} {num_truncated:10d}"
+    )
 
 
 # ---- Labels: one per visited edge ----------------------------------------------------------------
@@ -365,15 +369,18 @@ def tree_paths(record: dict, mas: MAS, target: str) -> list[list[Edge]]:
         target: "search" labels every visited edge with y = W / N; "outcome" labels terminal states
             only, with their reward.
     """
+    # 1. The state of every node. Parents come before their children.
     nodes = record["nodes"]
     states = [State(record["question"], ())]
     for node in nodes[1:]:
         states.append(mas.step(states[node["parent"]], node["message"]))
 
+    # 2. The visited leaves: visited nodes without a visited child.
     visited = [index for index in range(1, len(nodes)) if nodes[index]["N"] > 0]
     parents = {nodes[index]["parent"] for index in visited}
     leaves = [index for index in visited if index not in parents]
 
+    # 3. Climb from each leaf until an edge is reached that is labelled already.
     paths = []
     labelled = {0}  # the root has no edge
     for leaf in leaves:

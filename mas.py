@@ -257,10 +257,11 @@ def _problem_of_agent(
             f"sees {seen or 'nothing'}; "
             f"it must see the question ({QUESTION}) or an agent that always speaks"
         )
-    if agent.when is None:
-        return None
+    return None if agent.when is None else _problem_of_condition(agent, earlier[1:])
+
+
+def _problem_of_condition(agent: Agent, earlier_agents: list[str]) -> str | None:
     awaited_agent, awaited_words = agent.when
-    earlier_agents = earlier[1:]
     if awaited_agent not in earlier_agents or not normalize_words(awaited_words):
         return (
             f"speaks when {awaited_agent} says {awaited_words!r}; "

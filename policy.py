@@ -407,6 +407,7 @@ def _keep_weights_unpacked(model: PreTrainedModel) -> None:
 def add_policy_arguments(parser: Parser) -> None:
     """Add the flags of stages 1, 3 and 4: the problems, the agents, and how they are sampled."""
     add_run_arguments(parser)
+    # the problems
     embedded = ", ".join(EMBEDDED)
     parser.add_argument(
         "--task", default="tiny", help=f"{embedded} (embedded), or {', '.join(TASKS)}"
@@ -417,6 +418,7 @@ def add_policy_arguments(parser: Parser) -> None:
         help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`, "
         "graded as --task",
     )
+    # the agents
     parser.add_argument(
         "--graph",
         default="chain",
@@ -430,6 +432,7 @@ def add_policy_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards"
     )
+    # how their messages are sampled
     parser.add_argument(
         "--temperature", type=positive_float, default=1.0, help="of every sampled message"
     )
@@ -452,6 +455,7 @@ def add_policy_arguments(parser: Parser) -> None:
         help="limit of a message, in addition to the agent's own; suits the tiny agents, "
         "give 512 or so for a real model",
     )
+    # the search
     parser.add_argument(
         "--num-candidates",
         default="3",

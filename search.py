@@ -147,23 +147,37 @@ def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, 
         if not live:
             return beams[0]
 
-        # 1. Candidates. Beams can wait for different agents, hence for different numbers of them.
-        pool = [node for node in beams if mas.is_terminal(node.state)]
-        width_of = {node: num_candidates[mas.turn_index(node.state)] for node in live}
-        for width in sorted(set(width_of.values())):
-            nodes = [node for node in live if width_of[node] == width]
-            replies = yield Sample(nodes, width)
-            for node, candidates in zip(nodes, replies, strict=True):
-                pool += expand(mas, node, candidates)
+        # 1. Candidates of every beam that is not finished.
+        finished = [node for node in beams if mas.is_terminal(node.state)]
+        fresh = yield from expand_all(live, mas, num_candidates)
 
         # 2. Score the new states; finished transcripts have their score already.
-        fresh = [node for node in pool if node.V is None]
         values = yield Score(fresh)
         for node, value in zip(fresh, values, strict=True):
             node.V = value
 
         # 3. Keep the best. The sort is stable, so ties go to the first.
-        beams = sorted(pool, key=lambda node: -node.V)[:beam_width]
+        beams = sorted(finished + fresh, key=lambda node: -node.V)[:beam_width]
+
+
+def expand_all(
+    nodes: list[Node], mas: MAS, num_candidates: tuple[int, ...]
+) -> Generator[Sample, list, list[Node]]:
+    """Expand several nodes and return their children.
+
+    Nodes can wait for different agents, hence for different numbers of candidates; those with the
+    same number are asked for together.
+    """
+    nodes_of_width: dict[int, list[Node]] = {}
+    for node in nodes:
+        width = num_candidates[mas.turn_index(node.state)]
+        nodes_of_width.setdefault(width, []).append(node)
+    children = []
+    for width in sorted(nodes_of_width):
+        replies = yield Sample(nodes_of_width[width], width)
+        for node, candidates in zip(nodes_of_width[width], replies, strict=True):
+            children += expand(mas, node, candidates)
+    return children
 
 
 def mcts(

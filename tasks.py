@@ -150,7 +150,7 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
             f"--task {task}: unknown; it is one of {names} (or give --data FILE.jsonl)"
         )
 
-    # 1. read the rows, and give an id to each that has none
+    # 1. Read all problems of the data, and give an id to each that has none.
     origin = data or task
     rows = _read_file(data) if data else _read_hub(task, split)
     raw_problems = [read_row(row, f"{origin}, line {line}") for line, row in enumerate(rows, 1)]
@@ -158,26 +158,28 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
     raw_problems = _with_ids(raw_problems, id_prefix)
     _check_ids_are_unique(raw_problems, origin)
 
-    # 2. find the answer type, from the whole file, so that all splits have the same
+    # 2. Find the answer type, from the whole file, so that all splits have the same.
     if task in TASKS:
         answer_type = TASKS[task].answer_type
     else:
         answer_type = _narrowest_answer_type([raw.gold for raw in raw_problems])
 
-    # 3. choose the problems of the split
-    if split != "test":
-        wanted = split == "heldout"
-        raw_problems = [raw for raw in raw_problems if _is_heldout(raw.id) == wanted]
-    raw_problems.sort(key=lambda raw: _hash(raw.id, "order"))
-    chosen = raw_problems[:num]
+    # 3. Choose the problems of the split, and bring their gold answers into canonical form.
+    chosen = _first_of_split(raw_problems, split, num)
     if len(chosen) < num:
         print(
             f"{origin}: {num} {split} problems were requested, but there are only {len(chosen)}",
             file=sys.stderr,
         )
-
-    # 4. bring their gold answers into canonical form
     return [_to_problem(raw, answer_type, split, origin) for raw in chosen]
+
+
+def _first_of_split(raw_problems: list[RawProblem], split: str, num: int) -> list[RawProblem]:
+    """Return the first `num` problems of a split, in the fixed order."""
+    if split != "test":
+        wanted = split == "heldout"
+        raw_problems = [raw for raw in raw_problems if _is_heldout(raw.id) == wanted]
+    return sorted(raw_problems, key=lambda raw: _hash(raw.id, "order"))[:num]
 
 
 def _embedded_problems(family: str, split: str, num: int) -> list[Problem]:

@@ -324,6 +324,7 @@ def load_checkpoint(path: Path, model: ValueModel, optimizer, scheduler) -> int:
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_run_arguments(parser)
+    # labels
     parser.add_argument(
         "--rollouts", default=None, help="folder of the labels (default: RUN/rollouts)"
     )
@@ -339,6 +340,7 @@ def parse_args(argv=None):
         default="search",
         help="search: V on every visited edge; outcome: an ORM on terminal states",
     )
+    # the value model
     parser.add_argument(
         "--backbone",
         default=os.path.relpath(HERE / "tiny" / "agents"),
@@ -363,6 +365,7 @@ def parse_args(argv=None):
         help="LoRA on full-precision weights",
     )
     parser.add_argument("--lora-rank", type=positive_int, default=16, help="paper: 256")
+    # training
     parser.add_argument(
         "--lr",
         type=positive_float,
@@ -421,11 +424,7 @@ def main(args) -> None:
 
     # 4. Train, and measure V on held-out problems after each epoch.
     def after_epoch(epoch: int, train_loss: float) -> None:
-        values_of_rows = model.predict(
-            heldout_rows, batch_tokens=args.batch_tokens, description=None
-        )
-        values = [value for row_values in values_of_rows for value in row_values]
-        report = value_metrics(heldout_edges, values)
+        report = measure(model, heldout_rows, heldout_edges, batch_tokens=args.batch_tokens)
         log_epoch(folder / "metrics.jsonl", epoch, train_loss, report)
 
     try:
@@ -563,6 +562,16 @@ def describe_training(
         f"{num_tokens:,} tokens an epoch ({repetition:.2f} times the distinct ones); "
         f"{num_trained:,} trained parameters"
     )
+
+
+def measure(
+    model: ValueModel, rows: list[Row], edges: list[Edge], *, batch_tokens: int
+) -> dict[str, dict]:
+    """Return the metrics of V on held-out labels. edges: the labels of the rows, in their order."""
+    values = []
+    for row_values in model.predict(rows, batch_tokens=batch_tokens, description=None):
+        values += row_values
+    return value_metrics(edges, values)
 
 
 def log_epoch(log: Path, epoch: int, train_loss: float, report: dict[str, dict]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from answers import extract_answer
-from mas import CHAIN, GRAPHS, MAS, Agent, Message, State, load_graph
+from mas import GRAPHS, MAS, Agent, Message, State, load_graph
 from runs import InputError
 
 # ---- The chain -----------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_value_text_labels_senders_and_local_shows_what_the_speaker_saw(chain):
 
 # ---- Agents with a condition ---------------------------------------------------------------------
 
-VERDICTS = [  # what the Verifier says, and whether the Refiner then speaks
+VERDICTS = [  # message of the Verifier, and whether the Refiner then speaks
     ("The check fails. Final answer: 3", True),
     ("**Check FAILS**: 3", True),
     ("_check_ `fails`", True),
@@ -157,26 +157,27 @@ def test_a_skipped_agent_leaves_a_shorter_transcript():
 # ---- Checking a graph ----------------------------------------------------------------------------
 
 
-def agent(name, *sees, when=None):
+def make_agent(name, *sees, when=None):
+    """Make an agent of which only the edges and the condition matter."""
     return Agent(name, sees, prompt="", max_new_tokens=1, when=when)
 
 
 BAD_GRAPHS = [  # agents, and the complaint about them
-    ([agent("A", "Q"), agent("A", "Q")], "A is the name of two agents"),
-    ([agent("Q", "Q")], "Q is the name of the question"),
-    ([agent("A", "B"), agent("B", "Q")], "A sees B, a later agent, which closes a cycle"),
-    ([agent("A", "Q", "A")], "A sees A, itself"),
-    ([agent("A", "Q", "Z")], "A sees Z, which is no agent of this graph; it can see Q"),
-    ([agent("A", "Q", "Q")], "A sees Q, Q; name each of them once"),
-    ([agent("A")], "A sees nothing; it must see the question"),
-    ([agent("A", "Q"), agent("B", "Q")], "nobody sees A"),
+    ([make_agent("A", "Q"), make_agent("A", "Q")], "A is the name of two agents"),
+    ([make_agent("Q", "Q")], "Q is the name of the question"),
+    ([make_agent("A", "B"), make_agent("B", "Q")], "A sees B, a later agent, which closes a cycle"),
+    ([make_agent("A", "Q", "A")], "A sees A, itself"),
+    ([make_agent("A", "Q", "Z")], "A sees Z, which is no agent of this graph; it can see Q"),
+    ([make_agent("A", "Q", "Q")], "A sees Q, Q; name each of them once"),
+    ([make_agent("A")], "A sees nothing; it must see the question"),
+    ([make_agent("A", "Q"), make_agent("B", "Q")], "nobody sees A"),
     (
-        [agent("A", "Q", when=("B", "x")), agent("B", "Q")],
+        [make_agent("A", "Q", when=("B", "x")), make_agent("B", "Q")],
         "A speaks when B says 'x'; it can wait for words of nobody",
     ),
-    ([agent("A", "Q"), agent("B", "A", when=("A", "**"))], "B speaks when A says"),
+    ([make_agent("A", "Q"), make_agent("B", "A", when=("A", "**"))], "B speaks when A says"),
     (
-        [agent("A", "Q"), agent("B", "Q", when=("A", "x")), agent("C", "B")],
+        [make_agent("A", "Q"), make_agent("B", "Q", when=("A", "x")), make_agent("C", "B")],
         "C sees B; it must see",
     ),
     ([], "no agent"),
@@ -239,7 +240,7 @@ def test_a_graph_from_a_file(tmp_path):
     assert load_graph(str(path)) == MAS("pair", (writer, editor))
 
 
-MISTAKES = [  # a part of TOML, what is written in its place, and the complaint
+MISTAKES = [  # a part of TOML, its replacement, and the complaint
     ('name = "Editor"', 'name = "Writer"', "Writer is the name of two agents"),
     ('sees = ["Q"]', 'sees = "Q"', "agent 1: sees = 'Q' should be a list of strings"),
     (
@@ -267,7 +268,7 @@ def test_a_bad_graph_file_is_refused_in_one_line(tmp_path, part, mistake, compla
 
 # ---- Counts per agent ----------------------------------------------------------------------------
 
-COUNTS = [  # as given, and per agent of the chain
+COUNTS = [  # as a flag gives them, and per agent of the chain
     ("3", (3, 3, 3, 3)),
     ("1.8.1.2", (1, 8, 1, 2)),
     ("Planner=6,Reader=2", (2, 6, 1, 1)),

@@ -1,0 +1,171 @@
+"""Tests of metrics.py: how good V is, and paired comparisons of answers, worked out by hand."""
+
+import numpy as np
+import pytest
+
+from generate_rollouts import Edge
+from mas import State
+from metrics import auc, bootstrap_interval, calibration_error, paired, value_metrics, wilson
+
+# ---- V against labels ----------------------------------------------------------------------------
+
+
+def make_edge(problem_id, parent, y):
+    return Edge(
+        problem_id=problem_id,
+        split="heldout",
+        parent=parent,
+        agent="Solver",
+        state=State("q", ()),
+        y=y,
+        visits=1,
+    )
+
+
+def solver_metrics(labels, values):
+    """Return the metrics of V on states of the Solver. labels: (problem, parent, y) of each."""
+    edges = [make_edge(*label) for label in labels]
+    return value_metrics(edges, values)["Solver"]
+
+
+def test_auc_by_hand():
+    assert auc([0.9, 0.1], [True, False]) == 1.0
+    assert auc([0.1, 0.9], [True, False]) == 0.0
+    assert auc([0.5, 0.5], [True, False]) == 0.5
+    # Of the four pairs of a right and a wrong state, 0.4 against 0.6 is in the wrong order.
+    assert auc([0.8, 0.6, 0.4, 0.2], [True, False, True, False]) == 0.75
+
+
+# Problem a is easy (every V is high), problem b is hard (V is low at its root).
+LABELS = [  # (problem, parent, y)
+    ("a", 0, 1.0),
+    ("a", 0, -1.0),
+    ("a", 0, -1.0),
+    ("b", 0, 1.0),
+    ("b", 0, -0.5),
+    ("b", 1, 0.5),
+    ("b", 1, 0.5),
+]
+VALUES = [0.9, 0.8, 0.95, -0.9, -0.8, 0.1, 0.0]
+
+
+def test_metrics_by_hand():
+    """AUC is within problems, so that it does not reward knowing which problem is easy.
+
+    a: 1 of 2 pairs is in order. b: 2 of 3, because the right state at -0.9 is below the wrong one.
+    V picks a wrong sibling in both groups; the siblings under (b, 1) are equally good.
+    """
+    metrics = solver_metrics(LABELS, VALUES)
+    assert metrics["n"] == 7
+    assert metrics["auc"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert metrics["auc_problems"] == 2
+    assert metrics["sibling_groups"] == 2
+    assert metrics["top1"] == 0.0
+    assert metrics["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+
+    squared_errors = []
+    for (_, _, y), value in zip(LABELS, VALUES, strict=True):
+        squared_errors.append((value - y) ** 2)
+    assert metrics["rmse"] == pytest.approx((sum(squared_errors) / 7) ** 0.5)
+
+
+def test_calibration_error_by_hand():
+    """The ten bins of V have width 0.2. A bin adds |sum of V - sum of y| / number of states."""
+    v = np.array([0.15, 0.05, -0.55])
+    y = np.array([1.0, -1.0, -0.5])
+    assert calibration_error(v, y) == pytest.approx((0.2 + 0.05) / 3)
+
+    errors_of_bins = [
+        abs((0.9 + 0.95 + 0.8) - (1 - 1 - 1)),  # [0.8, 1]
+        abs((-0.9 - 0.8) - (1 - 0.5)),  # [-1, -0.8], the same in one bin or in two
+        abs((0.1 + 0.0) - (0.5 + 0.5)),  # [0, 0.2)
+    ]
+    by_hand = sum(errors_of_bins) / 7
+    assert solver_metrics(LABELS, VALUES)["ece"] == pytest.approx(by_hand)
+
+
+def test_a_v_that_only_knows_the_problem_scores_chance():
+    labels, values = [], []
+    for index, problem_id in enumerate("abcd"):
+        for y in (1.0, -1.0, 1.0):
+            labels.append((problem_id, 0, y))
+            values.append(index / 4)
+    assert solver_metrics(labels, values)["auc"] == 0.5
+
+
+def test_a_constant_v_chooses_siblings_by_chance():
+    labels = [("a", 0, 1.0), ("a", 0, -1.0), ("a", 0, -1.0), ("b", 0, -1.0), ("b", 0, 0.5)]
+    metrics = solver_metrics(labels, [0.3] * 5)
+    assert metrics["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert metrics["top1"] == metrics["chance"]
+
+
+def test_a_tie_in_v_is_a_uniform_pick_among_the_tied_siblings():
+    """The three groups of siblings, with the largest V tied in each:
+
+    group  V                   y                tied  best of the tied
+    a      0.4  0.4  0.1       1  -1   1        2     1 of 2
+    b      0.2  0.2  0.2 -0.5  1   1  -1  -1    3     2 of 3
+    c      0.0  0.7  0.7       1  -1  -1        2     0 of 2
+    """
+    groups = [
+        ("a", [0.4, 0.4, 0.1], [1.0, -1.0, 1.0]),
+        ("b", [0.2, 0.2, 0.2, -0.5], [1.0, 1.0, -1.0, -1.0]),
+        ("c", [0.0, 0.7, 0.7], [1.0, -1.0, -1.0]),
+    ]
+    labels, values = [], []
+    for problem_id, group_values, targets in groups:
+        labels += [(problem_id, 0, y) for y in targets]
+        values += group_values
+    metrics = solver_metrics(labels, values)
+    assert metrics["sibling_groups"] == 3
+    assert metrics["top1"] == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
+    assert metrics["chance"] == pytest.approx((2 / 3 + 2 / 4 + 1 / 3) / 3)
+
+
+def test_metrics_that_do_not_exist_are_none():
+    """One right state: no pair for an AUC, no siblings to choose from, no correlation."""
+    metrics = solver_metrics([("a", 0, 1.0)], [0.3])
+    for name in ("pearson", "auc", "auc_95", "top1", "chance"):
+        assert metrics[name] is None
+    assert metrics["auc_problems"] == 0
+    assert metrics["sibling_groups"] == 0
+
+
+def test_the_bootstrap_interval_holds_the_mean_and_repeats():
+    assert bootstrap_interval([0.7] * 5) == (pytest.approx(0.7), pytest.approx(0.7))
+    samples = [0.0, 1.0] * 50
+    low, high = bootstrap_interval(samples)
+    # The mean of 100 fair coins has the standard deviation 0.05.
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+    assert bootstrap_interval(samples) == (low, high)
+
+
+# ---- Answers -------------------------------------------------------------------------------------
+
+
+def test_wilson_and_paired_by_hand():
+    """Of ten problems, a is right on 8 and b on 5: four only by a, one only by b."""
+    low, high = wilson(50, 100)
+    assert low == pytest.approx(0.4038, abs=1e-4)
+    assert high == pytest.approx(0.5962, abs=1e-4)
+
+    a = [True] * 8 + [False] * 2
+    b = [True] * 4 + [False] * 5 + [True]
+    result = paired(a, b)
+    assert result["wins"] == 4
+    assert result["losses"] == 1
+    assert result["difference"] == pytest.approx(0.3)
+    assert result["p"] == pytest.approx(0.375)
+
+    # Bonett and Price: one win, one loss and two problems are added.
+    win_share, loss_share, n = 5 / 12, 2 / 12, 12
+    difference = win_share - loss_share
+    half_width = 1.959964 * ((win_share + loss_share - difference**2) / n) ** 0.5
+    assert result["low"] == pytest.approx(difference - half_width)
+    assert result["high"] == pytest.approx(difference + half_width)
+
+
+def test_two_methods_that_never_differ_have_p_1():
+    assert paired([True], [True])["p"] == 1.0
