@@ -1,11 +1,12 @@
-# make demo: the whole method on the embedded agents. make test, make lint: the tests and the linter.
+# make demo: the whole method on the embedded agents. make test, make lint: the tests and the linter;
+# make format: fix what the linter can fix. make clean removes .venv, make clean-runs the results.
 # The paper's experiments in small: main and transfer (both after `make demo`), rollout-count,
-# lambda, losses, refine. Every target sets up .venv if it is missing.
+# lambda, losses (these three label with `hard` first), refine. All set up .venv if it is missing.
 PYTHON ?= python3
 RUN := .venv/bin/python
 SEARCHES := sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
 
-.PHONY: demo test lint format clean main hard rollout-count lambda transfer losses refine
+.PHONY: demo test lint format clean clean-runs main hard rollout-count lambda transfer losses refine
 
 demo: .venv/.installed
 	$(RUN) generate_rollouts.py
@@ -101,4 +102,7 @@ refine: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv
+
+clean-runs:
+	rm -rf runs

@@ -429,7 +429,7 @@ _NUMBER = re.compile(
         (?: [ ]+(?:and[ ]+)? (?P<part>\d+) )?               # ... of a mixed number: "1 3/4"
         \s*/\s* (?P<denominator> \d+(?!\.?\d) )
     )?
-    (?: \s*(?P<multiplier>thousand|[mbtr]+illion)\b )?      # million, billion, trillion
+    (?: \s*(?P<multiplier>thousand|million|billion|trillion)\b )?
     """,
     re.VERBOSE,
 )
@@ -484,9 +484,9 @@ def _find_numbers(text: str) -> list[_Number]:
     for match in _NUMBER.finditer(text):
         if match["whole"] is None and match["decimals"] is None:
             continue
-        if match["denominator"] and int(match["denominator"]) == 0:
+        if len(match[0]) > _MAX_LENGTH:  # before int(), which refuses thousands of digits
             continue
-        if len(match[0]) > _MAX_LENGTH:
+        if match["denominator"] and int(match["denominator"]) == 0:
             continue
         value = _absolute_value(match)
         if match["sign"] == "-" and not _is_subtraction(text, match):
@@ -521,6 +521,8 @@ def _is_subtraction(text: str, match: re.Match) -> bool:
 def _sole_number(latex: str) -> Fraction | None:
     """Return the number that the whole of an answer is, apart from a unit; None if it is more."""
     # 1. notations of the whole answer
+    if len(latex) > _MAX_LENGTH:
+        return None
     scientific = _SCIENTIFIC.fullmatch(latex)
     if scientific:
         return Fraction(scientific["factor"]) * Fraction(10) ** int(scientific["exponent"])

@@ -1,6 +1,6 @@
 """Batched decoding: token ids in, token ids out. Knows no agents, problems or trees.
 
-Every message draws its tokens from uniforms of its own, so it does not depend on the batch it is
+Every message draws its tokens from its own uniforms, so it does not depend on the batch it is
 decoded in. Messages of one prompt share their computation for as long as their tokens are equal.
 """
 
@@ -136,7 +136,7 @@ class CacheRows:
     """Rows of the key-value cache, one per distinct beginning of a message.
 
     All messages sampled from one prompt start in one row. They share it for as long as their tokens
-    are equal, and get rows of their own when they differ.
+    are equal, and get their own rows when they differ.
 
     Attributes:
         logits: [rows, vocabulary], of the next token of each row.
@@ -227,7 +227,8 @@ class Decoder:
         temperature, top_k, top_p: of every sampled token, see `filter_logits`.
 
     Attributes:
-        seconds: where the time went: "model" and "sampling".
+        seconds: time spent per activity, "model" and "sampling". Approximate on a GPU, as its
+            kernels run asynchronously.
     """
 
     def __init__(

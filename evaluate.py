@@ -55,7 +55,7 @@ COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "s
 
 
 def answer_record(problem: Problem, leaf: Node, cost: Cost, scorer: str | None) -> dict:
-    """Return what is recorded of one answer. leaf: the terminal node whose answer is given."""
+    """Return the record of one answer. leaf: the terminal node whose answer is given."""
     answer = extract_answer(leaf.message.text, problem.answer_type)
     transcript = []
     for node in path_to(leaf):
@@ -91,7 +91,7 @@ def evaluate_method(
 
     Raises InputError if the records were made with another scorer.
     """
-    # 1. What is there already.
+    # 1. Load the records that exist already.
     records = resume_jsonl(path)
     scorer = scorer_fingerprint(method, args)
     other_scorers = {record["scorer"] for record in records.values()} - {scorer}
@@ -221,11 +221,11 @@ def opponents(
         votes = [other for other in methods if other.algorithm == "vote"]
         pairs += _nearest_in_calls(method, votes, rows, "nearest vote")
     if method.algorithm in ("sbs", "mcts"):
-        picks = []
+        best_of_methods = []
         for other in methods:
             if other.algorithm == "best_of" and other.scorer == method.scorer:
-                picks.append(other)
-        pairs += _nearest_in_calls(method, picks, rows, "nearest best-of-N")
+                best_of_methods.append(other)
+        pairs += _nearest_in_calls(method, best_of_methods, rows, "nearest best-of-N")
     return pairs + _variants(method, methods)
 
 
@@ -259,7 +259,7 @@ def _variants(method: Method, methods: list[Method]) -> list[tuple[Method, str]]
 
 
 def _is_same_search(method: Method, other: Method) -> bool:
-    """Whether two methods differ at most in scorer and lambda."""
+    """Return whether two methods differ at most in scorer and lambda."""
     settings = (method.algorithm, method.num, method.num_candidates)
     return settings == (other.algorithm, other.num, other.num_candidates)
 
@@ -270,6 +270,7 @@ def breakdown(methods: list[Method], records: dict[str, list[dict]], key: str) -
     groups = sorted({str(record[key]) for record in first_records})
     rows = []
     for group in groups:
+        num_problems = sum(str(record[key]) == group for record in first_records)
         shares = []
         for method in methods:
             verdicts = []
@@ -277,7 +278,7 @@ def breakdown(methods: list[Method], records: dict[str, list[dict]], key: str) -
                 if str(record[key]) == group:
                     verdicts.append(record["correct"])
             shares.append(f"{100 * sum(verdicts) / len(verdicts):.1f}")
-        rows.append([group, str(len(verdicts)), *shares])
+        rows.append([group, str(num_problems), *shares])
     return markdown_table([key, "n", *(method.name for method in methods)], rows)
 
 
@@ -285,8 +286,14 @@ def breakdown(methods: list[Method], records: dict[str, list[dict]], key: str) -
 
 
 def compare_runs(runs: list[str]) -> str:
-    """Compare runs from their records: V on held-out problems, then EM per method."""
+    """Compare runs from their records: V on held-out problems, then EM per method.
+
+    Raises InputError if a run has neither a V nor an evaluation.
+    """
     folders = [Path(run_name) for run_name in runs]
+    for folder in folders:
+        if not (folder / "value").is_dir() and not (folder / "eval").is_dir():
+            raise InputError(f"--compare {folder}: no value/ and no eval/ in it; it is not a run")
     return f"{_compare_values(folders)}\n\n{_compare_answers(folders)}"
 
 
@@ -330,6 +337,8 @@ def _compare_answers(folders: list[Path]) -> str:
         for problem_id in records_of_runs[0]:
             if all(problem_id in records for records in records_of_runs):
                 ids.append(problem_id)
+        if not ids:
+            raise InputError(f"--compare: no problem was answered by {name} in all of these runs")
         first = [records_of_runs[0][problem_id] for problem_id in ids]
         for folder, records in zip(folders, records_of_runs, strict=True):
             common = [records[problem_id] for problem_id in ids]
@@ -473,11 +482,11 @@ def write_report(
     summary = summarise(methods, records)
     breakdowns = [breakdown(methods, records, key) for key in keys]
     table = "\n\n".join([method_table(summary), *breakdowns])
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (folder / "table.md").write_text(table + "\n")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    (folder / "table.md").write_text(table + "\n", "utf-8")
     plot_accuracy(summary, folder / "em_vs_calls.png")
     print("\n\n".join(["", screen(summary), *breakdowns]))
-    print(f"\n{folder}: table.md, em_vs_calls.png, summary.json, and METHOD.jsonl per method")
+    print(f"\n{folder} holds the records, summary.json, table.md and em_vs_calls.png")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Node:
         children: None until the node is expanded.
         N: number of visits of the edge.
         W: sum of the values backed up through the edge.
-        V: V(state) in [-1, 1], if a value model has scored it (stage 3).
+        V: score of the state in [-1, 1], by the scorer of a search (stage 3); None if not scored.
         reward: the value that a terminal state backs up.
     """
 
@@ -149,8 +149,8 @@ def label_tree(
 ) -> Generator[Sample, list[list[Candidate]], Node]:
     """Run MAS-MCTS on one problem (Algorithm 1) and return the root of its tree.
 
-    Siblings of a fresh terminal state are sampled already, so each of them is graded and backed up
-    once as well. The gold answer is used here and nowhere else, to label.
+    Departs from the paper: the siblings of a fresh terminal state are sampled already, so each of
+    them is graded and backed up once. No other search sees the gold answer.
 
     Args:
         num_candidates: C per agent.
@@ -190,12 +190,15 @@ class ActiveSearch:
     problem: Problem
     search: Generator
     cost: Cost = field(default_factory=Cost)
-    request: Any = None  # what the search waits for
+    request: Any = None  # the pending request
 
 
 def messages_per_tree(num_simulations: int, num_candidates: tuple[int, ...]) -> int:
-    """Guess how many messages a tree search samples: the first simulation expands once per agent,
-    and each later one adds about one message, as many of them revisit what is there."""
+    """Estimate how many messages a tree search samples.
+
+    The first simulation expands once per agent. Each later one adds about one message, because most
+    of its path exists already.
+    """
     return sum(num_candidates) + num_simulations - 1
 
 
@@ -241,16 +244,16 @@ def run(
             yield from resume(ActiveSearch(problem, search), None)
 
         # 2. Answer all waiting requests of the cheapest type.
-        request_type = next((each for each in handlers if waiting[each]), None)
-        if request_type is None:
+        waiting_types = [request_type for request_type in handlers if waiting[request_type]]
+        if not waiting_types:
             return
+        request_type = waiting_types[0]
         batch, waiting[request_type] = waiting[request_type], []
         replies = handlers[request_type]([(active.problem, active.request) for active in batch])
 
         # 3. Resume their searches. Each then waits for its next request, or has finished.
-        for active, (_, cost) in zip(batch, replies, strict=True):
+        for active, (reply, cost) in zip(batch, replies, strict=True):
             active.cost += cost
-        for active, (reply, _) in zip(batch, replies, strict=True):
             yield from resume(active, reply)
 
 
@@ -279,7 +282,7 @@ def tree_record(problem: Problem, root: Node, cost: Cost) -> dict:
         "split": problem.split,
         "question": problem.question,
         "gold": problem.gold,
-        "kind": problem.answer_type,
+        "kind": problem.answer_type,  # the name in the file format
         "subject": problem.subject,
         "level": problem.level,
         "nodes": nodes,
@@ -344,7 +347,7 @@ class Edge:
     Attributes:
         parent: index of s in its tree; edges with equal parents are siblings.
         agent: who said a.
-        state: next(s, a), the state that V is asked about.
+        state: next(s, a), the state that V scores.
         y: the target in [-1, 1]: Q(s, a), or the reward for an outcome model.
         visits: N(s, a).
     """
@@ -359,10 +362,10 @@ class Edge:
 
 
 def tree_paths(record: dict, mas: MAS, target: str) -> list[list[Edge]]:
-    """Return one path from the root to each visited leaf, as the edges that are labelled in it.
+    """Return one path per visited leaf: its labelled edges, from the root down.
 
-    One forward of V over a path trains every edge on it, so that every visited edge is labelled in
-    exactly one path: the first that reaches it.
+    Every visited edge is labelled in exactly one path, the first that reaches it. One forward of V
+    over each path then trains every edge once. A path can be empty if the target is "outcome".
 
     Args:
         record: one line of trees.jsonl.
@@ -444,10 +447,11 @@ def main(args) -> None:
     open_run(folder, settings, overwrite=args.overwrite)
     path = folder / "trees.jsonl"
     labelled = resume_jsonl(path)
-    todo = [p for p in problems if is_mine(p.id) and p.id not in labelled]
+    my_problems = [problem for problem in problems if is_mine(problem.id)]
+    todo = [problem for problem in my_problems if problem.id not in labelled]
     num_labelled = sum(problem.id in labelled for problem in problems)
     print(
-        f"labelling {len(todo)} problems with N = {args.num_simulations}, C = {num_candidates}; "
+        f"labelling {len(todo)} problems, N = {args.num_simulations}, C = {num_candidates}; "
         f"{num_labelled} of {len(problems)} are finished already\n"
         f"-> {shard_path(path)}"
     )

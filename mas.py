@@ -1,11 +1,11 @@
 """The multi-agent system: who speaks when, who sees what, and how a state is shown.
 
+Departs from the paper: an agent may have a condition (`when`) and is skipped if it does not hold.
+
 A multi-agent system (MAS) is agents 1..n on a directed communication graph with a fixed schedule
 (paper, section 3). An edge j -> i lets agent i see agent j's message. An edge Q -> i lets it see
 the question. An agent sees nothing else. A state s is the question and the messages so far. An
 action a is one agent's whole message, and next(s, a) appends it.
-
-Departs from the paper: an agent may have a condition (`when`) and is skipped if it does not hold.
 """
 
 import re
@@ -51,6 +51,8 @@ class Agent:
 
 
 class Message(NamedTuple):
+    """A message and its sender; QUESTION is the sender of the question."""
+
     agent: str
     text: str
 
@@ -68,7 +70,7 @@ class State:
 
 @dataclass(frozen=True)
 class MAS:
-    """Agents in the order of the schedule. The agent on turn is a function of the state alone.
+    """Agents in the order of the schedule. Who speaks next is a function of the state alone.
 
     Raises InputError if the agents do not form a graph that can answer a question.
     """
@@ -87,7 +89,7 @@ class MAS:
     # -- The schedule --
 
     def turn_index(self, state: State) -> int | None:
-        """Return the index of the agent on turn in `agents`; None if the state is terminal."""
+        """Return the index of the agent that speaks next; None if the state is terminal."""
         names = [agent.name for agent in self.agents]
         next_index = 0
         if state.messages:
@@ -105,7 +107,7 @@ class MAS:
         return normalize_words(awaited_words) in normalize_words(said.get(awaited_agent, ""))
 
     def turn(self, state: State) -> Agent | None:
-        """Return the agent on turn; None if the state is terminal."""
+        """Return the agent that speaks next; None if the state is terminal."""
         index = self.turn_index(state)
         return None if index is None else self.agents[index]
 
@@ -113,7 +115,7 @@ class MAS:
         return self.turn_index(state) is None
 
     def step(self, state: State, text: str) -> State:
-        """next(s, a): the agent on turn says `text`."""
+        """Return next(s, a): the next agent says `text`."""
         message = Message(self.turn(state).name, text)
         return State(state.question, state.messages + (message,))
 
@@ -126,9 +128,9 @@ class MAS:
         return [message for message in transcript if message.agent in agent.sees]
 
     def prompt(self, state: State, answer_type: str) -> list[dict[str, str]]:
-        """Return the chat that asks the agent on turn for its message: a ~ pi_i(. | observation).
+        """Return the chat that asks the next agent for its message, a ~ pi_i(. | observation).
 
-        answer_type: "number", "letter" or "math", see ANSWER_FORMS.
+        The state must not be terminal. answer_type: "number", "letter" or "math" (ANSWER_FORMS).
         """
         agent = self.turn(state)
         role = agent.prompt.replace("<answer>", ANSWER_FORMS[answer_type])
@@ -226,9 +228,9 @@ def check_graph(mas: MAS) -> None:
     earlier = [QUESTION]
     always_there = {QUESTION}  # part of every transcript
     for agent in mas.agents:
-        problem = _problem_of_agent(agent, mas, earlier, always_there)
-        if problem:
-            raise InputError(f"graph {mas.name}: {agent.name} {problem}")
+        fault = _fault_of_agent(agent, mas, earlier, always_there)
+        if fault:
+            raise InputError(f"graph {mas.name}: {agent.name} {fault}")
         earlier.append(agent.name)
         if agent.when is None:
             always_there.add(agent.name)
@@ -237,7 +239,7 @@ def check_graph(mas: MAS) -> None:
     _check_everyone_is_heard(mas)
 
 
-def _problem_of_agent(
+def _fault_of_agent(
     agent: Agent, mas: MAS, earlier: list[str], always_there: set[str]
 ) -> str | None:
     """Say what is wrong with an agent, given the names before it; None if nothing is."""
@@ -245,7 +247,7 @@ def _problem_of_agent(
     if agent.name == QUESTION:
         return "is the name of the question; give the agent another name"
     if agent.name in earlier:
-        return "is the name of two agents; each needs a name of its own"
+        return "is the name of two agents; each needs its own name"
     if len(set(agent.sees)) < len(agent.sees):
         return f"sees {seen}; name each of them once"
     unseen = [name for name in agent.sees if name not in earlier]
@@ -257,10 +259,10 @@ def _problem_of_agent(
             f"sees {seen or 'nothing'}; "
             f"it must see the question ({QUESTION}) or an agent that always speaks"
         )
-    return None if agent.when is None else _problem_of_condition(agent, earlier[1:])
+    return None if agent.when is None else _fault_of_condition(agent, earlier[1:])
 
 
-def _problem_of_condition(agent: Agent, earlier_agents: list[str]) -> str | None:
+def _fault_of_condition(agent: Agent, earlier_agents: list[str]) -> str | None:
     awaited_agent, awaited_words = agent.when
     if awaited_agent not in earlier_agents or not normalize_words(awaited_words):
         return (
@@ -275,7 +277,7 @@ def _why_it_cannot_be_seen(name: str, agent: Agent, mas: MAS) -> str:
         return "itself"
     if name in {other.name for other in mas.agents}:
         return "a later agent, which closes a cycle"
-    return "which is no agent of this graph"
+    return "which is not an agent of this graph"
 
 
 def _check_everyone_is_heard(mas: MAS) -> None:
@@ -329,7 +331,7 @@ REFINER = Agent(
     when=("Verifier", "check fails"),
 )
 
-# The paper's pipeline: each agent sees the one before it, the Solver nothing but the plan.
+# The paper's pipeline. Each agent sees the message before it; all but the Solver see the question.
 CHAIN = MAS("chain", (READER, PLANNER, SOLVER, VERIFIER))
 
 # The chain, and a fifth agent that speaks only if the Verifier objects.
@@ -413,7 +415,7 @@ AGENT_KEYS = {"name": str, "sees": list, "prompt": str, "max_new_tokens": int, "
 
 
 def load_graph(name: str) -> MAS:
-    """Return a graph by its name, or read it from a TOML file (README, "Your own graph").
+    """Return a graph by its name, or read it from a TOML file (README, "Your own model").
 
     Raises InputError if there is no such graph, or if the file does not describe one.
     """

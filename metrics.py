@@ -15,7 +15,10 @@ from generate_rollouts import Edge
 
 
 def auc(values: list[float], is_right: list[bool]) -> float:
-    """Return P(V of a right state > V of a wrong one), ties half: the area under the ROC curve."""
+    """Return P(V of a right state > V of a wrong one): the area under the ROC curve.
+
+    A tie counts one half.
+    """
     ranks = scipy.stats.rankdata(values)
     num_right = sum(is_right)
     num_wrong = len(is_right) - num_right
@@ -62,10 +65,11 @@ def agent_metrics(edges: list[Edge], values: list[float]) -> dict:
     rmse, rmse_of_mean: of V against y, and of the best constant.
     ece: see `calibration_error`.
     pearson: correlation of V and y.
-    auc: right (y > 0) against wrong (y < 0) states of the same problem, averaged over the problems
-        that have both. It cannot be won by telling easy problems from hard ones.
+    auc: right (y > 0) against wrong (y < 0) states of the same problem, averaged over the
+        `auc_problems` that have both, with interval `auc_95`. Separating easy from hard problems
+        does not raise it.
     top1: how often the sibling with the largest V has the largest y, among visited siblings with
-        different y. `chance`: a uniform pick among the same siblings.
+        different y (`sibling_groups` of them). `chance`: a uniform pick among the same siblings.
     """
     y = np.array([edge.y for edge in edges])
     v = np.array(values)

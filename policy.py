@@ -67,7 +67,7 @@ class Candidate(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Ask for `num` messages of the agent on turn at each node. Reply: `num` Candidates per node.
+    """Ask for `num` messages of the next agent at each node. Reply: `num` Candidates per node.
 
     greedy: take the most likely token at every step instead of sampling.
     """
@@ -91,7 +91,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Cost:
-    """What a search has used.
+    """Resources that a search has used.
 
     Attributes:
         agent_calls: sampled messages.
@@ -415,8 +415,8 @@ def add_policy_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--data",
         default=None,
-        help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`, "
-        "graded as --task",
+        help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`; "
+        "graded as --task, or by the narrowest answer type that fits if that is embedded",
     )
     # the agents
     parser.add_argument(
@@ -463,12 +463,12 @@ def add_policy_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
     parser.add_argument(
-        "--max-active", type=positive_int, default=512, help="problems in flight together"
+        "--max-active", type=positive_int, default=512, help="problems that are searched together"
     )
 
 
 def make_policy(args, mas: MAS) -> Policy:
-    """Load the agents that the flags name. Raises InputError if they are no chat model."""
+    """Load the agents that the flags name. Raises InputError if they are not a chat model."""
     torch.set_num_threads(args.num_threads)
     model, tokenizer = load_pretrained(
         "--model",
@@ -499,7 +499,7 @@ def make_policy(args, mas: MAS) -> Policy:
 
 
 def policy_settings(args, mas: MAS) -> dict:
-    """Return what decides the agents' messages. It is recorded, and compared on resuming."""
+    """Return the settings that determine the agents' messages, recorded for resuming."""
     return {
         "model": args.model,
         "graph": asdict(mas),

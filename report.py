@@ -68,8 +68,8 @@ def _comparison_lines(summary: dict) -> str:
 def headline_comparisons(comparisons: list[dict]) -> list[dict]:
     """Choose at most six comparisons, by a rule that does not look at results.
 
-    They ask of each search guided by a model: is it better than a vote of like cost, than picking
-    the best of N passes by the same model, and than the same search by the policy's likelihood?
+    For each search guided by V or by the ORM alone, they show whether it beats a vote of similar
+    cost, best-of-N with the same model, and the same search guided by the policy's likelihood.
     """
     chosen = []
     for row in comparisons:
@@ -166,7 +166,7 @@ def plot_accuracy(summary: dict, path: Path) -> None:
             em,
             yerr=[[em - 100 * row["low"]], [100 * row["high"] - em]],
             color=colour_of(name),
-            marker=MARKERS[algorithm],
+            marker=MARKERS.get(algorithm, "P"),
             markersize=10 if algorithm == "greedy" else 7,
             elinewidth=1,
             capsize=2,
@@ -213,11 +213,22 @@ def set_axes(axes, summary: dict) -> None:
 
 
 # Places of a name relative to its point: (x, y, alignment), in points. The first is preferred.
-NAME_PLACES = [(9, 0, "left"), (-9, 0, "right")]
-for distance in (11, 22, 33, 44):
-    for side in (1, -1):
-        NAME_PLACES.append((9, side * distance, "left"))
-        NAME_PLACES.append((-9, side * distance, "right"))
+NAME_PLACES = (
+    (9, 0, "left"),
+    (-9, 0, "right"),
+    (9, 11, "left"),
+    (-9, 11, "right"),
+    (9, -11, "left"),
+    (-9, -11, "right"),
+    (9, 22, "left"),
+    (-9, 22, "right"),
+    (9, -22, "left"),
+    (-9, -22, "right"),
+    (9, 33, "left"),
+    (-9, 33, "right"),
+    (9, -33, "left"),
+    (-9, -33, "right"),
+)
 
 
 def place_names(axes, summary: dict) -> None:

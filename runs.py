@@ -1,8 +1,8 @@
 """How a script runs: flags and bad input, progress, the run folder, resuming, several processes.
 
-Every stage is a script with `parse_args(argv=None)` and `main(args)`, called through `cli`. It
-writes one run folder: `config.json` records the settings, and JSON-lines files hold one line per
-finished problem. Running the same command again skips what is finished.
+Every stage is a script with `parse_args(argv=None)` and `main(args)`, called through `cli`. A stage
+that writes results has a folder for them: `config.json` records the settings, and JSON-lines files
+hold one line per finished problem. Running the same command again skips what is finished.
 
 This file knows no agents, problems or models; it imports nothing of ours. A reader who audits the
 method can skip it.
@@ -33,6 +33,15 @@ class InputError(Exception):
     """Bad input from the user. Its one line says what is wrong and what would be right."""
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of each flag that has a value of its own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """`argparse.ArgumentParser` that reports a wrong flag as an InputError and shows defaults.
 
@@ -43,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str):
         super().__init__(
             description=doc.split("\n\n")[0],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
 
@@ -123,7 +132,7 @@ def add_overwrite_argument(parser: Parser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="delete this stage's results if the folder holds another configuration",
+        help="delete this stage's results and start over",
     )
 
 
@@ -136,8 +145,8 @@ def _default_device() -> str:
 def cli(parse_args, main) -> None:
     """Run a script.
 
-    Bad input prints one line and exits with code 2. An interrupt says that nothing is lost and
-    exits with code 130. Programming errors raise.
+    Bad input prints one line and exits with code 2. An interrupt prints one line and exits with
+    code 130. Programming errors raise.
     """
     script = Path(sys.argv[0]).name
     try:
@@ -146,7 +155,7 @@ def cli(parse_args, main) -> None:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        message = "interrupted; finished work is saved, the same command resumes it"
+        message = "interrupted; results written so far are kept, the same command resumes"
         print(f"\n{script}: {message}", file=sys.stderr)
         sys.exit(130)
 
@@ -178,6 +187,7 @@ class Progress:
             desc=description,
             disable=not (shown and on_terminal),
             smoothing=0,  # average speed since the start
+            miniters=1,  # work comes in large batches: show every one
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
@@ -295,7 +305,7 @@ def process_rank() -> tuple[int, int]:
 
 
 def is_mine(problem_id: str) -> bool:
-    """Whether this process works on a problem. Each problem belongs to exactly one process."""
+    """Return whether a problem belongs to this process. It belongs to exactly one."""
     rank, world_size = process_rank()
     digest = hashlib.blake2b(problem_id.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % world_size == rank
@@ -411,7 +421,7 @@ def write_config(folder: Path, config: dict) -> None:
 
 
 def provenance() -> dict:
-    """Return what a reader needs to repeat a run: command, commit, versions, machine, time."""
+    """Return the provenance of a run: command, commit, versions, machine, time."""
     import torch  # imported late, see _default_device
 
     git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
@@ -436,5 +446,5 @@ def provenance() -> dict:
 
 
 def seeded(*parts) -> random.Random:
-    """Return a generator of its own for each combination of parts, whatever the order of calls."""
+    """Return a random generator that is seeded by `parts` alone, whatever the order of calls."""
     return random.Random("/".join(map(str, parts)))

@@ -61,7 +61,7 @@ from runs import (
     positive_int,
     unit_float,
 )
-from tasks import TASKS, Problem, is_correct, load_problems
+from tasks import TASKS, Problem, check_task, is_correct, load_problems
 from value import ValueModel
 
 # A search yields requests and returns the terminal node whose answer is given.
@@ -134,8 +134,8 @@ def best_of_n(question: str, mas: MAS, *, num: int) -> Search:
 def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, ...]) -> Search:
     """Step-level beam search, SBS(B1, B2).
 
-    Each of at most B1 beams gets B2 candidates from the agent on turn. All candidates are scored by
-    V of the new state, and the best B1 stay. Finished transcripts compete with their last score.
+    Each of at most B1 beams gets B2 candidates from its next agent. All candidates are scored by V
+    of the new state, and the best B1 stay. Finished transcripts compete with their last score.
 
     Args:
         beam_width: B1.
@@ -156,7 +156,7 @@ def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, 
         for node, value in zip(fresh, values, strict=True):
             node.V = value
 
-        # 3. Keep the best. The sort is stable, so ties go to the first.
+        # 3. Keep the best. The sort is stable: ties go to finished transcripts, then to the first.
         beams = sorted(finished + fresh, key=lambda node: -node.V)[:beam_width]
 
 
@@ -166,16 +166,16 @@ def expand_all(
     """Expand several nodes and return their children.
 
     Nodes can wait for different agents, hence for different numbers of candidates; those with the
-    same number are asked for together.
+    same number are requested together.
     """
-    nodes_of_width: dict[int, list[Node]] = {}
+    nodes_of_num: dict[int, list[Node]] = {}
     for node in nodes:
-        width = num_candidates[mas.turn_index(node.state)]
-        nodes_of_width.setdefault(width, []).append(node)
+        num = num_candidates[mas.turn_index(node.state)]
+        nodes_of_num.setdefault(num, []).append(node)
     children = []
-    for width in sorted(nodes_of_width):
-        replies = yield Sample(nodes_of_width[width], width)
-        for node, candidates in zip(nodes_of_width[width], replies, strict=True):
+    for num in sorted(nodes_of_num):
+        replies = yield Sample(nodes_of_num[num], num)
+        for node, candidates in zip(nodes_of_num[num], replies, strict=True):
             children += expand(mas, node, candidates)
     return children
 
@@ -191,13 +191,14 @@ def mcts(
 ) -> Search:
     """MCTS guided by V (Algorithm 2).
 
-    Differs from `label_tree` in three places: a new child starts with a virtual visit; Eq. 2, not
-    chance, picks among new children; a terminal state is worth a mix of V and the ORM instead of
-    the reward. Every simulation runs to a terminal state.
+    Differs from `label_tree` in four places: a new child starts with a virtual visit; Eq. 2, not
+    chance, picks among new children; siblings of a terminal state are not backed up; a terminal
+    state is worth a mix of V and the ORM instead of the reward. Every simulation runs to a terminal
+    state.
 
     Args:
         num_candidates: C per agent.
-        lam: weight of the ORM in a terminal value. 0 never asks the ORM.
+        lam: weight of the ORM in a terminal value. 0 never queries the ORM.
     """
     root = make_root(question)
     for _ in range(num_simulations):
@@ -224,8 +225,8 @@ def mcts(
 def decide(root: Node, mas: MAS) -> Node:
     """Descend from the root by largest Q, among children that a simulation has passed through.
 
-    A virtual visit alone (N = 1) is no evidence. Simulations run to the end, so this always ends in
-    a terminal state, never in an unfinished transcript.
+    A virtual visit alone (N = 1) is not evidence. Simulations run to the end, so this always ends
+    in a terminal state, never in an unfinished transcript.
     """
     node = root
     while not mas.is_terminal(node.state):
@@ -234,12 +235,12 @@ def decide(root: Node, mas: MAS) -> Node:
     return node
 
 
-# ---- Scorers: what answers a Score request -------------------------------------------------------
-# The searches do not know which scorer it is.
+# ---- Scorers: the handlers of Score requests -----------------------------------------------------
+# A search does not know which of them scores its states.
 
 
 class ModelScorer:
-    """Score states by a trained model: V, or the ORM."""
+    """Score states with a trained model: V, or the ORM."""
 
     def __init__(self, model: ValueModel, *, batch_tokens: int):
         self.model = model
@@ -269,7 +270,7 @@ class ModelScorer:
 
 
 def policy_scorer(requests: list[tuple[Problem, Score]]) -> list[tuple[list[float], Cost]]:
-    """Score the newest message by the policy's own likelihood: the paper's baseline. Free of cost.
+    """Score the newest message by the policy's own likelihood: the paper's baseline, at no cost.
 
     The value is 2 * exp(mean token log-probability) - 1, in [-1, 1]: the geometric mean of the
     token probabilities, scaled to the range of V.
@@ -362,12 +363,14 @@ class Method:
 
     @property
     def models(self) -> set[str]:
-        """Which trained models it asks: "value" (V), "outcome" (the ORM), both or none."""
+        """The trained models that it queries: "value" (V), "outcome" (the ORM), both or none."""
         models = {self.scorer} & {"value", "outcome"}
-        return models | {"outcome"} if self.lam > 0 else models
+        if self.lam > 0:
+            models.add("outcome")
+        return models
 
 
-_NUM = r"(?P<num>0*[1-9]\d*)"
+_NUM = r"(?P<num>[1-9]\d*)"
 _PER_AGENT = r"x(?P<per_agent>[\d.]+)"
 _SCORER = rf"-(?P<scorer>{'|'.join(SCORERS)})"
 METHOD_PATTERNS = {
@@ -454,7 +457,7 @@ def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
 def make_handlers(
     method: Method, scorers: dict[str, Handler], policy: Policy
 ) -> dict[type, Handler]:
-    """Return what answers the requests of a method, cheapest first (see `run`)."""
+    """Return the handlers of a method's requests, cheapest first (see `run`)."""
     handlers: dict[type, Handler] = {}
     if method.scorer:
         handlers[Score] = scorers[method.scorer]
@@ -551,14 +554,15 @@ def choose_problem(args) -> Problem:
     if args.question is None:
         problems = load_problems(task=args.task, data=args.data, split="test", num=args.index)
         if len(problems) < args.index:
-            source = args.data or f"--task {args.task}"
-            raise InputError(f"--index {args.index}: {source} has {len(problems)} test problems")
+            origin = args.data or f"--task {args.task}"
+            raise InputError(f"--index {args.index}: {origin} has {len(problems)} test problems")
         return problems[-1]
     question = args.question.strip()
     if not question:
         raise InputError(
-            "--question is empty; give a question, or leave the flag out for an embedded problem"
+            "--question is empty; give a question, or leave the flag out for a problem of the task"
         )
+    check_task(args.task)
     answer_type = TASKS[args.task].answer_type if args.task in TASKS else "number"
     return Problem(id="question", split="test", question=question, gold="", answer_type=answer_type)
 
@@ -588,8 +592,12 @@ def print_solution(problem: Problem, method: Method, leaf: Node, cost: Cost) -> 
     # 3. The tree.
     root = path_to(leaf)[0].parent
     if root.children:
-        meaning = "" if score_name == "V" else f"V is {score_name}; "
-        print(f"\nThe tree ({meaning}N counts the virtual visit):")
+        notes = []
+        if score_name != "V":
+            notes.append(f"V is {score_name}")
+        if root.N > 0:
+            notes.append("N counts the virtual visit")
+        print("\n" + "; ".join(["The tree", *notes]) + ":")
         print(show_tree(root, leaf, width=shutil.get_terminal_size().columns))
 
     # 4. The cost.

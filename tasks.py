@@ -144,11 +144,7 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
     """
     if task in EMBEDDED and data is None:
         return _embedded_problems(EMBEDDED[task], split, num)
-    if task not in EMBEDDED and task not in TASKS:
-        names = ", ".join((*EMBEDDED, *TASKS))
-        raise InputError(
-            f"--task {task}: unknown; it is one of {names} (or give --data FILE.jsonl)"
-        )
+    check_task(task)
 
     # 1. Read all problems of the data, and give an id to each that has none.
     origin = data or task
@@ -172,6 +168,15 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
             file=sys.stderr,
         )
     return [_to_problem(raw, answer_type, split, origin) for raw in chosen]
+
+
+def check_task(task: str) -> None:
+    """Raise InputError if there is no such task."""
+    if task not in EMBEDDED and task not in TASKS:
+        names = ", ".join((*EMBEDDED, *TASKS))
+        raise InputError(
+            f"--task {task}: unknown; it is one of {names} (for your own data leave it out)"
+        )
 
 
 def _first_of_split(raw_problems: list[RawProblem], split: str, num: int) -> list[RawProblem]:

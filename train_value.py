@@ -10,10 +10,11 @@ Qwen2.5-1.5B, rank 256, 5 epochs.
     python train_value.py --loss rank         # not in the paper: mse, rank, dist
     accelerate launch --num_processes 2 train_value.py    # data-parallel
 
-A transcript is read causally, so one forward over a root-to-leaf path gives V of every state on it.
-Training rows are therefore paths, and each edge of the tree is labelled in exactly one of them.
+One forward over a root-to-leaf path gives V of every state on it. Training rows are therefore
+paths, and each edge of the tree is labelled in exactly one of them.
 """
 
+import argparse
 import datetime
 import hashlib
 import json
@@ -67,10 +68,10 @@ from value import (
 # ---- Batches -------------------------------------------------------------------------------------
 
 
-def make_rows(paths: list[list[Edge]], model: "ValueModel") -> list[Row]:
+def make_rows(paths: list[list[Edge]], model: ValueModel) -> list[Row]:
     """Encode paths: one row per path in the full view, one row per edge in the local view.
 
-    In the local view a state's text is no prefix of its children's, so a path cannot be one row.
+    In the local view a state's text is not a prefix of its children's, so a path is not one row.
     """
     rows = []
     for path in paths:
@@ -115,12 +116,12 @@ def epoch_batches(
     lengths = [len(row.ids) for row in rows]
     order = []
     if by_tree:
-        trees = defaultdict(list)
+        rows_of_problem = defaultdict(list)
         for index, row in enumerate(rows):
             problem_id, _ = row.groups[0]
-            trees[problem_id].append(index)
-        for tree in rng.sample(list(trees.values()), len(trees)):
-            order += tree
+            rows_of_problem[problem_id].append(index)
+        for tree_rows in rng.sample(list(rows_of_problem.values()), len(rows_of_problem)):
+            order += tree_rows
     else:
         shuffled = rng.sample(range(len(rows)), len(rows))
         for start in range(0, len(rows), 512):
@@ -160,9 +161,9 @@ def training_loss(
 def distributional_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy over bins. y is split between its two nearest bins, so that their mean is y."""
     num_bins = outputs.shape[-1]
-    place = (targets + 1) / 2 * (num_bins - 1)  # in units of bins
-    lower_bin = place.floor().long().clamp(max=num_bins - 2)
-    upper_weight = (place - lower_bin)[:, None]
+    fractional_bin = (targets + 1) / 2 * (num_bins - 1)
+    lower_bin = fractional_bin.floor().long().clamp(max=num_bins - 2)
+    upper_weight = (fractional_bin - lower_bin)[:, None]
     logprobs = outputs.log_softmax(-1)
     lower_logprob = logprobs.gather(1, lower_bin[:, None])
     upper_logprob = logprobs.gather(1, lower_bin[:, None] + 1)
@@ -178,8 +179,8 @@ def ranking_loss(
     out an agent whose candidates are always equally good.
     """
     index_of_group = {group: index for index, group in enumerate(dict.fromkeys(groups))}
-    group = torch.tensor([index_of_group[each] for each in groups], device=targets.device)
-    same_group = group[:, None] == group
+    group_ids = torch.tensor([index_of_group[group] for group in groups], device=targets.device)
+    same_group = group_ids[:, None] == group_ids
     is_better = targets[:, None] > targets
     better, worse = (same_group & is_better).nonzero(as_tuple=True)
     losses = nn.functional.softplus(logits[worse] - logits[better])
@@ -206,7 +207,8 @@ def train(
     Args:
         batch_tokens: padded size of a batch, see `token_batches`.
         checkpoint: file that is written after every epoch.
-        after_epoch: called on the first process with (epoch, mean training loss).
+        after_epoch: called on the first process with the epoch and the mean training loss of that
+            process's batches.
     """
     rank, world_size = process_rank()
 
@@ -235,36 +237,40 @@ def train(
     with Progress(remaining_steps, description="training", shown=rank == 0) as progress:
         for epoch in range(first_epoch, epochs):
             model.train()
-            weighted_loss, num_labels = 0, 0
-            for step in schedule[epoch]:
-                loss, labels = training_step(model, rows, step, huber_delta=huber_delta)
+            loss_sum, num_labels = 0.0, 0
+            for batches in schedule[epoch]:
+                loss, num_batch_labels = training_step(
+                    model, rows, batches, huber_delta=huber_delta
+                )
                 nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
-                weighted_loss += loss * labels
-                num_labels += labels
+                loss_sum += loss * num_batch_labels
+                num_labels += num_batch_labels
                 progress.advance(1, f"loss {loss:.3f}")
             if rank == 0:
-                after_epoch(epoch, weighted_loss / num_labels)
+                after_epoch(epoch, loss_sum / num_labels)
                 save_checkpoint(checkpoint, epoch, model, optimizer, scheduler)
 
 
 def training_step(
-    model: ValueModel, rows: list[Row], step: list[list[int]], *, huber_delta: float
+    model: ValueModel, rows: list[Row], batches: list[list[int]], *, huber_delta: float
 ) -> tuple[float, int]:
-    """Compute the gradients of one step, whose batches are divided among the processes.
+    """Compute the gradients of one step, each of whose batches belongs to one process.
 
     Returns the mean loss of this process's batch, and how many labels it has.
     """
     rank, world_size = process_rank()
     labels_per_batch = []
-    for batch in step:
+    for batch in batches:
         labels_per_batch.append(sum(len(rows[index].targets) for index in batch))
     loss = torch.zeros(())
+    num_labels = 0
     # The last step of an epoch may have fewer batches than there are processes.
-    if rank < len(step):
-        batch = [rows[index] for index in step[rank]]
+    if rank < len(batches):
+        batch = [rows[index] for index in batches[rank]]
+        num_labels = labels_per_batch[rank]
         targets, groups = [], []
         for row in batch:
             targets += row.targets
@@ -273,14 +279,14 @@ def training_step(
         targets = torch.tensor(targets, device=outputs.device)
         loss = training_loss(model, outputs, targets, groups, huber_delta=huber_delta)
         # Weighted by its labels, so that the sum over processes is the mean over all labels.
-        (loss * labels_per_batch[rank] / sum(labels_per_batch)).backward()
+        (loss * num_labels / sum(labels_per_batch)).backward()
     if world_size > 1:
         sum_gradients(model.trained_parameters())
-    return loss.item(), labels_per_batch[min(rank, len(step) - 1)]
+    return loss.item(), num_labels
 
 
 def sum_gradients(trained: dict[str, nn.Parameter]) -> None:
-    """Sum the gradients of all processes. LoRA and head are small enough for one message."""
+    """Sum the gradients of all processes. LoRA and head are small enough for one all-reduce."""
     gradients = []
     for parameter in trained.values():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -354,15 +360,9 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--quantize",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         default=True,
-        help="QLoRA: NF4 weights under the adapter (the default)",
-    )
-    parser.add_argument(
-        "--no-quantize",
-        dest="quantize",
-        action="store_false",
-        help="LoRA on full-precision weights",
+        help="QLoRA, with NF4 weights under the adapter (default), or LoRA on full-precision ones",
     )
     parser.add_argument("--lora-rank", type=positive_int, default=16, help="paper: 256")
     # training
@@ -403,9 +403,9 @@ def main(args) -> None:
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / ("value" if args.target == "search" else "orm")
     checkpoint = folder / "checkpoint.pt"
+    open_run(folder, value_settings(args, labels), overwrite=args.overwrite)
     if args.overwrite:
         checkpoint.unlink(missing_ok=True)
-    open_run(folder, value_settings(args, labels), overwrite=args.overwrite)
     if read_config(folder).get("finished"):
         print(f"{folder} is finished already (--overwrite trains it again)")
         print(value_table(read_jsonl(folder / "metrics.jsonl")[-1]["heldout"]))
@@ -519,7 +519,7 @@ def _refuse_shared_questions(records: dict[str, list[dict]], heldout_folder: Pat
 
 
 def value_settings(args, labels: Labels) -> dict:
-    """Return what decides the weights of V. It is recorded, and compared on resuming."""
+    """Return the settings that determine the weights of V, recorded for resuming."""
     names = ("target", "backbone", "view", "loss", "quantize", "lora_rank", "lr", "epochs")
     names += ("huber_delta", "train_batch_tokens", "seed")
     digest = hashlib.blake2b(json.dumps(labels.records).encode(), digest_size=8).hexdigest()
@@ -559,7 +559,7 @@ def describe_training(
     return (
         f"{num_labels} labelled states of {len(labels.records['train'])} problems "
         f"in {len(rows)} rows; {len(heldout_edges)} held-out states\n"
-        f"{num_tokens:,} tokens an epoch ({repetition:.2f} times the distinct ones); "
+        f"{num_tokens:,} tokens an epoch ({repetition:.2f} times the distinct ones)\n"
         f"{num_trained:,} trained parameters"
     )
 
@@ -577,8 +577,8 @@ def measure(
 def log_epoch(log: Path, epoch: int, train_loss: float, report: dict[str, dict]) -> None:
     """Append the metrics of an epoch to metrics.jsonl, and print its held-out RMSE."""
     # An epoch that is done again after a kill replaces what was logged for it.
-    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
-    with open(log, "w") as file:
+    lines = log.read_text("utf-8").splitlines(keepends=True) if log.is_file() else []
+    with open(log, "w", encoding="utf-8") as file:
         file.writelines(lines[:epoch])
         append_jsonl(file, {"epoch": epoch, "train_loss": train_loss, "heldout": report})
     errors = ", ".join(f"{agent} {row['rmse']:.3f}" for agent, row in report.items())
@@ -594,7 +594,7 @@ def peak_memory(device: str) -> str:
 
 def save_problem_list(path: Path, labels: Labels) -> None:
     """Write which problems V has seen, so that evaluate.py can refuse to test on them."""
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for record in labels.records["train"] + labels.records["heldout"]:
             row = {
                 "id": record["id"],
@@ -607,22 +607,22 @@ def save_problem_list(path: Path, labels: Labels) -> None:
 def verify_saved(
     model: ValueModel, folder: Path, states: list[State], *, device: str, batch_tokens: int
 ) -> None:
-    """Load the saved model and compare its V with the trained one's.
+    """Load the saved model, compare its V with the trained one's, and mark the run as finished.
 
     Raises AssertionError if they differ: a head that was not saved must not go unnoticed.
     """
-    write_config(folder, read_config(folder) | {"finished": True})
-    loaded = ValueModel.load(folder, model.mas, device=device)
+    loaded = ValueModel.load(folder, model.mas, device=device, must_be_finished=False)
     trained_values, _ = model.score(states, batch_tokens=batch_tokens)
     loaded_values, _ = loaded.score(states, batch_tokens=batch_tokens)
     differences = [abs(a - b) for a, b in zip(trained_values, loaded_values, strict=True)]
     worst = max(differences)
     print(
-        f"saved to {folder}; loaded again, V differs by {worst:.1e} at most "
-        f"on {len(states)} held-out states"
+        f"saved to {folder}\n"
+        f"loaded again, V differs by {worst:.1e} at most on {len(states)} held-out states"
     )
     if worst > 1e-4:
         raise AssertionError(f"the saved value model is not the trained one: V differs by {worst}")
+    write_config(folder, read_config(folder) | {"finished": True})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """V: the value model, what it reads, and how it is loaded and saved.
 
 V(s) = tanh(w.h + b), with h the last hidden state of a causal language model at the token that ends
-the newest message (paper section 4.2). train_value.py trains it, search.py asks it.
+the newest message (paper section 4.2). train_value.py trains it, search.py queries it.
 
 A transcript is read causally, so one forward over a root-to-leaf path gives V of every state on it.
 """
@@ -13,7 +13,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 # Set before peft is imported. bitsandbytes announces a kernel that it does without, and peft uses
@@ -37,19 +37,19 @@ from runs import InputError, Progress, read_config
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch: a path of labelled states.
+    """One row of a batch: a path of states that are labelled, or that are to be scored.
 
     Attributes:
         ids: token ids.
-        positions: of the tokens that end the labelled messages.
-        targets: y of each label.
-        groups: (problem, agent) of each label; the `rank` loss compares within a group.
+        positions: of the tokens that end the messages of these states.
+        targets: y of each state, for training.
+        groups: (problem, agent) of each state; the `rank` loss compares within a group.
     """
 
     ids: list[int]
     positions: list[int]
-    targets: list[float]
-    groups: list[tuple[str, str]]
+    targets: list[float] = field(default_factory=list)
+    groups: list[tuple[str, str]] = field(default_factory=list)
 
 
 def label_positions(rows: list[Row]) -> list[tuple[int, int]]:
@@ -130,16 +130,16 @@ class ValueModel(nn.Module):
             )
         return ids, ends
 
-    def outputs(self, rows: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
+    def outputs(self, token_ids: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
         """Return w.h + b at each (row, position): float32 [len(positions), outputs of the head].
 
         Rows are padded on the right and read causally, so no attention mask is needed.
         """
-        longest = max(map(len, rows))
+        longest = max(map(len, token_ids))
         pad_id = self.tokenizer.pad_token_id
-        padded = [ids + [pad_id] * (longest - len(ids)) for ids in rows]
-        token_ids = torch.tensor(padded, device=self.backbone.device)
-        output = self.backbone(input_ids=token_ids, use_cache=False)
+        padded = [ids + [pad_id] * (longest - len(ids)) for ids in token_ids]
+        input_ids = torch.tensor(padded, device=self.backbone.device)
+        output = self.backbone(input_ids=input_ids, use_cache=False)
         hidden = output.last_hidden_state  # [rows, longest, hidden size]
         row_index, position = torch.tensor(positions, device=self.backbone.device).T
         return self.head(hidden[row_index, position].float())
@@ -153,9 +153,9 @@ class ValueModel(nn.Module):
     def bins(self) -> torch.Tensor:
         return torch.linspace(-1, 1, self.NUM_BINS, device=self.head.weight.device)
 
-    def forward(self, rows: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
+    def forward(self, token_ids: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
         """Return V at each (row, position): float32 [len(positions)]."""
-        return self.value(self.outputs(rows, positions))
+        return self.value(self.outputs(token_ids, positions))
 
     @torch.inference_mode()
     def predict(
@@ -206,7 +206,7 @@ class ValueModel(nn.Module):
         rows = {}
         for state in dict.fromkeys(states):
             ids, ends = self.encode(state)
-            rows[state] = Row(ids, [ends[-1]], [], [])
+            rows[state] = Row(ids, positions=[ends[-1]])
         predictions = self.predict(list(rows.values()), batch_tokens=batch_tokens, description=None)
         value_of = {}
         for state, [value] in zip(rows, predictions, strict=True):
@@ -217,7 +217,7 @@ class ValueModel(nn.Module):
         return values, tokens
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what training changes: LoRA and head, by name."""
+        """Return the trainable parameters, LoRA and head, by name."""
         parameters = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -232,7 +232,9 @@ class ValueModel(nn.Module):
         save_file(tensors, folder / "head.safetensors")
 
     @classmethod
-    def load(cls, folder: Path, mas: MAS, *, device: str) -> "ValueModel":
+    def load(
+        cls, folder: Path, mas: MAS, *, device: str, must_be_finished: bool = True
+    ) -> "ValueModel":
         """Load a trained value model.
 
         Raises InputError if its training is not finished, if it was trained for another graph or
@@ -240,7 +242,7 @@ class ValueModel(nn.Module):
         """
         config = read_config(folder)
         settings = config["settings"]
-        if not config.get("finished"):
+        if must_be_finished and not config.get("finished"):
             raise InputError(
                 f"{folder}: its training is not finished; run train_value.py again to resume it"
             )
@@ -293,7 +295,10 @@ def _check_graph_of_value(folder: Path, settings: dict, mas: MAS) -> None:
 
 
 def rendering_fingerprint(mas: MAS, view: str) -> str:
-    """Fingerprint value_text: V is only valid for the rendering it was trained on."""
+    """Fingerprint value_text: V is only valid for the rendering it was trained on.
+
+    Agents whose condition does not hold for the example's messages are not rendered.
+    """
     state = State("a question", ())
     renderings = []
     while not mas.is_terminal(state):

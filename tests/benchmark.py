@@ -1,208 +1,499 @@
-"""How fast the engine is; every figure is a ratio of two runs in this process, or a share of a limit.
+"""How fast the engine is: ratios of runs in one process, or shares of a limit of the machine.
 
-    python tests/benchmark.py trees                      # labels: all in flight, less of the engine, one padded generate per round, one problem at a time
-    python tests/benchmark.py scaling                    # cost per problem with 50, 200 and 800 problems
-    python tests/benchmark.py engine --device cuda --shape 1.5B --bandwidth 4300 --tflops 790     # decoding, scoring, QLoRA
-    python tests/benchmark.py engine --shape tiny --rows 16 64 --prompt 128 --new 32 --states 64 --state-tokens 256
+Run it from the root of the repository:
 
-The engine's speed does not depend on its weights, so `engine` draws them at random; every message has the same length.
+    python -m tests.benchmark trees      # labels: as they are, and without one feature at a time
+    python -m tests.benchmark scaling    # time per problem with 50, 200 and 800 problems
+    python -m tests.benchmark engine --device cuda --bandwidth 4300 --tflops 790    # a 1.5B shape
+    python -m tests.benchmark engine --shape tiny --rows 16 64 --prompt 128 --new 32 \
+        --states 64 --state-tokens 256
+
+`engine` measures decoding, scoring and training of V. Speed does not depend on the weights, so they
+are random, and every message has the same length.
 """
 
-import argparse
-import sys
 import tempfile
 import time
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    Qwen2Config,
+)
 from transformers.cache_utils import DynamicLayer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import generate_rollouts  # noqa: E402
-from generate_rollouts import Policy, Sample, draw_tokens, make_searches, run, tree_record  # noqa: E402
-from mas import GRAPHS, load_problems  # noqa: E402
-from train_value import LoraConfig, Row, ValueModel, get_peft_model, load_backbone, training_loss  # noqa: E402
+import decoding
+import generate_rollouts
+from decoding import Decoder, sample_tokens
+from generate_rollouts import make_searches, run, tree_record
+from mas import CHAIN
+from policy import Policy, Sample, make_policy
+from runs import Parser, SearchProgress, cli, positive_float, positive_int
+from tasks import load_problems
+from train_value import training_loss
+from value import Row, ValueModel, add_lora, label_positions, load_backbone
 
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "1.5B": (1536, 8960, 28, 12, 2, 151936), "0.5B": (896, 4864, 24, 14, 2, 151936), "tiny": (128, 384, 4, 4, 2, 640)}
+# ---- Decoders that lack a feature ----------------------------------------------------------------
 
 
-class NaivePolicy(Policy):
-    """The usual way: all that wait in one padded `generate`, each prompt repeated for its candidates, all rows kept to the end."""
+def repeat_prompts(prompts: list[list[int]], repeats: list[int]) -> list[list[int]]:
+    """Return one prompt per message."""
+    repeated = []
+    for prompt, num_messages in zip(prompts, repeats, strict=True):
+        repeated += [prompt] * num_messages
+    return repeated
 
-    def _decode(self, prompts, repeats, limits, draws, greedy):
-        start, steps, step = time.perf_counter(), draws.shape[1], iter(range(draws.shape[1]))
-        prompts = [prompt for prompt, n in zip(prompts, repeats) for _ in range(n)]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
-        draws, greedy, logprobs, sampling = torch.from_numpy(draws).to(self.device), torch.tensor(greedy, device=self.device), [], self.sampling
 
-        class Sampler(LogitsProcessor):
-            def __call__(self, input_ids, scores):
-                tokens, own = draw_tokens(scores, draws[:, next(step)], greedy, **sampling)
-                logprobs.append(own)
-                return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
+class CopyingDecoder(Decoder):
+    """Uses the cache of transformers, which is copied at every step."""
+
+    def decode(self, *batch):
+        with mock.patch.object(decoding, "PreallocatedLayer", DynamicLayer):
+            return super().decode(*batch)
+
+
+class UnsharedDecoder(Decoder):
+    """Keeps a row of the cache for every message from its prompt on."""
+
+    def decode(self, prompts, repeats, limits, draws, greedy):
+        prompts = repeat_prompts(prompts, repeats)
+        return super().decode(prompts, [1] * len(prompts), limits, draws, greedy)
+
+
+class UniformSampler(LogitsProcessor):
+    """Makes `generate` take the tokens that our sampler draws from given uniforms.
+
+    Attributes:
+        logprobs: of the tokens of each step, [rows] per step.
+    """
+
+    def __init__(self, draws: torch.Tensor, greedy: torch.Tensor, sampling: dict):
+        self.draws = draws
+        self.greedy = greedy
+        self.sampling = sampling
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = len(self.logprobs)
+        tokens, logprobs = sample_tokens(scores, self.draws[:, step], self.greedy, **self.sampling)
+        self.logprobs.append(logprobs)
+        only_tokens = torch.full_like(scores, -torch.inf)
+        return only_tokens.scatter(-1, tokens[:, None], 0.0)
+
+
+class NaiveDecoder(Decoder):
+    """Decodes by one padded `generate` with a row per message. All rows stay until the last ends.
+
+    All its time counts as that of the model.
+    """
+
+    def decode(self, prompts, repeats, limits, draws, greedy):
+        with self._timed("model"):
+            prompts = repeat_prompts(prompts, repeats)
+            tokens, logprobs = self._generate(prompts, draws, greedy)
+        messages = []
+        for row, limit in enumerate(limits):
+            length = self._length(tokens[row], limit)
+            messages.append((tokens[row][:length], logprobs[row][:length]))
+        return messages
+
+    def _generate(
+        self, prompts: list[list[int]], draws: np.ndarray, greedy: list[bool]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return the new tokens and their log-probabilities, [rows][steps]."""
+        device = self.model.device
+        token_ids, mask = self._pad(prompts)
+        sampler = UniformSampler(
+            torch.from_numpy(draws).to(device), torch.tensor(greedy, device=device), self.sampling
+        )
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=draws.shape[1],
+            eos_token_id=sorted(self.eos_ids),
+            pad_token_id=self.pad_id,
+        )
         with torch.inference_mode():
-            out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([Sampler()]), generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=steps, eos_token_id=sorted(self.ends), pad_token_id=self.tokenizer.pad_token_id))
-        found = []
-        for tokens, own, limit in zip(out[:, width:].tolist(), torch.stack(logprobs, 1).tolist(), limits):
-            end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), limit)
-            found.append((tokens[:min(end, limit)], own[:min(end, limit)]))
-        self._spent("model", start)
-        return found
+            output = self.model.generate(
+                input_ids=token_ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([sampler]),
+                generation_config=config,
+            )
+        new_tokens = output[:, token_ids.shape[1] :]
+        logprobs = torch.stack(sampler.logprobs, dim=1)
+        return new_tokens.tolist(), logprobs.tolist()
+
+    def _pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pad prompts on the left. Returns token ids and attention mask, [prompts, longest]."""
+        longest = max(map(len, prompts))
+        token_ids, mask = [], []
+        for prompt in prompts:
+            padding = longest - len(prompt)
+            token_ids.append([self.pad_id] * padding + prompt)
+            mask.append([0] * padding + [1] * len(prompt))
+        device = self.model.device
+        return torch.tensor(token_ids, device=device), torch.tensor(mask, device=device)
+
+    def _length(self, tokens: list[int], limit: int) -> int:
+        """Return the length of a message: its end-of-message token is its last token."""
+        for index, token in enumerate(tokens[:limit]):
+            if token in self.eos_ids:
+                return index + 1
+        return limit
 
 
-class UnsharedPolicy(Policy):
-    """A row of the cache for every message from its prompt on, as in the naive batch."""
-
-    def _decode(self, prompts, repeats, limits, draws, greedy):
-        return super()._decode([prompt for prompt, n in zip(prompts, repeats) for _ in range(n)], [1] * len(draws), limits, draws, greedy)
+# ---- Trees: the speed of labelling ---------------------------------------------------------------
 
 
-class CopyingPolicy(Policy):
-    """The library's cache, which is copied at every step."""
+class Measurement(NamedTuple):
+    """How fast problems were labelled.
 
-    def _decode(self, *batch):
-        with mock.patch.object(generate_rollouts, "SpareLayer", DynamicLayer):
-            return super()._decode(*batch)
+    Attributes:
+        trees: problem id -> nodes of its tree, without log-probabilities.
+        shares: activity -> share of the time.
+    """
+
+    trees_per_minute: float
+    trees: dict[str, list[dict]]
+    shares: dict[str, float]
+
+    def show_shares(self) -> str:
+        return ", ".join(f"{activity} {share:.1%}" for activity, share in self.shares.items())
 
 
-def label(policy: Policy, problems, args, max_active: int):
-    """(trees per minute, trees without their log-probabilities, shares of the time)."""
-    policy.seconds = dict.fromkeys(policy.seconds, 0.0)
-    start, trees = time.perf_counter(), {}
-    progress = SimpleNamespace(update=lambda: None, set_postfix_str=lambda text: None)
-    for problem, root, cost in run(make_searches(problems, policy.mas, args), {Sample: policy}, max_active=max_active, progress=progress):
-        trees[problem.id] = [{k: v for k, v in node.items() if k != "logprob"} for node in tree_record(problem, root, cost)["nodes"]]
+def make_labelling_args(num_threads: int):
+    """Return the default flags of generate_rollouts.py, on the CPU."""
+    argv = ["--num-threads", str(num_threads), "--device", "cpu"]
+    return generate_rollouts.parse_args(argv)
+
+
+def make_labelling_policy(decoder_class: type[Decoder], args) -> Policy:
+    """Load the agents as generate_rollouts.py does, but with another decoder."""
+    policy = make_policy(args, CHAIN)
+    decoder = policy.decoder
+    policy.decoder = decoder_class(
+        decoder.model, eos_ids=decoder.eos_ids, pad_id=decoder.pad_id, **decoder.sampling
+    )
+    return policy
+
+
+def load_training_problems(num: int):
+    return load_problems(task="tiny", data=None, split="train", num=num)
+
+
+def label(policy: Policy, problems: list, args, *, max_active: int) -> Measurement:
+    """Label problems and measure the time."""
+    seconds_before = dict(policy.decoder.seconds)
+    num_candidates = CHAIN.per_agent(args.num_candidates, "--num-candidates")
+    searches = make_searches(problems, CHAIN, num_candidates, args)
+    progress = SearchProgress(len(problems), 1, description="", shown=False)
+    trees = {}
+    start = time.perf_counter()
+    for problem, root, cost in run(
+        searches, {Sample: policy}, max_active=max_active, progress=progress
+    ):
+        trees[problem.id] = without_logprobs(tree_record(problem, root, cost)["nodes"])
     seconds = time.perf_counter() - start
-    shares = {name: spent / seconds for name, spent in policy.seconds.items()}
-    return 60 * len(problems) / seconds, trees, shares | {"driver and tree": 1 - sum(shares.values())}
+
+    shares = {}
+    for activity, seconds_after in policy.decoder.seconds.items():
+        shares[activity] = (seconds_after - seconds_before[activity]) / seconds
+    shares["tokenizer, driver and tree"] = 1 - sum(shares.values())
+    return Measurement(60 * len(problems) / seconds, trees, shares)
 
 
-def agents(policy_class, args, **changes) -> Policy:
-    torch.set_num_threads(args.num_threads)
-    settings = dict(seed=args.seed, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=128, batch_tokens=args.batch_tokens, device="cpu", quantize=False)
-    return policy_class(GRAPHS["chain"], args.model, **(settings | changes))
+def without_logprobs(nodes: list[dict]) -> list[dict]:
+    """Log-probabilities depend on the shape of the batch, by rounding."""
+    stripped = []
+    for node in nodes:
+        stripped.append({key: node[key] for key in node if key != "logprob"})
+    return stripped
 
 
-def trees(args, own) -> None:
-    problems = load_problems(task="tiny", data=None, split="train", num=own.problems)
-    everyone = len(problems)
-    ways = {"all in flight": (agents(Policy, args), everyone), "the library's cache": (agents(CopyingPolicy, args), everyone),
-            "a row per message": (agents(UnsharedPolicy, args), everyone),
-            "one padded generate per round": (agents(NaivePolicy, args, batch_tokens=10**9), everyone), "one problem at a time": (agents(Policy, args), 1)}
-    found = {}
-    for name, (policy, max_active) in ways.items():
-        label(policy, problems[:4], args, max_active)   # to warm up
-        rate, grown, shares = label(policy, problems, args, max_active)
-        found[name] = (rate, grown)
-        print(f"{name:30s} {rate:7.1f} trees/min   " + ", ".join(f"{what} {share:.1%}" for what, share in shares.items()), flush=True)
-    rate, grown = found["all in flight"]
-    for name in list(ways)[1:]:
-        same = sum(grown[p.id] == found[name][1][p.id] for p in problems)
-        print(f"all in flight / {name}: {rate / found[name][0]:.2f}; {same} of {len(problems)} trees are equal")
+AS_IT_IS = "all in flight"
 
 
-def scaling(args, own) -> None:
-    policy = agents(Policy, args)
+def measure_trees(args) -> None:
+    """Label the same problems in five ways, and compare each with the way it is done."""
+    labelling_args = make_labelling_args(args.num_threads)
+    problems = load_training_problems(args.problems)
+    decoders = {
+        AS_IT_IS: Decoder,
+        "the library's cache": CopyingDecoder,
+        "a row per message": UnsharedDecoder,
+        "one padded generate per round": NaiveDecoder,
+        "one problem at a time": Decoder,
+    }
+
+    # 1. measure
+    measurements = {}
+    for way, decoder_class in decoders.items():
+        policy = make_labelling_policy(decoder_class, labelling_args)
+        if decoder_class is NaiveDecoder:
+            policy.batch_tokens = 10**9  # all that wait are one batch
+        max_active = 1 if way == "one problem at a time" else len(problems)
+        label(policy, problems[:4], labelling_args, max_active=max_active)  # to warm up
+        measured = label(policy, problems, labelling_args, max_active=max_active)
+        measurements[way] = measured
+        rate = f"{measured.trees_per_minute:7.1f} trees/min"
+        print(f"{way:30s} {rate}   {measured.show_shares()}", flush=True)
+
+    # 2. compare
+    as_it_is = measurements.pop(AS_IT_IS)
+    for way, measured in measurements.items():
+        ratio = as_it_is.trees_per_minute / measured.trees_per_minute
+        num_equal = sum(as_it_is.trees[p.id] == measured.trees[p.id] for p in problems)
+        equal = f"{num_equal} of {len(problems)} trees are equal"
+        print(f"{AS_IT_IS} / {way}: {ratio:.2f}; {equal}")
+
+
+def measure_scaling(args) -> None:
+    """Label more and more problems together."""
+    labelling_args = make_labelling_args(args.num_threads)
+    policy = make_labelling_policy(Decoder, labelling_args)
     for num in (50, 200, 800):
-        rate, _, shares = label(policy, load_problems(task="tiny", data=None, split="train", num=num), args, num)
-        print(f"{num:4d} problems: {60 / rate * 1000:6.1f} ms per problem   " + ", ".join(f"{what} {share:.1%}" for what, share in shares.items()), flush=True)
+        measured = label(policy, load_training_problems(num), labelling_args, max_active=num)
+        milliseconds = 60_000 / measured.trees_per_minute
+        print(
+            f"{num:4d} problems: {milliseconds:6.1f} ms per problem   {measured.show_shares()}",
+            flush=True,
+        )
 
 
-def random_model(shape: str, device: str):
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = Qwen2Config(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-                         num_key_value_heads=kv_heads, max_position_embeddings=8192, tie_word_embeddings=True)
+# ---- Engine: decoding, scoring and training, on random weights -----------------------------------
+
+
+class Shape(NamedTuple):
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+
+
+SHAPES = {
+    "1.5B": Shape(1536, 8960, 28, 12, 2, 151936),
+    "0.5B": Shape(896, 4864, 24, 14, 2, 151936),
+    "tiny": Shape(128, 384, 4, 4, 2, 640),
+}
+NUM_CANDIDATES = 3  # messages per prompt
+
+
+def measure_engine(args) -> None:
+    """Measure decoding, then scoring and a training step of V, on a model of one shape."""
+    torch.set_num_threads(args.num_threads)
+    labelling_args = make_labelling_args(args.num_threads)
+    batch_tokens = labelling_args.batch_tokens
+
+    model = random_model(args.shape, args.device)
+    measure_decoding(model, args)
+    num_body_parameters = sum(parameter.numel() for parameter in model.model.parameters())
+
+    # V is loaded as from a checkpoint. Any tokenizer will do.
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(labelling_args.model).save_pretrained(folder)
+        del model  # make room
+        backbone, tokenizer = load_backbone(folder, quantize=True, device=args.device)
+    backbone = add_lora(backbone, rank=args.lora_rank)
+    value_model = ValueModel(backbone, tokenizer, CHAIN, "full", "huber")
+    rows = random_rows(args.states, args.state_tokens, SHAPES[args.shape].vocab_size)
+    measure_scoring(value_model, rows, batch_tokens, 2 * num_body_parameters, args)
+    measure_training_step(value_model, rows, args)
+
+
+def random_model(shape: str, device: str) -> PreTrainedModel:
+    config = Qwen2Config(
+        **SHAPES[shape]._asdict(), max_position_embeddings=8192, tie_word_embeddings=True
+    )
+    dtype = torch.bfloat16 if on_gpu(device) else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def timed(work, device: str) -> float:
-    """Seconds, after one call to warm up."""
+def on_gpu(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Return the seconds of one call, after another one to warm up."""
     for _ in range(2):
-        if device.startswith("cuda"):
+        if on_gpu(device):
             torch.cuda.synchronize()
         start = time.perf_counter()
         work()
-        if device.startswith("cuda"):
+        if on_gpu(device):
             torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def engine(args, own) -> None:
-    device, num = own.device, 3   # C = 3 candidates per prompt
-    torch.set_num_threads(args.num_threads)
-    model = random_model(own.shape, device)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    config, size = model.config, model.dtype.itemsize
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * size
-    policy = Policy.__new__(Policy)
-    policy.model, policy.device, policy.tokenizer, policy.ends = model, torch.device(device), SimpleNamespace(pad_token_id=0), {-1}
-    policy.sampling, policy.seconds = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}, {"model": 0.0, "sampling": 0.0, "tokenizer": 0.0}
-    prompt = torch.randint(10, config.vocab_size, (own.prompt,)).tolist()
+def peak_memory(device: str) -> str:
+    if not on_gpu(device):
+        return ""
+    return f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
-    def per_node():
-        policy.model.generate(input_ids=torch.tensor([prompt], device=device), attention_mask=torch.ones((1, own.prompt), dtype=torch.long, device=device),
-                              generation_config=GenerationConfig(do_sample=True, top_k=0, top_p=1.0, num_return_sequences=num, min_new_tokens=own.new, max_new_tokens=own.new,
-                                                          eos_token_id=1, pad_token_id=0))
-    alone = num * own.new / timed(per_node, device)
-    print(f"{own.shape} shape, {weights / 2**30:.2f} GiB of weights, {own.prompt} prompt tokens, {own.new} new, {torch.cuda.get_device_name() if device != 'cpu' else 'CPU'}")
-    print(f"per-node generate, {num} rows: {alone:9.0f} tokens/s")
-    for rows in own.rows:
-        prompts = -(-rows // num)
-        repeats = [num] * (prompts - 1) + [rows - num * (prompts - 1)]
-        seconds = timed(lambda: policy._decode([prompt] * prompts, repeats, [own.new] * rows, np.random.default_rng(0).random((rows, own.new)), [False] * rows), device)
-        rate = rows * own.new / seconds
-        limit = own.bandwidth and rows / ((weights + rows * kv * (own.prompt + own.new / 2)) / (own.bandwidth * 1e9))
-        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device != "cpu" else ""
-        print(f"engine, {rows:5d} rows:         {rate:9.0f} tokens/s, {rate / alone:5.1f} times per-node generate"
-              + (f", {rate / limit:.1%} of the bandwidth limit" if limit else "") + peak, flush=True)
-    flops = 2 * sum(p.numel() for p in model.model.parameters())
-    with tempfile.TemporaryDirectory() as folder:   # through the same door as a real backbone; any tokenizer will do
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(args.model).save_pretrained(folder)
-        del policy.model, model
-        backbone, tokenizer = load_backbone(folder, quantize=True, device=device)
-    lora = LoraConfig(r=own.lora_rank, lora_alpha=2 * own.lora_rank, target_modules="all-linear")
-    value = ValueModel(get_peft_model(backbone, lora), tokenizer, GRAPHS["chain"], "full", "huber")
-    rows = [Row(torch.randint(10, config.vocab_size, (own.state_tokens,)).tolist(), [own.state_tokens - 1], [0.5], [("p", "a")]) for _ in range(own.states)]
-    seconds = timed(lambda: value.predict(rows, batch_tokens=args.batch_tokens, progress=None), device)
-    print(f"scoring, NF4 with LoRA: {own.states / seconds:7.1f} states/s of {own.state_tokens} tokens"
-          + (f", {own.states * own.state_tokens * flops / seconds / (own.tflops * 1e12):.1%} of the FLOP limit" if own.tflops else ""), flush=True)
-    if device != "cpu":
+
+def measure_decoding(model: PreTrainedModel, args) -> None:
+    """Compare our decoder with `generate` per node, and with the bandwidth of the memory."""
+    prompt = torch.randint(10, model.config.vocab_size, (args.prompt,)).tolist()
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    device_name = torch.cuda.get_device_name() if on_gpu(args.device) else "CPU"
+    print(
+        f"{args.shape} shape, {weight_bytes / 2**30:.2f} GiB of weights, "
+        f"{args.prompt} prompt tokens, {args.new} new, {device_name}"
+    )
+    rate_per_node = NUM_CANDIDATES * args.new / seconds_per_node(model, prompt, args)
+    print(f"per-node generate, {NUM_CANDIDATES} rows: {rate_per_node:9.0f} tokens/s")
+
+    for num_rows in args.rows:
+        rate = num_rows * args.new / seconds_of_decoder(model, prompt, num_rows, args)
+        share = ""
+        if args.bandwidth:
+            # Every step reads the weights and the keys and values of all rows once.
+            mean_length = args.prompt + args.new / 2
+            bytes_per_step = weight_bytes + num_rows * mean_length * cache_bytes_per_token(model)
+            limit = num_rows * args.bandwidth * 1e9 / bytes_per_step
+            share = f", {rate / limit:.1%} of the bandwidth limit"
+        print(
+            f"engine, {num_rows:5d} rows:         {rate:9.0f} tokens/s, "
+            f"{rate / rate_per_node:5.1f} times per-node generate{share}{peak_memory(args.device)}",
+            flush=True,
+        )
+
+
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """Return the size of the keys and values of one token, in all layers."""
+    config = model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    return numbers * model.dtype.itemsize
+
+
+def seconds_per_node(model: PreTrainedModel, prompt: list[int], args) -> float:
+    """Measure `generate` for the candidates of one node."""
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=NUM_CANDIDATES,
+        min_new_tokens=args.new,
+        max_new_tokens=args.new,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    token_ids = torch.tensor([prompt], device=args.device)
+    mask = torch.ones_like(token_ids)
+
+    def generate() -> None:
+        model.generate(input_ids=token_ids, attention_mask=mask, generation_config=config)
+
+    return seconds_of(generate, args.device)
+
+
+def seconds_of_decoder(model: PreTrainedModel, prompt: list[int], num_rows: int, args) -> float:
+    """Measure our decoder on `num_rows` messages, NUM_CANDIDATES per prompt."""
+    no_token = {-1}  # so that no message ends before its limit
+    decoder = Decoder(model, eos_ids=no_token, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
+    num_prompts, rest = divmod(num_rows, NUM_CANDIDATES)
+    repeats = [NUM_CANDIDATES] * num_prompts
+    if rest:
+        repeats.append(rest)
+    prompts = [prompt] * len(repeats)
+    limits = [args.new] * num_rows
+    greedy = [False] * num_rows
+    draws = np.random.default_rng(0).random((num_rows, args.new))
+
+    def decode() -> None:
+        decoder.decode(prompts, repeats, limits, draws, greedy)
+
+    return seconds_of(decode, args.device)
+
+
+def random_rows(num_rows: int, num_tokens: int, vocab_size: int) -> list[Row]:
+    """Return rows of random tokens with one label each, at the last token."""
+    rows = []
+    for _ in range(num_rows):
+        ids = torch.randint(10, vocab_size, (num_tokens,)).tolist()
+        rows.append(Row(ids, positions=[num_tokens - 1], targets=[0.5], groups=[("p", "a")]))
+    return rows
+
+
+def measure_scoring(
+    model: ValueModel, rows: list[Row], batch_tokens: int, flops_per_token: int, args
+) -> None:
+    def score() -> None:
+        model.predict(rows, batch_tokens=batch_tokens, description=None)
+
+    states_per_second = len(rows) / seconds_of(score, args.device)
+    share = ""
+    if args.tflops:
+        flops = states_per_second * args.state_tokens * flops_per_token
+        share = f", {flops / (args.tflops * 1e12):.1%} of the FLOP limit"
+    print(
+        f"scoring, NF4 with LoRA: {states_per_second:7.1f} states/s "
+        f"of {args.state_tokens} tokens{share}",
+        flush=True,
+    )
+
+
+def measure_training_step(model: ValueModel, rows: list[Row], args) -> None:
+    """Measure forward and backward of one batch of at most 8,192 tokens."""
+    batch = rows[: max(1, 8192 // args.state_tokens)]
+    targets = torch.full((len(batch),), 0.5, device=args.device)
+    groups = [("p", "a")] * len(batch)
+    if on_gpu(args.device):
         torch.cuda.reset_peak_memory_stats()
-    batch = rows[:max(1, 8192 // own.state_tokens)]
 
-    def step():
-        value.train()
-        outputs = value.outputs([row.ids for row in batch], [(i, row.positions[0]) for i, row in enumerate(batch)])
-        training_loss(value, outputs, torch.full((len(batch),), 0.5, device=device), [("p", "a")] * len(batch), huber_delta=1.0).backward()
-    print(f"QLoRA step, rank {own.lora_rank}: {len(batch) * own.state_tokens / timed(step, device):7.0f} tokens/s"
-          + (f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device != "cpu" else ""))
+    def step() -> None:
+        model.train()
+        outputs = model.outputs([row.ids for row in batch], label_positions(batch))
+        training_loss(model, outputs, targets, groups, huber_delta=1.0).backward()
+
+    tokens_per_second = len(batch) * args.state_tokens / seconds_of(step, args.device)
+    print(
+        f"QLoRA step, rank {args.lora_rank}: {tokens_per_second:7.0f} tokens/s"
+        f"{peak_memory(args.device)}"
+    )
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+BENCHMARKS = {"trees": measure_trees, "scaling": measure_scaling, "engine": measure_engine}
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("benchmark", choices=BENCHMARKS, help="what to measure")
+    add("--num-threads", type=positive_int, default=1, help="torch threads on the CPU")
+    add("--problems", type=positive_int, default=96, help="trees: problems to label")
+    add("--device", default="cpu", help="engine: cpu, cuda or cuda:N")
+    add("--shape", choices=SHAPES, default="1.5B", help="engine: shape of the model")
+    add("--rows", type=positive_int, nargs="+", default=[64, 256, 1024], help="engine: messages")
+    add("--prompt", type=positive_int, default=768, help="engine: tokens of a prompt")
+    add("--new", type=positive_int, default=256, help="engine: tokens of a message")
+    add("--states", type=positive_int, default=256, help="engine: states to score")
+    add("--state-tokens", type=positive_int, default=1024, help="engine: tokens of a state")
+    add("--lora-rank", type=positive_int, default=256, help="engine: rank of LoRA")
+    add("--bandwidth", type=positive_float, help="engine: of the memory, GB/s; shows the share")
+    add("--tflops", type=positive_float, help="engine: of the device; shows the share")
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
+    BENCHMARKS[args.benchmark](args)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("trees", "scaling", "engine"))
-    parser.add_argument("--problems", type=int, default=96)
-    parser.add_argument("--num-threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", choices=SHAPES, default="1.5B")
-    parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--prompt", type=int, default=768)
-    parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--states", type=int, default=256)
-    parser.add_argument("--state-tokens", type=int, default=1024)
-    parser.add_argument("--lora-rank", type=int, default=256)
-    parser.add_argument("--bandwidth", type=float, default=0.0, help="of the memory, GB/s; gives the share of the limit")
-    parser.add_argument("--tflops", type=float, default=0.0, help="of the device; gives the share of the limit")
-    own = parser.parse_args()
-    {"trees": trees, "scaling": scaling, "engine": engine}[own.what](generate_rollouts.parse_args(["--num-threads", str(own.num_threads)]), own)
+    cli(parse_args, main)

@@ -1,4 +1,4 @@
-"""Pieces that the tests share: scripted stand-ins, and the embedded tiny agents."""
+"""Pieces that several tests use: scripted replies, small graphs, and the tiny agents."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from runs import HERE
 torch.set_num_threads(1)
 AGENTS = str(HERE / "tiny" / "agents")
 
-# ---- Stand-ins -----------------------------------------------------------------------------------
+# ---- Searches without a model --------------------------------------------------------------------
 
 
 class NoProgress:
-    """Stands in for SearchProgress and shows nothing."""
+    """Replaces SearchProgress and shows nothing."""
 
     def messages_sampled(self, num_messages: int) -> None: ...
 

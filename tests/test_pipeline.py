@@ -1,14 +1,16 @@
-"""All four stages in order on the tiny agents; resuming after kills; what bad input says; the numbers of stage 4."""
+"""Tests of the four scripts: in order on the tiny agents, after kills, and on bad input."""
 
-import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
@@ -17,365 +19,616 @@ import evaluate
 import generate_rollouts
 import search
 import train_value
-from mas import GRAPHS, Parser, cli
+from mas import REFINE
+from report import method_table
+from runs import cli
 from search import parse_method
 
-ROLLOUTS = "--num-train 10 --num-heldout 4 --num-simulations 6 --num-candidates 2 --max-active 5".split()
-VALUE = "--epochs 2 --lora-rank 4".split()
-METHODS = "--num-problems 6 --methods greedy vote-3 best_of-3-value sbs-2x1.2.1.1-policy mcts-3x1.3.1.1-value mcts-3x1.3.1.1-policy".split()
+ROLLOUTS = ["--num-train", 10, "--num-heldout", 4, "--num-simulations", 6]
+ROLLOUTS += ["--num-candidates", 2, "--max-active", 5]
+VALUE = ["--epochs", 2, "--lora-rank", 4]
+METHODS = [
+    "greedy",
+    "vote-3",
+    "best_of-3-value",
+    "sbs-2x1.2.1.1-policy",
+    "mcts-3x1.3.1.1-value",
+    "mcts-3x1.3.1.1-policy",
+]
+EVALUATE = ["--num-problems", 6, "--methods", *METHODS]
+
+# ---- Running a script ----------------------------------------------------------------------------
 
 
-def script(module, *argv) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a script, run in this process on one thread: a fork after torch has started more can hang."""
-    argv = [*argv, "--num-threads", "1"]
-    out, err, code = io.StringIO(), io.StringIO(), 0
+def script_argv(argv) -> list[str]:
+    # One thread: a fork can hang after torch has started more.
+    return [*map(str, argv), "--num-threads", "1"]
+
+
+def run_script(module, *argv) -> tuple[int, str, str]:
+    """Run a script in this process. Returns (exit code, stdout, stderr)."""
+    parse_args = partial(module.parse_args, script_argv(argv))
+    out, err = StringIO(), StringIO()
+    code = 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            cli(lambda: module.parse_args([str(a) for a in argv]), module.main)
+            cli(parse_args, module.main)
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), err.getvalue()
 
 
-def ok(module, *argv) -> str:
-    code, out, err = script(module, *argv)
+def output_of(module, *argv) -> str:
+    """Run a script that must succeed. Returns its stdout."""
+    code, out, err = run_script(module, *argv)
     assert code == 0, err
     return out
 
 
-def rows(path, volatile=("seconds", "cost", "logprob", "V")):
-    """Records by id, without what depends on the clock or on rounding; that is compared apart."""
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in volatile}
-        return [strip(v) for v in value] if isinstance(value, list) else value
-    records = [json.loads(line) for shard in sorted(path.parent.glob(f"{path.stem}*jsonl")) for line in shard.read_text().splitlines()]
-    assert len({record["id"] for record in records}) == len(records)
-    return {record["id"]: strip(record) for record in records}
+def error_of(module, *argv) -> str:
+    """Run a script that must refuse its input: one line, exit code 2. Returns the line."""
+    code, _, err = run_script(module, *argv)
+    assert code == 2, err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+# ---- Reading what a script has written -----------------------------------------------------------
+
+# What depends on the clock or on rounding.
+VOLATILE = ("seconds", "cost", "logprob", "V")
+
+
+def read_lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_shards(path) -> dict[str, dict]:
+    """Read the records of all shards of a file: id -> record without VOLATILE entries."""
+    records = {}
+    for shard in path.parent.glob(f"{path.stem}*jsonl"):
+        for record in read_lines(shard):
+            assert record["id"] not in records
+            records[record["id"]] = without_volatile(record)
+    return records
+
+
+def without_volatile(value):
+    if isinstance(value, dict):
+        return {key: without_volatile(value[key]) for key in value if key not in VOLATILE}
+    if isinstance(value, list):
+        return [without_volatile(element) for element in value]
+    return value
+
+
+def contents(folder, pattern) -> dict:
+    """Return the bytes of every file in a folder and the folders in it."""
+    return {path: path.read_bytes() for path in folder.rglob(pattern) if path.is_file()}
+
+
+# ---- The four stages in order --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run folder with all stages done, and what each printed."""
+    """A run folder with all stages finished, and what each printed. Tests must not change it."""
     run = tmp_path_factory.mktemp("runs") / "r"
-    printed = [ok(generate_rollouts, "--run", run, *ROLLOUTS), ok(train_value, "--run", run, *VALUE),
-               ok(train_value, "--run", run, *VALUE, "--target", "outcome"), ok(evaluate, "--run", run, *METHODS)]
+    printed = {
+        "rollouts": output_of(generate_rollouts, "--run", run, *ROLLOUTS),
+        "value": output_of(train_value, "--run", run, *VALUE),
+        "orm": output_of(train_value, "--run", run, *VALUE, "--target", "outcome"),
+        "eval": output_of(evaluate, "--run", run, *EVALUATE),
+    }
     return SimpleNamespace(run=run, printed=printed)
+
+
+FILES = [
+    "rollouts/config.json",
+    "rollouts/trees.jsonl",
+    "value/config.json",
+    "value/metrics.jsonl",
+    "value/head.safetensors",
+    "value/adapter/adapter_model.safetensors",
+    "orm/head.safetensors",
+    "eval/config.json",
+    "eval/greedy.jsonl",
+    "eval/mcts-3x1.3.1.1-value.jsonl",
+    "eval/summary.json",
+    "eval/table.md",
+    "eval/em_vs_calls.png",
+]
 
 
 def test_the_stages_run_in_order_and_leave_what_they_promise(finished):
     run = finished.run
-    for name in ("rollouts/config.json", "rollouts/trees.jsonl", "value/config.json", "value/metrics.jsonl", "value/head.safetensors",
-                 "value/adapter/adapter_model.safetensors", "orm/head.safetensors", "eval/config.json", "eval/greedy.jsonl",
-                 "eval/mcts-3x1.3.1.1-value.jsonl", "eval/summary.json", "eval/table.md", "eval/em_vs_calls.png"):
+    for name in FILES:
         assert (run / name).stat().st_size > 0, name
-    assert len(rows(run / "rollouts" / "trees.jsonl")) == 14 and "Planner" in finished.printed[0] and "top-1" in finished.printed[1]
+    assert len(read_shards(run / "rollouts" / "trees.jsonl")) == 14
+    assert "Planner" in finished.printed["rollouts"]
+    assert "top-1" in finished.printed["value"]
+    for method in METHODS:
+        assert method in finished.printed["eval"]
     config = json.loads((run / "rollouts" / "config.json").read_text())
-    assert {"command", "commit", "versions", "device", "settings"} <= config.keys() and config["settings"]["graph"]["name"] == "chain"
+    assert {"command", "commit", "versions", "device", "settings"} <= config.keys()
+    assert config["settings"]["graph"]["name"] == "chain"
+
+
+RECORD_KEYS = {"id", "question", "gold", "answer", "correct", "agent_calls", "prompt_tokens"}
+RECORD_KEYS |= {"generated_tokens", "scored_tokens", "seconds"}
 
 
 def test_evaluation_records_hold_answer_and_cost(finished):
-    needed = {"id", "question", "gold", "answer", "correct", "agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds"}
-    calls = {"greedy": 4, "vote-3": 12, "best_of-3-value": 12}
-    for path in (finished.run / "eval").glob("*.jsonl"):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len(records) == 6 and all(needed <= record.keys() for record in records)
+    calls_of_method = {"greedy": 4, "vote-3": 12, "best_of-3-value": 12}
+    paths = list((finished.run / "eval").glob("*.jsonl"))
+    assert {path.stem for path in paths} >= set(METHODS)
+    for path in paths:
+        records = read_lines(path)
+        assert len(records) == 6
         for record in records:
-            assert record["correct"] == (record["answer"] == record["gold"]) and record["prompt_tokens"] > 0 < record["generated_tokens"]
-            assert record["agent_calls"] == calls.get(path.stem, record["agent_calls"]) and len(record["transcript"]) == 4
+            assert record.keys() >= RECORD_KEYS
+            assert record["correct"] == (record["answer"] == record["gold"])
+            assert record["prompt_tokens"] > 0
+            assert record["generated_tokens"] > 0
+            assert len(record["transcript"]) == 4
             assert (record["scored_tokens"] > 0) == ("value" in path.stem)
+            if path.stem in calls_of_method:
+                assert record["agent_calls"] == calls_of_method[path.stem]
 
 
-def test_a_summary_can_be_derived_again_from_the_records(finished, chain):
+def test_a_summary_can_be_derived_again_from_the_records(finished):
     folder = finished.run / "eval"
-    methods = [parse_method(name, chain, num_candidates="3", lam=0.0) for name in METHODS[3:]]
-    records = {m.name: [json.loads(line) for line in (folder / f"{m.name}.jsonl").read_text().splitlines()] for m in methods}
-    again = evaluate.summarise(methods, {name: sorted(own, key=lambda r: r["id"]) for name, own in records.items()})
-    assert json.loads(json.dumps(again)) == json.loads((folder / "summary.json").read_text())
-    assert evaluate.table(again) + "\n" == (folder / "table.md").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["methods"]) == METHODS
+
+    # 1. each method
+    records_of = {}
+    for method in METHODS:
+        records = sorted(read_lines(folder / f"{method}.jsonl"), key=lambda record: record["id"])
+        records_of[method] = records
+        row = summary["methods"][method]
+        num_right = sum(record["answer"] == record["gold"] for record in records)
+        calls = [record["agent_calls"] for record in records]
+        assert row["n"] == len(records) == 6
+        assert row["right"] == num_right
+        assert row["em"] == pytest.approx(num_right / 6)
+        assert row["agent_calls"] == pytest.approx(sum(calls) / 6)
+
+    # 2. each pair of methods
+    for comparison in summary["comparisons"]:
+        records = records_of[comparison["method"]]
+        records_against = records_of[comparison["against"]]
+        wins, lost = 0, []
+        for record, against in zip(records, records_against, strict=True):
+            assert record["id"] == against["id"]
+            if record["correct"] and not against["correct"]:
+                wins += 1
+            if against["correct"] and not record["correct"]:
+                lost.append(record["id"])
+        assert comparison["wins"] == wins
+        assert comparison["losses"] == len(lost)
+        assert comparison["lost"] == lost
+        assert comparison["difference"] == pytest.approx((wins - len(lost)) / 6)
+    assert len(summary["comparisons"]) > len(METHODS)
+
+    # 3. the table
+    assert method_table(summary) + "\n" == (folder / "table.md").read_text()
 
 
-def test_running_again_changes_nothing_and_more_methods_or_problems_add(finished):
-    before = {path: path.read_bytes() for path in finished.run.rglob("*.jsonl")}
-    ok(generate_rollouts, "--run", finished.run, *ROLLOUTS)
-    assert "finished already" in ok(train_value, "--run", finished.run, *VALUE)
-    ok(evaluate, "--run", finished.run, *METHODS)
-    assert all(path.read_bytes() == content for path, content in before.items())
-    ok(evaluate, "--run", finished.run, "--num-problems", 7, "--methods", "greedy", "vote-2")
-    assert len(rows(finished.run / "eval" / "greedy.jsonl")) == 7 and len(rows(finished.run / "eval" / "vote-2.jsonl")) == 7
+@pytest.fixture
+def copied_run(finished, tmp_path):
+    """A copy of the finished run, for tests that change it."""
+    return shutil.copytree(finished.run, tmp_path / "copy")
 
 
-def test_the_orm_answers_where_it_is_asked(finished):
-    ok(evaluate, "--run", finished.run, "--num-problems", 3, "--methods", "best_of-2-outcome", "mcts-2x2-value-lam0.5")
-    lines = (finished.run / "eval" / "mcts-2x2-value-lam0.5.jsonl").read_text().splitlines()
-    assert len(lines) == 3 and all("outcome#" in json.loads(line)["scorer"] and "value#" in json.loads(line)["scorer"] for line in lines)
+def test_running_again_changes_nothing_and_more_methods_or_problems_add(copied_run):
+    run = copied_run
+    before = contents(run, "*.jsonl")
+    output_of(generate_rollouts, "--run", run, *ROLLOUTS)
+    assert "finished already" in output_of(train_value, "--run", run, *VALUE)
+    output_of(evaluate, "--run", run, *EVALUATE)
+    assert contents(run, "*.jsonl") == before
+
+    output_of(evaluate, "--run", run, "--num-problems", 7, "--methods", "greedy", "vote-2")
+    assert len(read_shards(run / "eval" / "greedy.jsonl")) == 7
+    assert len(read_shards(run / "eval" / "vote-2.jsonl")) == 7
 
 
-def test_runs_are_compared_from_their_records(finished, tmp_path):
-    import shutil
-    shutil.copytree(finished.run, tmp_path / "other")
-    path = tmp_path / "other" / "eval" / "vote-3.jsonl"
-    lines = path.read_text().splitlines()
-    flipped = [json.dumps(record | {"correct": not record["correct"]}) for record in map(json.loads, lines)]
-    path.write_text("\n".join(flipped[:2]) + "\n")                                       # two records in the one file,
-    (path.parent / "vote-3.1of2.jsonl").write_text("\n".join(flipped[2:]) + "\n")        # the others in another process's
-    out = ok(evaluate, "--compare", finished.run, tmp_path / "other")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| vote-3")]
-    right = sum(json.loads(line)["correct"] for line in lines)
-    assert [float(row[3]) for row in rows] == [pytest.approx(100 * right / 6, abs=0.1), pytest.approx(100 - 100 * right / 6, abs=0.1)]
-    assert rows[0][6] == "" and float(rows[1][6]) == pytest.approx(100 - 200 * right / 6, abs=0.1) and "| Planner |" in out
-    (tmp_path / "other" / "value" / "config.json").unlink()
-    assert "no config.json" in complaint(evaluate, "--compare", tmp_path / "other")
+def test_the_orm_answers_if_a_method_asks_for_it(copied_run):
+    methods = ["best_of-2-outcome", "mcts-2x2-value-lam0.5"]
+    output_of(evaluate, "--run", copied_run, "--num-problems", 3, "--methods", *methods)
+    records = read_lines(copied_run / "eval" / "mcts-2x2-value-lam0.5.jsonl")
+    assert len(records) == 3
+    for record in records:
+        assert "outcome#" in record["scorer"]
+        assert "value#" in record["scorer"]
 
 
 def test_search_prints_transcript_tree_and_cost(finished):
-    out = ok(search, "--run", finished.run, "--method", "mcts-3x1.3.1.1-value")
-    for needle in ("Reader:", "Planner:", "Solver:", "Verifier:", "V = ", "Answer:", "gold", "N ", "Q ", "agent calls", "scored"):
-        assert needle in out
-    own = ok(search, "--run", finished.run, "--method", "greedy", "--question", "Tom packs 9 boxes. How many?")
-    assert "Question: Tom packs 9 boxes. How many?" in own and "gold" not in own
+    out = output_of(search, "--run", finished.run, "--method", "mcts-3x1.3.1.1-value")
+    for agent in ("Reader:", "Planner:", "Solver:", "Verifier:"):
+        assert agent in out
+    for part in ("V = ", "Answer:", "gold", "N ", "Q ", "agent calls", "scored"):
+        assert part in out
+
+
+def test_search_answers_a_question_of_the_user(finished):
+    question = "Tom packs 9 boxes. How many?"
+    flags = ["--method", "greedy", "--question", question]
+    out = output_of(search, "--run", finished.run, *flags)
+    assert f"Question: {question}" in out
+    assert "gold" not in out
+
+
+# ---- Runs side by side ---------------------------------------------------------------------------
+
+
+def flip_verdicts(path, num_in_first_shard):
+    """Flip every verdict of a records file, and divide its records among two shards."""
+    lines = []
+    for record in read_lines(path):
+        record["correct"] = not record["correct"]
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines[:num_in_first_shard]))
+    other_shard = path.with_suffix(".1of2.jsonl")
+    other_shard.write_text("".join(lines[num_in_first_shard:]))
+
+
+def table_rows(text, first_cell) -> list[list[str]]:
+    """Return the cells of the table rows whose first cell is this."""
+    rows = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells and cells[0] == first_cell:
+            rows.append(cells)
+    return rows
+
+
+def test_runs_are_compared_from_their_records(finished, copied_run):
+    path = copied_run / "eval" / "vote-3.jsonl"
+    verdicts = [record["correct"] for record in read_lines(path)]
+    em = 100 * sum(verdicts) / 6
+    flip_verdicts(path, num_in_first_shard=2)
+
+    out = output_of(evaluate, "--compare", finished.run, copied_run)
+    first, other = table_rows(out, "vote-3")
+    assert float(first[3]) == pytest.approx(em, abs=0.1)
+    assert float(other[3]) == pytest.approx(100 - em, abs=0.1)
+    assert first[6] == ""  # the first run is not compared with itself
+    assert float(other[6]) == pytest.approx(100 - 2 * em, abs=0.1)
+    assert "| Planner |" in out
+
+    (copied_run / "value" / "config.json").unlink()
+    assert "no config.json" in error_of(evaluate, "--compare", copied_run)
+
+
+def labels_per_agent(run) -> dict[str, int]:
+    """Return the number of held-out labels that V was measured on."""
+    last_epoch = read_lines(run / "value" / "metrics.jsonl")[-1]
+    return {agent: metrics["n"] for agent, metrics in last_epoch["heldout"].items()}
+
+
+def test_values_of_several_runs_meet_the_same_held_out_labels(finished, tmp_path):
+    """--heldout-rollouts: train V on the labels of one folder, measure it on those of another."""
+    few, own = tmp_path / "few", tmp_path / "own"
+    shared = finished.run / "rollouts"
+    output_of(generate_rollouts, "--run", few, *ROLLOUTS, "--num-simulations", 2)
+    output_of(train_value, "--run", few, "--heldout-rollouts", shared, *VALUE)
+    assert labels_per_agent(few) == labels_per_agent(finished.run)
+    output_of(train_value, "--run", own, "--rollouts", few / "rollouts", *VALUE)
+    assert labels_per_agent(own) != labels_per_agent(finished.run)
+
+
+def test_held_out_labels_of_another_graph_are_refused(finished, tmp_path):
+    graph = ["--graph", "single", "--num-candidates", 2]
+    output_of(generate_rollouts, "--run", tmp_path / "single", *ROLLOUTS, *graph)
+    flags = ["--rollouts", finished.run / "rollouts"]
+    flags += ["--heldout-rollouts", tmp_path / "single" / "rollouts"]
+    assert "another graph" in error_of(train_value, "--run", tmp_path / "x", *flags, *VALUE)
+
+
+def test_held_out_questions_that_v_is_trained_on_are_refused(finished, tmp_path):
+    rollouts = finished.run / "rollouts"
+    shutil.copytree(rollouts, tmp_path / "heldout")
+    trees = tmp_path / "heldout" / "trees.jsonl"
+    trees.write_text(trees.read_text().replace('"split": "train"', '"split": "heldout"'))
+    flags = ["--rollouts", rollouts, "--heldout-rollouts", tmp_path / "heldout"]
+    error = error_of(train_value, "--run", tmp_path / "x", *flags, *VALUE)
+    assert "have questions that V would be trained on" in error
+
+
+# ---- A graph from a file, with a conditional agent -----------------------------------------------
+
+
+def write_toml(mas, path):
+    """Write the agents of a graph as a user would."""
+    lines = ['name = "mine"']
+    for agent in mas.agents:
+        lines.append("[[agents]]")
+        for key in ("name", "sees", "prompt", "max_new_tokens", "when"):
+            value = getattr(agent, key)
+            if value is not None:
+                lines.append(f"{key} = {json.dumps(value)}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def assert_refiner_answers_objections(nodes):
+    """The Refiner speaks after a Verifier that objects, and only then."""
+    for index, node in enumerate(nodes):
+        children = {child["agent"] for child in nodes if child.get("parent") == index}
+        if node.get("agent") == "Verifier" and "check fails" in node["message"]:
+            assert children <= {"Refiner"}
+            assert "reward" not in node
+        else:
+            assert "Refiner" not in children
 
 
 def test_a_graph_from_a_file_with_a_conditional_agent_runs_through_all_stages(tmp_path):
-    """The Refiner speaks only when the Verifier objects: transcripts of four and of five messages in labels, V and search."""
-    toml = 'name = "mine"\n' + "".join(f"[[agents]]\nname = {json.dumps(a.name)}\nsees = {json.dumps(a.sees)}\nprompt = {json.dumps(a.prompt)}\n"
-                                      f"max_new_tokens = {a.max_new_tokens}\n" + (f"when = {json.dumps(a.when)}\n" if a.when else "") for a in GRAPHS["refine"].agents)
-    (tmp_path / "mine.toml").write_text(toml)
-    graph = ["--run", tmp_path / "r", "--graph", tmp_path / "mine.toml"]
-    ok(generate_rollouts, *graph, "--num-train", 6, "--num-heldout", 2, "--num-simulations", 8, "--num-candidates", "1.3.1.1.2")
-    records = [json.loads(line) for line in (tmp_path / "r" / "rollouts" / "trees.jsonl").read_text().splitlines()]
-    ends = {node["agent"] for record in records for node in record["nodes"] if "reward" in node}
-    assert ends == {"Verifier", "Refiner"}
-    for record in records:
-        for at, node in enumerate(record["nodes"]):
-            objects = node.get("agent") == "Verifier" and "check fails" in node["message"]
-            children = {child["agent"] for child in record["nodes"] if child.get("parent") == at}
-            assert children <= {"Refiner"} if objects else "Refiner" not in children
-            assert not (objects and "reward" in node)
-    for view in ("full", "local"):
-        ok(train_value, "--run", tmp_path / "r" if view == "full" else tmp_path / view, "--rollouts", tmp_path / "r" / "rollouts", *VALUE, "--view", view)
-    ok(evaluate, *graph, "--num-problems", 6, "--methods", "greedy", "vote-2", "sbs-2x1.3.1.1.2-value", "mcts-4x1.3.1.1.2-value", "mcts-4x2-policy")
-    for path in (tmp_path / "r" / "eval").glob("*.jsonl"):
-        for record in map(json.loads, path.read_text().splitlines()):
-            said = [turn["agent"] for turn in record["transcript"]]
-            assert said[:4] == ["Reader", "Planner", "Solver", "Verifier"] and (said[4:] == ["Refiner"]) == ("check fails" in record["transcript"][3]["message"])
-    assert "--graph" in complaint(search, "--run", tmp_path / "r", "--method", "mcts-3-value")   # V of this graph, asked for another one
+    """Labels, V and search see transcripts of four messages, and of five with the Refiner."""
+    run = tmp_path / "r"
+    write_toml(REFINE, tmp_path / "mine.toml")
+    graph = ["--run", run, "--graph", tmp_path / "mine.toml"]
+
+    # 1. labels
+    rollouts = ["--num-train", 6, "--num-heldout", 2, "--num-simulations", 8]
+    rollouts += ["--num-candidates", "1.3.1.1.2"]
+    output_of(generate_rollouts, *graph, *rollouts)
+    last_agents = set()
+    for record in read_lines(run / "rollouts" / "trees.jsonl"):
+        assert_refiner_answers_objections(record["nodes"])
+        leaves = [node for node in record["nodes"] if "reward" in node]
+        last_agents |= {leaf["agent"] for leaf in leaves}
+    assert last_agents == {"Verifier", "Refiner"}
+
+    # 2. V, in both views
+    output_of(train_value, "--run", run, *VALUE, "--view", "full")
+    labels = ["--rollouts", run / "rollouts"]
+    output_of(train_value, "--run", tmp_path / "local", *labels, *VALUE, "--view", "local")
+
+    # 3. search
+    methods = ["greedy", "vote-2", "sbs-2x1.3.1.1.2-value", "mcts-4x1.3.1.1.2-value"]
+    methods.append("mcts-4x2-policy")
+    output_of(evaluate, *graph, "--num-problems", 6, "--methods", *methods)
+    paths = list((run / "eval").glob("*.jsonl"))
+    assert len(paths) == 5
+    for path in paths:
+        for record in read_lines(path):
+            speakers = [turn["agent"] for turn in record["transcript"]]
+            assert speakers[:4] == ["Reader", "Planner", "Solver", "Verifier"]
+            objects = "check fails" in record["transcript"][3]["message"]
+            assert speakers[4:] == (["Refiner"] if objects else [])
+
+    # 4. this V does not fit the default graph
+    assert "--graph" in error_of(search, "--run", run, "--method", "mcts-3-value")
 
 
-def killed_at(moments, module, *argv):
-    """Run a script in forked children that are killed with SIGKILL, then let it finish."""
-    for after in (*moments, None):
-        child = os.fork()
-        if child == 0:
-            with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-                try:
-                    module.main(module.parse_args([*map(str, argv), "--num-threads", "1"]))
-                    os._exit(0)
-                finally:
-                    os._exit(1)
-        if after is not None:
-            time.sleep(after)
+# ---- Kills ---------------------------------------------------------------------------------------
+
+
+def start_in_fork(module, argv) -> int:
+    """Run a script in a forked child, silently. Returns its process id."""
+    child = os.fork()
+    if child == 0:
+        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+            try:
+                module.main(module.parse_args(script_argv(argv)))
+                os._exit(0)
+            finally:
+                os._exit(1)  # reached only if main has raised
+    return child
+
+
+def exit_code_of(child, *, timeout=120) -> int:
+    """Wait for a child; kill it after `timeout` seconds. Returns its exit code, -9 if killed."""
+    deadline = time.time() + timeout
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while ended == 0:
+        if time.time() > deadline:
             os.kill(child, signal.SIGKILL)
-        deadline = time.time() + 120
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-            if time.time() > deadline:
-                os.kill(child, signal.SIGKILL)
-            time.sleep(0.05)
-        status = ended[1]
-    assert os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.05)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status)
+
+
+def run_with_kills(kill_times, module, *argv):
+    """Run a script, kill it after each of these seconds with SIGKILL, then let it finish."""
+    for seconds in kill_times:
+        child = start_in_fork(module, argv)
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+        exit_code_of(child)
+    assert exit_code_of(start_in_fork(module, argv)) == 0
 
 
 def test_rollouts_killed_and_resumed_equal_the_uninterrupted_run(finished, tmp_path):
     rng = random.Random(7)
-    killed_at([rng.uniform(0.3, 2.5) for _ in range(4)], generate_rollouts, "--run", tmp_path, *ROLLOUTS)
-    assert rows(tmp_path / "rollouts" / "trees.jsonl") == rows(finished.run / "rollouts" / "trees.jsonl")
+    kill_times = [rng.uniform(0.3, 2.5) for _ in range(4)]
+    run_with_kills(kill_times, generate_rollouts, "--run", tmp_path, *ROLLOUTS)
+    resumed = read_shards(tmp_path / "rollouts" / "trees.jsonl")
+    assert resumed == read_shards(finished.run / "rollouts" / "trees.jsonl")
 
 
 def test_evaluation_killed_and_resumed_equals_the_uninterrupted_run(finished, tmp_path):
     rng = random.Random(8)
-    shared = ["--value", finished.run / "value", *METHODS, "--max-active", 2]
-    killed_at([rng.uniform(0.5, 3.0) for _ in range(2)], evaluate, "--run", tmp_path, *shared)
-    for name in METHODS[3:]:
-        done = rows(finished.run / "eval" / f"{name}.jsonl")
-        assert rows(tmp_path / "eval" / f"{name}.jsonl") == {k: done[k] for k in sorted(done)[:6]}
+    kill_times = [rng.uniform(0.5, 3.0) for _ in range(2)]
+    flags = ["--value", finished.run / "value", *EVALUATE, "--max-active", 2]
+    run_with_kills(kill_times, evaluate, "--run", tmp_path, *flags)
+    for name in METHODS:
+        resumed = read_shards(tmp_path / "eval" / f"{name}.jsonl")
+        assert resumed == read_shards(finished.run / "eval" / f"{name}.jsonl")
 
 
-def test_two_processes_give_the_trees_of_one_and_go_on_after_a_kill(finished, tmp_path):
-    """By `accelerate launch`, as the README says (--multi_gpu: several processes, on a CPU, too); killed once on the way."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", "--main_process_port", "0", generate_rollouts.__file__, "--run", str(tmp_path), *ROLLOUTS, "--num-threads", "1"]
-    with open(tmp_path / "log", "w") as log:
-        first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+# As the README says. --multi_gpu starts several processes on a CPU as well.
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH += ["--main_process_port", "0"]
+
+
+def kill_when_labelling_has_started(command, run):
+    """Start a command and kill all its processes as soon as the run has a shard of trees."""
+    with open(run / "log", "w") as log:
+        launcher = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         deadline = time.time() + 120
-        while not list((tmp_path / "rollouts").glob("trees.*")) and time.time() < deadline:
+        while not list(run.glob("rollouts/trees.*")) and time.time() < deadline:
             time.sleep(0.05)
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    assert list(run.glob("rollouts/trees.*")), (run / "log").read_text()
+
+
+def test_two_processes_give_the_trees_of_one_and_resume_after_a_kill(finished, tmp_path):
+    argv = script_argv(["--run", tmp_path, *ROLLOUTS])
+    command = [sys.executable, *LAUNCH, generate_rollouts.__file__, *argv]
+    kill_when_labelling_has_started(command, tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
-    shards = [json.loads(line)["id"] for path in sorted((tmp_path / "rollouts").glob("trees.*of2.jsonl")) for line in path.read_text().splitlines()]
-    assert len(shards) == 14 and not (tmp_path / "rollouts" / "trees.jsonl").exists() and "14 trees" in done.stdout
-    assert rows(tmp_path / "rollouts" / "trees.jsonl") == rows(finished.run / "rollouts" / "trees.jsonl")
+
+    trees = tmp_path / "rollouts" / "trees.jsonl"
+    num_trees = 0
+    for shard in trees.parent.glob("trees.*of2.jsonl"):
+        num_trees += len(read_lines(shard))
+    assert num_trees == 14
+    assert not trees.exists()
+    assert "14 trees" in done.stdout
+    assert read_shards(trees) == read_shards(finished.run / "rollouts" / "trees.jsonl")
 
 
-# Bad input: one line, exit code 2, nothing lost
+# ---- Bad flags -----------------------------------------------------------------------------------
+
+BAD_FLAGS = [
+    (generate_rollouts, "--graph star", "--graph star: unknown; it is one of chain"),
+    (generate_rollouts, "--task chess", "--task chess: unknown; it is one of tiny"),
+    (
+        generate_rollouts,
+        "--num-simulations 0",
+        "--num-simulations: '0' is not a whole number of at least 1",
+    ),
+    (
+        generate_rollouts,
+        "--num-train -5",
+        "--num-train: '-5' is not a whole number of at least 1",
+    ),
+    (generate_rollouts, "--num-candidates 0", "--num-candidates 0"),
+    (
+        generate_rollouts,
+        "--num-candidates Plumber=2",
+        "no agent Plumber in graph chain; it has Reader",
+    ),
+    (generate_rollouts, "--temperature 0", "--temperature: '0' is not a number above 0"),
+    (generate_rollouts, "--c-uct -1", "--c-uct: '-1' is not a number at least 0"),
+    (generate_rollouts, "--top-k -1", "--top-k: '-1' is not a whole number"),
+    (generate_rollouts, "--top-p 0", "--top-p: '0' is not a number above 0 and at most 1"),
+    (generate_rollouts, "--graph none.toml", "--graph none.toml: no such file"),
+    (generate_rollouts, "--data none.jsonl", "none.jsonl: no such file"),
+    (generate_rollouts, "--model no/such/model", "--model no/such/model: cannot be loaded"),
+    (generate_rollouts, "--simulations 3", "unrecognized arguments"),
+    (search, "--lam 1.5", "--lam: '1.5' is not a number at least 0 and at most 1"),
+    (search, "--lam nan", "--lam: 'nan' is not a number"),
+    (search, "--method beam-3", "method beam-3: not one of greedy"),
+    (search, "--index 0", "--index"),
+    (evaluate, "--methods mcts-5-value-lam2", "lam2"),
+    (evaluate, "--num-problems 0", "--num-problems"),
+]
 
 
-def complaint(module, *argv) -> str:
-    code, _, err = script(module, *argv)
-    lines = [line for line in err.splitlines() if "error:" in line]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
+@pytest.mark.parametrize("module, flags, message", BAD_FLAGS)
+def test_bad_flags_are_one_clear_line(tmp_path, module, flags, message):
+    assert message in error_of(module, "--run", tmp_path, *flags.split())
 
 
-@pytest.mark.parametrize("module, argv, needle", [
-    (generate_rollouts, ["--graph", "star"], "--graph star: unknown; it is one of chain"),
-    (generate_rollouts, ["--task", "chess"], "--task chess: unknown; it is one of tiny"),
-    (generate_rollouts, ["--num-simulations", "0"], "--num-simulations: '0' is not a whole number of at least 1"),
-    (generate_rollouts, ["--num-train", "-5"], "--num-train: '-5' is not a whole number of at least 1"),
-    (generate_rollouts, ["--num-candidates", "0"], "--num-candidates 0"),
-    (generate_rollouts, ["--num-candidates", "Plumber=2"], "no agent Plumber in graph chain; it has Reader"),
-    (generate_rollouts, ["--temperature", "0"], "--temperature: '0' is not a number above 0"),
-    (generate_rollouts, ["--c-uct", "-1"], "--c-uct: '-1' is not a number at least 0"),
-    (generate_rollouts, ["--top-k", "-1"], "--top-k: '-1' is not a whole number"),
-    (generate_rollouts, ["--top-p", "0"], "--top-p: '0' is not a number above 0 and at most 1"),
-    (generate_rollouts, ["--graph", "none.toml"], "--graph none.toml: no such file"),
-    (generate_rollouts, ["--data", "none.jsonl"], "none.jsonl: no such file"),
-    (generate_rollouts, ["--model", "no/such/model"], "--model no/such/model: cannot be loaded"),
-    (generate_rollouts, ["--simulations", "3"], "unrecognized arguments"),
-    (search, ["--question", "  "], "--question is empty"),
-    (search, ["--lam", "1.5"], "--lam: '1.5' is not a number at least 0 and at most 1"),
-    (search, ["--lam", "nan"], "--lam: 'nan' is not a number"),
-    (search, ["--method", "beam-3"], "method beam-3: not one of greedy"),
-    (search, ["--index", "0"], "--index"),
-    (evaluate, ["--methods", "mcts-5-value-lam2"], "lam2"),
-    (evaluate, ["--num-problems", "0"], "--num-problems"),
-])
-def test_bad_flags_are_one_clear_line(tmp_path, module, argv, needle):
-    assert needle in complaint(module, "--run", tmp_path, *argv)
+def test_an_empty_question_is_one_clear_line(tmp_path):
+    assert "--question is empty" in error_of(search, "--run", tmp_path, "--question", "  ")
+
+
+# ---- Bad run folders -----------------------------------------------------------------------------
 
 
 def test_missing_stages_are_named(tmp_path):
-    assert "rollouts: no config.json here" in complaint(train_value, "--run", tmp_path)
-    assert "value: no trained value model there; train_value.py makes it" in complaint(search, "--run", tmp_path)
-    assert "orm: no trained outcome model there" in complaint(search, "--run", tmp_path, "--method", "mcts-3-policy", "--lam", "0.5")
-
-
-def test_values_of_several_runs_meet_the_same_held_out_labels(finished, tmp_path):
-    """--heldout-rollouts: trained on one folder's labels, measured on another's; never where they share a question or not the graph."""
-    ok(generate_rollouts, "--run", tmp_path / "few", *ROLLOUTS, "--num-simulations", 2)
-    shared = finished.run / "rollouts"
-    ok(train_value, "--run", tmp_path / "few", "--heldout-rollouts", shared, *VALUE)
-    n = lambda run: {agent: m["n"] for agent, m in json.loads((run / "value" / "metrics.jsonl").read_text().splitlines()[-1])["heldout"].items()}
-    assert n(tmp_path / "few") == n(finished.run)
-    ok(train_value, "--run", tmp_path / "own", "--rollouts", tmp_path / "few" / "rollouts", *VALUE)
-    assert n(tmp_path / "own") != n(finished.run)
-    ok(generate_rollouts, "--run", tmp_path / "other", *ROLLOUTS, "--graph", "single", "--num-candidates", 2)
-    assert "another graph" in complaint(train_value, "--run", tmp_path / "few", "--heldout-rollouts", tmp_path / "other" / "rollouts", *VALUE)
-    trees = tmp_path / "few" / "rollouts" / "trees.jsonl"
-    trees.write_text(trees.read_text().replace('"split": "train"', '"split": "heldout"'))
-    assert "ask what V would be trained on" in complaint(train_value, "--run", tmp_path / "x", "--rollouts", shared, "--heldout-rollouts", trees.parent, *VALUE)
+    run = ["--run", tmp_path]
+    assert "rollouts: no config.json here" in error_of(train_value, *run)
+    message = "value: no trained value model there; train_value.py makes it"
+    assert message in error_of(search, *run)
+    flags = ["--method", "mcts-3-policy", "--lam", "0.5"]
+    assert "orm: no trained outcome model there" in error_of(search, *run, *flags)
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(finished):
-    before = {path: path.read_bytes() for path in finished.run.rglob("*") if path.is_file()}
-    assert "seed (there 0, now 1)" in complaint(generate_rollouts, "--run", finished.run, *ROLLOUTS, "--seed", 1)
-    assert "num_simulations (there 6, now 7)" in complaint(generate_rollouts, "--run", finished.run, *ROLLOUTS, "--num-simulations", 7)
-    assert "graph (there chain#" in complaint(generate_rollouts, "--run", finished.run, *ROLLOUTS, "--graph", "single", "--num-candidates", "2")
-    assert "lora_rank (there 4, now 8)" in complaint(train_value, "--run", finished.run, *VALUE, "--lora-rank", 8)
-    assert "temperature (there 1.0, now 0.5)" in complaint(evaluate, "--run", finished.run, *METHODS, "--temperature", 0.5)
-    assert "graph 'chain', now it is 'single'" in complaint(search, "--run", finished.run, "--graph", "single", "--method", "mcts-3-value")
-    assert all(path.read_bytes() == content for path, content in before.items())
+    run = ["--run", finished.run]
+    before = contents(finished.run, "*")
+
+    rollouts = partial(error_of, generate_rollouts, *run, *ROLLOUTS)
+    assert "seed (there 0, now 1)" in rollouts("--seed", 1)
+    assert "num_simulations (there 6, now 7)" in rollouts("--num-simulations", 7)
+    assert "graph (there chain#" in rollouts("--graph", "single", "--num-candidates", "2")
+
+    error = error_of(train_value, *run, *VALUE, "--lora-rank", 8)
+    assert "lora_rank (there 4, now 8)" in error
+    error = error_of(evaluate, *run, *EVALUATE, "--temperature", 0.5)
+    assert "temperature (there 1.0, now 0.5)" in error
+    error = error_of(search, *run, "--graph", "single", "--method", "mcts-3-value")
+    assert "graph 'chain', now it is 'single'" in error
+    assert contents(finished.run, "*") == before
 
 
-def test_torn_files_are_named(finished, tmp_path):
-    import shutil
-    shutil.copytree(finished.run, tmp_path / "r")
-    trees = tmp_path / "r" / "rollouts" / "trees.jsonl"
+def test_torn_files_are_named(copied_run):
+    run = copied_run
+    trees = run / "rollouts" / "trees.jsonl"
     lines = trees.read_text().splitlines()
-    trees.write_text("\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n")
-    assert "trees.jsonl, line 2: not JSON" in complaint(train_value, "--run", tmp_path / "r", *VALUE)
-    (tmp_path / "r" / "rollouts" / "config.json").write_text('{"sett')
-    assert "config.json: not JSON" in complaint(generate_rollouts, "--run", tmp_path / "r", *ROLLOUTS)
-    (tmp_path / "r" / "value" / "head.safetensors").unlink()
-    assert "head.safetensors is missing" in complaint(search, "--run", tmp_path / "r", "--method", "best_of-2-value")
+    lines[1] = lines[1][:50]
+    trees.write_text("\n".join(lines) + "\n")
+    error = error_of(train_value, "--run", run, *VALUE)
+    assert "trees.jsonl, line 2: not JSON" in error
+
+    (run / "rollouts" / "config.json").write_text('{"sett')
+    error = error_of(generate_rollouts, "--run", run, *ROLLOUTS)
+    assert "config.json: not JSON" in error
+
+    (run / "value" / "head.safetensors").unlink()
+    error = error_of(search, "--run", run, "--method", "best_of-2-value")
+    assert "head.safetensors is missing" in error
 
 
 def test_a_test_question_that_was_trained_on_is_refused(finished, tmp_path):
-    question = json.loads((finished.run / "rollouts" / "trees.jsonl").read_text().splitlines()[0])["question"]
-    (tmp_path / "leak.jsonl").write_text(json.dumps({"id": "mine", "question": question.upper() + " ", "answer": "3"}) + "\n")
-    said = complaint(evaluate, "--run", tmp_path, "--value", finished.run / "value", "--data", tmp_path / "leak.jsonl", "--methods", "best_of-2-value")
-    assert "test problem mine has the question of" in said
+    trees = read_lines(finished.run / "rollouts" / "trees.jsonl")
+    question = trees[0]["question"].upper() + " "
+    problem = {"id": "mine", "question": question, "answer": "3"}
+    data = tmp_path / "leak.jsonl"
+    data.write_text(json.dumps(problem) + "\n")
+    flags = ["--value", finished.run / "value", "--data", data, "--methods", "best_of-2-value"]
+    error = error_of(evaluate, "--run", tmp_path, *flags)
+    assert "test problem mine has the question of" in error
 
 
-def test_answers_by_another_value_model_are_not_mixed_in(finished, tmp_path):
-    import shutil
-    shutil.copytree(finished.run, tmp_path / "r")
-    shutil.copytree(finished.run / "orm", tmp_path / "other")   # any other trained model will do
-    assert "made with the scorer value#" in complaint(evaluate, "--run", tmp_path / "r", *METHODS, "--value", tmp_path / "other")
+def test_answers_by_another_value_model_are_not_mixed_in(finished):
+    other_value = finished.run / "orm"  # any other trained model will do
+    error = error_of(evaluate, "--run", finished.run, *EVALUATE, "--value", other_value)
+    assert "made with the scorer value#" in error
 
 
-# Numbers
-
-
-def test_wilson_and_paired_by_hand():
-    low, high = evaluate.wilson(50, 100)
-    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
-    result = evaluate.paired([True] * 8 + [False] * 2, [True] * 4 + [False] * 5 + [True])
-    assert (result["wins"], result["losses"], result["difference"]) == (4, 1, pytest.approx(0.3)) and result["p"] == pytest.approx(0.375)
-    p, q, n = 5 / 12, 2 / 12, 12
-    half = 1.959964 * ((p + q - (p - q) ** 2) / n) ** 0.5
-    assert (result["low"], result["high"]) == (pytest.approx(p - q - half), pytest.approx(p - q + half))
-    assert evaluate.paired([True], [True])["p"] == 1.0
+# ---- Which methods are compared ------------------------------------------------------------------
 
 
 def test_opponents_are_the_nearest_in_calls(chain):
-    names = ["greedy", "vote-3", "vote-8", "best_of-3-value", "best_of-8-value", "mcts-4-value", "mcts-4-policy", "mcts-4-random", "mcts-9-policy"]
-    methods = [parse_method(name, chain, num_candidates="3", lam=0.0) for name in names]
-    calls = dict(zip((m.name for m in methods), (4, 12, 32, 12, 32, 29, 29, 29, 50)))
-    found = evaluate.opponents(methods[5], methods, {name: {"agent_calls": n} for name, n in calls.items()})
-    assert [(other.name, why) for other, why in found] == [
-        ("greedy", "greedy"), ("vote-8", "nearest vote"), ("best_of-8-value", "nearest best-of-N"),
-        ("mcts-4x3-policy", "same, by policy"), ("mcts-4x3-random", "same, by random")]
-
-
-# The house rules
-
-
-def test_files_import_only_upwards():
-    import ast
-    from pathlib import Path
-    order = ["mas", "generate_rollouts", "train_value", "search", "evaluate"]
-    for at, name in enumerate(order):
-        tree = ast.parse((Path(evaluate.__file__).parent / f"{name}.py").read_text())
-        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} | {
-            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        assert not imported & set(order[at:]), name
-    assert "torch" not in {node.names[0].name for node in ast.walk(ast.parse((Path(evaluate.__file__).parent / "mas.py").read_text())) if isinstance(node, ast.Import)}
-
-
-def test_the_same_flag_means_the_same_in_every_script(monkeypatch):
-    flags = {}
-    remember = Parser.add_argument
-
-    def add_argument(self, *names, **options):
-        action = remember(self, *names, **options)
-        flags.setdefault(names[0], set()).add((str(action.type), str(action.default), str(action.choices)))
-        return action
-    monkeypatch.setattr(Parser, "add_argument", add_argument)
-    for module in (generate_rollouts, train_value, search, evaluate):
-        module.parse_args([])
-    assert len(flags) > 20 and {flag: kinds for flag, kinds in flags.items() if len(kinds) > 1} == {}
-
-
-def test_functions_and_tests_that_the_readme_names_exist():
-    import re
-    from pathlib import Path
-    root = Path(evaluate.__file__).parent
-    readme = (root / "README.md").read_text()
-    tests = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
-    named = set(re.findall(r"`(test_\w+)`", readme))
-    assert len(named) > 10 and all(f"def {name}(" in tests for name in named), [n for n in named if f"def {n}(" not in tests]
-    for file, name in re.findall(r"`(mas|generate_rollouts|train_value|search|evaluate)\.([\w.]+)`", readme):
-        if name != "py":
-            assert re.search(rf"(def|class) {name.split('.')[-1]}\b", (root / f"{file}.py").read_text()), f"{file}.{name}"
+    calls = {
+        "greedy": 4,
+        "vote-3": 12,
+        "vote-8": 32,
+        "best_of-3-value": 12,
+        "best_of-8-value": 32,
+        "mcts-4x3-value": 29,
+        "mcts-4x3-policy": 29,
+        "mcts-4x3-random": 29,
+        "mcts-9x3-policy": 50,
+    }
+    methods = [parse_method(name, chain, num_candidates="3", lam=0.0) for name in calls]
+    rows = {name: {"agent_calls": num} for name, num in calls.items()}
+    [mcts] = [method for method in methods if method.name == "mcts-4x3-value"]
+    pairs = evaluate.opponents(mcts, methods, rows)
+    assert [(other.name, why) for other, why in pairs] == [
+        ("greedy", "greedy"),
+        ("vote-8", "nearest vote"),
+        ("best_of-8-value", "nearest best-of-N"),
+        ("mcts-4x3-policy", "same, by policy"),
+        ("mcts-4x3-random", "same, by random"),
+    ]

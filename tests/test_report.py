@@ -238,6 +238,10 @@ def test_no_two_names_in_the_picture_overlap_and_none_is_cut_off(draw):
         assert inside.y0 <= box.y0 and box.y1 <= inside.y1, name
     for (name, box), (other_name, other_box) in combinations(boxes.items(), 2):
         assert not box.overlaps(other_box), (name, other_name)
+    for container in axes.containers:
+        point = container.lines[0].get_window_extent()
+        for name, box in boxes.items():
+            assert not box.overlaps(point), name
 
 
 @pytest.mark.parametrize("scale", [1, 0.3, 20])

@@ -29,7 +29,7 @@ from search import (
 )
 from tasks import Problem
 
-# ---- Stand-ins -----------------------------------------------------------------------------------
+# ---- Searches without a model --------------------------------------------------------------------
 
 
 class ScriptedScorer:

@@ -329,7 +329,7 @@ class RecordedProgress(NoProgress):
 
 
 @pytest.mark.parametrize("max_active", [1, 3, 100])
-def test_progress_hears_once_per_search_how_many_messages_it_sampled(chain, max_active):
+def test_progress_is_given_the_messages_of_each_finished_search(chain, max_active):
     progress = RecordedProgress()
     policy = ScriptedByProblem(random_answer)
     finished = run(

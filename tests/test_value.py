@@ -1,383 +1,650 @@
-"""The value model: labels, rendering to token ids, scoring, the training loop, saving and loading, held-out metrics."""
+"""Tests of value.py and train_value.py: labels, scoring, losses, training, saving and loading."""
 
 import json
 import math
+import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import AGENTS, HERE, NoProgress, ScriptedPolicy
-from peft import LoraConfig, get_peft_model
+from conftest import AGENTS, NoProgress, ScriptedPolicy
 from torch import nn
 
 import train_value
-from generate_rollouts import Sample, label_tree, open_run, run, tree_record, uniforms
-from mas import GRAPHS, InputError, Problem, State, seeded
-from train_value import Edge, ValueModel, auc, load_backbone, make_rows, metrics, token_batches, train, tree_paths
+from decoding import uniforms
+from generate_rollouts import Sample, label_tree, run, tree_paths, tree_record
+from mas import CHAIN, SINGLE, State
+from runs import HERE, InputError, open_run, seeded
+from tasks import Problem
+from train_value import (
+    distinct_tokens,
+    epoch_batches,
+    make_rows,
+    train,
+    training_loss,
+    verify_saved,
+)
+from value import (
+    Row,
+    ValueModel,
+    add_lora,
+    load_backbone,
+    rendering_fingerprint,
+    token_batches,
+)
 
-WORDS = "the plan holds because four boxes of seven pens make twenty eight".split()
+# ---- Scripted trees ------------------------------------------------------------------------------
+
+WORDS = ["the", "plan", "holds", "because", "four", "boxes", "of", "seven", "pens", "make"]
+WORDS += ["twenty", "eight"]
 
 
-def scripted_trees(chain, count=6):
-    """Trees whose messages are long and short random phrases and whose answers are right one time in three."""
+def random_message(problem_id, path):
+    """Return 2 to 9 random words. The fourth agent adds an answer: 0, 1 or 2."""
+    draws = uniforms(20, problem_id, path)
+    num_words = int(2 + 8 * draws[19])
+    words = [WORDS[int(draw * len(WORDS))] for draw in draws[:num_words]]
+    phrase = " ".join(words)
+    if len(path) < 4:
+        return phrase
+    return f"{phrase} Final answer: {int(draws[18] * 3)}"
 
-    class Policy(ScriptedPolicy):
-        def __call__(self, requests):
-            replies = []
-            for problem, request in requests:
-                def say(path, problem=problem):
-                    u = uniforms(20, problem.id, path)
-                    phrase = " ".join(WORDS[int(x * len(WORDS))] for x in u[:int(2 + 8 * u[19])])
-                    return f"{phrase} Final answer: {int(u[18] * 3)}" if len(path) == 4 else phrase
-                self.say = say
-                replies += super().__call__([(problem, request)])
-            return replies
-    problems = [Problem(f"p{i}", "train" if i < count - 2 else "heldout", f"Question number {i} " * (i + 1), "1", "number") for i in range(count)]
-    searches = ((p, label_tree(p, chain, num_simulations=10, num_candidates=(2, 2, 2, 2), c_uct=1.0, rng=seeded(0, p.id))) for p in problems)
-    return [tree_record(p, root, cost) for p, root, cost in run(searches, {Sample: Policy(None)}, max_active=99, progress=NoProgress())]
+
+class RandomPolicy(ScriptedPolicy):
+    """Answers Sample requests with `random_message`."""
+
+    def __init__(self):
+        super().__init__(say=None)
+
+    def __call__(self, requests):
+        replies = []
+        for problem, request in requests:
+            self.say = partial(random_message, problem.id)
+            replies += super().__call__([(problem, request)])
+        return replies
+
+
+def make_problem(index, split):
+    question = f"Question number {index} " * (index + 1)
+    return Problem(f"p{index}", split, question, gold="1", answer_type="number")
+
+
+def scripted_trees():
+    """Return the records of six trees: four training problems and two held-out ones."""
+    searches = []
+    for index, split in enumerate(["train"] * 4 + ["heldout"] * 2):
+        problem = make_problem(index, split)
+        search = label_tree(
+            problem,
+            CHAIN,
+            num_simulations=10,
+            num_candidates=(2, 2, 2, 2),
+            c_uct=1.0,
+            rng=seeded(0, problem.id),
+        )
+        searches.append((problem, search))
+    handlers = {Sample: RandomPolicy()}
+    records = []
+    for problem, root, cost in run(searches, handlers, max_active=99, progress=NoProgress()):
+        records.append(tree_record(problem, root, cost))
+    return records
 
 
 @pytest.fixture(scope="module")
 def records():
-    return scripted_trees(GRAPHS["chain"])
+    return scripted_trees()
 
 
-def make_model(chain, *, quantize=False, view="full", rank=4, loss="huber"):
+def paths_of(records, target="search"):
+    paths = []
+    for record in records:
+        paths += tree_paths(record, CHAIN, target)
+    return paths
+
+
+def edges_of(paths):
+    return [edge for path in paths for edge in path]
+
+
+def states_of(records):
+    return [edge.state for edge in edges_of(paths_of(records))]
+
+
+def visited_leaves(records):
+    leaves = []
+    for record in records:
+        leaves += [node for node in record["nodes"] if "reward" in node and node["N"] > 0]
+    return leaves
+
+
+def make_model(*, quantize=False, view="full", loss="huber"):
+    """Return a V whose LoRA and head are random, always the same."""
     torch.manual_seed(0)
     backbone, tokenizer = load_backbone(AGENTS, quantize=quantize, device="cpu")
-    model = ValueModel(get_peft_model(backbone, LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear")), tokenizer, chain, view, loss)
+    model = ValueModel(add_lora(backbone, rank=4), tokenizer, CHAIN, view, loss)
     nn.init.normal_(model.head.weight, std=0.02)
     return model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(GRAPHS["chain"])
+    return make_model()
 
 
-def paths_of(records, chain, target="search"):
-    return [path for record in records for path in tree_paths(record, chain, target)]
+# ---- Labels --------------------------------------------------------------------------------------
 
 
-def all_states(records, chain):
-    return [edge.state for path in paths_of(records, chain) for edge in path]
-
-
-# Labels
-
-
-def test_every_visited_edge_is_labelled_exactly_once_with_its_q(records, chain):
+def test_every_visited_edge_is_labelled_exactly_once_with_its_q(records):
     for record in records:
-        edges = [edge for path in tree_paths(record, chain, "search") for edge in path]
+        edges = edges_of(tree_paths(record, CHAIN, "search"))
         visited = [node for node in record["nodes"][1:] if node["N"] > 0]
-        assert len({edge.state for edge in edges}) == len(edges) == len(visited)
-        assert sorted((e.agent, e.state.messages[-1].text, e.y, e.visits) for e in edges) == sorted(
-            (n["agent"], n["message"], n["W"] / n["N"], n["N"]) for n in visited)
+        assert len(edges) == len(visited)
+        assert len({edge.state for edge in edges}) == len(edges)
+
+        labels = []
+        for edge in edges:
+            labels.append((edge.agent, edge.state.messages[-1].text, edge.y, edge.visits))
+        expected = []
+        for node in visited:
+            expected.append((node["agent"], node["message"], node["W"] / node["N"], node["N"]))
+        assert sorted(labels) == sorted(expected)
         assert all(-1 <= edge.y <= 1 for edge in edges)
 
 
-def test_outcome_labels_are_terminal_states_and_rewards(records, chain):
-    edges = [edge for path in paths_of(records, chain, "outcome") for edge in path]
-    assert edges and all(chain.is_terminal(edge.state) and edge.y in (1.0, -1.0) for edge in edges)
-    assert len(edges) == sum("reward" in node and node["N"] > 0 for record in records for node in record["nodes"])
+def test_outcome_labels_are_terminal_states_and_rewards(records):
+    edges = edges_of(paths_of(records, "outcome"))
+    assert len(edges) > 0
+    assert all(CHAIN.is_terminal(edge.state) for edge in edges)
+    assert all(edge.y in (1.0, -1.0) for edge in edges)
+    assert len(edges) == len(visited_leaves(records))
 
 
 @pytest.mark.parametrize("view", ["full", "local"])
-def test_rows_read_v_at_the_token_that_ends_the_labelled_message(records, chain, model, view):
-    """V at a row's position sees exactly the ids of that state: the row up to there is the state encoded alone."""
-    model = ValueModel(model.backbone, model.tokenizer, chain, view, "huber")
-    paths = paths_of(records, chain)
-    rows, edges = make_rows(paths, model), iter([edge for path in paths for edge in path])
-    for row in rows:
-        for position, y in zip(row.positions, row.targets, strict=True):
+def test_rows_read_v_at_the_token_that_ends_the_labelled_message(records, model, view):
+    """V at a position sees exactly its state: the row up to there is the state encoded alone."""
+    model = ValueModel(model.backbone, model.tokenizer, CHAIN, view, "huber")
+    paths = paths_of(records)
+    edges = iter(edges_of(paths))
+    for row in make_rows(paths, model):
+        for position, target in zip(row.positions, row.targets, strict=True):
             edge = next(edges)
             ids, ends = model.encode(edge.state)
-            assert row.ids[:position + 1] == ids and ends[-1] == position and y == edge.y
+            assert row.ids[: position + 1] == ids
+            assert ends[-1] == position
+            assert target == edge.y
             assert row.ids[position] == model.tokenizer.eos_token_id
-    assert next(edges, None) is None
+    assert next(edges, None) is None  # every edge is in a row
 
 
-def test_paths_share_their_prefix_instead_of_repeating_it(records, chain, model):
-    """One forward over a path serves all states on it: far fewer tokens than a row per state, and no label twice."""
-    paths = paths_of(records, chain)
+def test_paths_share_their_prefix_instead_of_repeating_it(records, model):
+    """One forward over a path serves all states on it: far fewer tokens than a row per state."""
+    paths = paths_of(records)
     rows = make_rows(paths, model)
-    assert sum(len(row.ids) for row in rows) < 0.7 * sum(len(model.encode(edge.state)[0]) for path in paths for edge in path)
-    assert len(rows) == sum("reward" in node and node["N"] > 0 for record in records for node in record["nodes"])
+    tokens_of_rows = sum(len(row.ids) for row in rows)
+    tokens_of_states = 0
+    for state in states_of(records):
+        ids, _ = model.encode(state)
+        tokens_of_states += len(ids)
+    assert tokens_of_rows < 0.7 * tokens_of_states
+    assert len(rows) == len(visited_leaves(records))
 
 
 def test_distinct_tokens_by_hand():
-    rows = [train_value.Row(ids, [], [], []) for ids in ([1, 2, 3], [1, 2, 4], [1, 5], [2, 3], [1, 2])]
-    assert train_value.distinct_tokens(rows) == 7   # 1, 12, 123, 124, 15, 2, 23
+    sequences = [[1, 2, 3], [1, 2, 4], [1, 5], [2, 3], [1, 2]]
+    rows = [Row(ids, [], [], []) for ids in sequences]
+    # The distinct prefixes: 1, 12, 123, 124, 15, 2, 23
+    assert distinct_tokens(rows) == 7
 
 
-def test_no_problem_is_on_both_sides(records, chain):
-    sides = {split: {e.problem_id for p in paths_of(records, chain) for e in p if e.split == split} for split in ("train", "heldout")}
-    assert sides["train"] and sides["heldout"] and not sides["train"] & sides["heldout"]
+def test_no_problem_is_on_both_sides(records):
+    problems = {"train": set(), "heldout": set()}
+    for edge in edges_of(paths_of(records)):
+        problems[edge.split].add(edge.problem_id)
+    assert problems["train"]
+    assert problems["heldout"]
+    assert not problems["train"] & problems["heldout"]
 
 
-# Scoring
+# ---- Scoring -------------------------------------------------------------------------------------
 
 
-def test_token_ids_of_a_state_are_a_prefix_of_its_childrens(chain, model):
-    state, encoded = State("How many? ", ()), []
+def score(model, states, batch_tokens=99):
+    values, _ = model.score(states, batch_tokens=batch_tokens)
+    return values
+
+
+def test_token_ids_of_a_state_are_a_prefix_of_its_childrens(model):
+    state = State("How many? ", ())
+    encoded = []
     for text in ("ends in newlines\n\n", " starts with a space", "", "Ünïcödé ☃"):
-        state = chain.step(state, text)
-        encoded.append(model.encode(state)[0])
-    assert all(child[:len(parent)] == parent for parent, child in zip(encoded, encoded[1:]))
+        state = CHAIN.step(state, text)
+        ids, _ = model.encode(state)
+        encoded.append(ids)
+    for parent, child in pairwise(encoded):
+        assert child[: len(parent)] == parent
 
 
-def test_padded_equals_unpadded_and_one_forward_per_path_equals_one_per_state(records, chain, model):
-    states = all_states(records[:3], chain)
-    batched, _ = model.score(states, batch_tokens=100_000)
-    alone = [model.score([state], batch_tokens=1)[0][0] for state in states]
-    by_path = [v for row in model.predict(make_rows(paths_of(records[:3], chain), model), batch_tokens=2000, progress=None) for v in row]
-    assert batched == pytest.approx(alone, abs=1e-5) and by_path == pytest.approx(alone, abs=1e-5)
-    assert len({round(v, 4) for v in alone}) > len(alone) // 2 and all(-1 < v < 1 for v in alone)
+def test_padded_equals_unpadded_and_one_forward_per_path_equals_one_per_state(records, model):
+    states = states_of(records[:3])
+    alone = [score(model, [state], batch_tokens=1)[0] for state in states]
+    assert score(model, states, batch_tokens=100_000) == pytest.approx(alone, abs=1e-5)
+
+    rows = make_rows(paths_of(records[:3]), model)
+    values_of_rows = model.predict(rows, batch_tokens=2000, description=None)
+    by_path = [value for values in values_of_rows for value in values]
+    assert by_path == pytest.approx(alone, abs=1e-5)
+
+    # The values are no constant that would hide a difference.
+    assert len({round(value, 4) for value in alone}) > len(alone) // 2
+    assert all(-1 < value < 1 for value in alone)
 
 
-def test_v_is_tanh_of_the_head_at_the_last_token(chain, model):
-    state = chain.step(State("q", ()), "facts")
+def test_v_is_tanh_of_the_head_at_the_last_token(model):
+    state = CHAIN.step(State("q", ()), "facts")
     ids, ends = model.encode(state)
-    hidden = model.backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, ends[-1]]
+    assert ends[-1] == len(ids) - 1
+    output = model.backbone(input_ids=torch.tensor([ids]), use_cache=False)
+    hidden = output.last_hidden_state[0, ends[-1]]
     by_hand = torch.tanh(hidden @ model.head.weight[0] + model.head.bias[0]).item()
-    assert model.score([state], batch_tokens=99)[0][0] == pytest.approx(by_hand, abs=1e-6) and ends[-1] == len(ids) - 1
+    assert score(model, [state]) == [pytest.approx(by_hand, abs=1e-6)]
 
 
-def test_a_later_message_does_not_change_an_earlier_value(chain, model):
-    state = chain.step(State("q", ()), "facts")
-    child = chain.step(state, "a plan that is quite long and says a lot")
+def test_a_later_message_does_not_change_an_earlier_value(model):
+    state = CHAIN.step(State("q", ()), "facts")
+    child = CHAIN.step(state, "a plan that is quite long and says a lot")
     ids, ends = model.encode(child)
     with torch.inference_mode():
-        [at_parent, at_child] = model([ids], [(0, ends[1]), (0, ends[2])]).tolist()
-    assert at_parent == pytest.approx(model.score([state], batch_tokens=99)[0][0], abs=1e-6) and at_parent != at_child
+        values = model([ids], [(0, ends[1]), (0, ends[2])])
+    value_of_state, value_of_child = values.tolist()
+    assert score(model, [state]) == [pytest.approx(value_of_state, abs=1e-6)]
+    assert value_of_state != value_of_child
 
 
-def test_out_of_memory_splits_the_batch_and_goes_on(records, chain, model, monkeypatch, capsys):
-    states, forward = all_states(records[:2], chain), ValueModel.outputs
+def test_out_of_memory_splits_the_batch(records, model, monkeypatch, capsys):
+    states = states_of(records[:2])
+    expected = score(model, states, batch_tokens=100_000)
+    original_outputs = ValueModel.outputs
 
-    def scarce(self, rows, at):
+    def scarce_outputs(self, rows, positions):
         if len(rows) > 3:
             raise torch.OutOfMemoryError("no room")
-        return forward(self, rows, at)
-    expected, _ = model.score(states, batch_tokens=100_000)
-    monkeypatch.setattr(ValueModel, "outputs", scarce)
-    assert model.score(states, batch_tokens=100_000)[0] == pytest.approx(expected, abs=1e-5)
+        return original_outputs(self, rows, positions)
+
+    monkeypatch.setattr(ValueModel, "outputs", scarce_outputs)
+    assert score(model, states, batch_tokens=100_000) == pytest.approx(expected, abs=1e-5)
     assert "out of memory" in capsys.readouterr().err
 
 
-def test_equal_states_are_read_once_and_paid_once(chain, model):
-    state = chain.step(State("q", ()), "facts")
+def test_equal_states_are_read_once_and_charged_once(model):
+    state = CHAIN.step(State("q", ()), "facts")
+    ids, _ = model.encode(state)
     values, tokens = model.score([state, state], batch_tokens=99)
-    assert values[0] == values[1] and tokens == [len(model.encode(state)[0]), 0]
+    assert values[0] == values[1]
+    assert tokens == [len(ids), 0]
 
 
-def test_a_transcript_that_does_not_fit_raises_instead_of_losing_its_end(chain, model):
+def test_a_transcript_that_does_not_fit_raises_instead_of_losing_its_end(model):
+    state = CHAIN.step(State("q", ()), "word " * 1100)
     with pytest.raises(InputError, match="does not fit"):
-        model.score([chain.step(State("q", ()), "word " * 1100)], batch_tokens=99)
+        score(model, [state])
 
 
 def test_token_batches_cover_all_rows_within_the_budget():
     lengths = [5, 9, 1, 30, 4, 4, 8]
-    batches = list(token_batches(lengths, sorted(range(7), key=lengths.__getitem__), 20))
-    assert sorted(i for batch in batches for i in batch) == list(range(7))
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 20 or len(batch) == 1 for batch in batches)
+    by_length = sorted(range(7), key=lengths.__getitem__)
+    batches = list(token_batches(lengths, by_length, 20))
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    for batch in batches:
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) * longest <= 20 or len(batch) == 1
 
 
-# Training
+# ---- Losses by hand ------------------------------------------------------------------------------
+# Four labels in two trees, and the outputs of the head for them.
+
+TARGETS = torch.tensor([1.0, -1.0, 0.5, 0.0])
+GROUPS = [("p", "Solver"), ("p", "Solver"), ("p", "Planner"), ("q", "Solver")]
+OUTPUTS = torch.tensor([[0.3], [0.8], [-0.2], [0.1]])
 
 
-def fit(model, rows, tmp_path, epochs=2, after_epoch=lambda epoch, loss: None, batch_tokens=1500):
-    train(model, rows, epochs=epochs, lr=3e-3, batch_tokens=batch_tokens, huber_delta=1.0, seed=0, checkpoint=tmp_path / "checkpoint.pt", after_epoch=after_epoch)
+def loss_of(model, outputs, targets=TARGETS, groups=GROUPS):
+    return training_loss(model, outputs, targets, groups, huber_delta=1.0).item()
+
+
+def huber(error):
+    """Return the mean Huber loss with delta = 1."""
+    return torch.where(error <= 1, error**2 / 2, error - 0.5).mean().item()
+
+
+def test_huber_and_squared_error_by_hand():
+    error = (torch.tanh(OUTPUTS)[:, 0] - TARGETS).abs()
+    assert loss_of(make_model(loss="huber"), OUTPUTS) == pytest.approx(huber(error))
+    assert loss_of(make_model(loss="mse"), OUTPUTS) == pytest.approx((error**2).mean().item())
+
+
+def test_the_ranking_loss_by_hand():
+    """Only one pair is comparable, the Solver states of tree p: -log sigmoid(0.3 - 0.8)."""
+    model = make_model(loss="rank")
+    by_hand = -math.log(1 / (1 + math.exp(0.5)))
+    assert loss_of(model, OUTPUTS) == pytest.approx(by_hand)
+    assert loss_of(model, OUTPUTS[2:], TARGETS[2:], GROUPS[2:]) == 0.0  # no pair at all
+
+
+def test_the_distributional_loss_by_hand():
+    """21 bins lie at -1, -0.9, ..., 1, so that 1, -1, 0.5 and 0 are bins 20, 0, 15 and 10."""
+    model = make_model(loss="dist")
+    num_bins = ValueModel.NUM_BINS
+    uniform = torch.zeros(4, num_bins)
+    assert loss_of(model, uniform) == pytest.approx(math.log(num_bins))
+
+    exact = torch.full((4, num_bins), -50.0)
+    for row, bin_of_target in enumerate((20, 0, 15, 10)):
+        exact[row, bin_of_target] = 50.0
+    assert loss_of(model, exact) == pytest.approx(0.0, abs=1e-6)
+    assert model.value(exact).tolist() == pytest.approx(TARGETS.tolist(), abs=1e-6)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def fit(model, rows, folder, *, epochs=2, batch_tokens=1500, after_epoch=None):
+    """Train a model with the checkpoint in `folder`. Returns the training loss of each epoch."""
+    losses = []
+
+    def remember(epoch, loss):
+        losses.append(loss)
+        if after_epoch is not None:
+            after_epoch(epoch, loss)
+
+    train(
+        model,
+        rows,
+        epochs=epochs,
+        lr=3e-3,
+        batch_tokens=batch_tokens,
+        huber_delta=1.0,
+        seed=0,
+        checkpoint=folder / "checkpoint.pt",
+        after_epoch=remember,
+    )
+    return losses
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_lora_and_head_move_and_the_base_does_not(records, chain, tmp_path, quantize):
-    model = make_model(chain, quantize=quantize)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses = []
-    fit(model, make_rows(paths_of(records, chain)[:24], model), tmp_path, after_epoch=lambda epoch, loss: losses.append(loss))
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == set(model.trained_state()) == {name for name in before if "lora_" in name or name.startswith("head.")}
+def test_lora_and_head_move_and_the_base_does_not(records, tmp_path, quantize):
+    model = make_model(quantize=quantize)
+    before = {}
+    for name, parameter in model.named_parameters():
+        before[name] = parameter.detach().clone()
+    rows = make_rows(paths_of(records)[:24], model)
+    losses = fit(model, rows, tmp_path)
+
+    moved, expected = set(), set()
+    for name, parameter in model.named_parameters():
+        if not torch.equal(parameter, before[name]):
+            moved.add(name)
+        if "lora_" in name or name.startswith("head."):
+            expected.add(name)
+    assert moved == expected
+    assert set(model.trained_parameters()) == expected
     assert losses[1] < losses[0]
 
 
-def test_the_loss_is_huber_in_tanh_space(records, chain, tmp_path):
-    model = make_model(chain)
-    [row] = make_rows([next(path for path in paths_of(records, chain) if len(path) == 4)], model)
-    values = torch.tensor(model.predict([row], batch_tokens=999, progress=None)[0])
-    error = (values - torch.tensor(row.targets)).abs()
-    by_hand = torch.where(error <= 1, 0.5 * error ** 2, error - 0.5).mean().item()
-    seen = []
-    fit(model, [row], tmp_path, epochs=1, after_epoch=lambda epoch, loss: seen.append(loss))
-    assert seen == [pytest.approx(by_hand, abs=1e-5)]
+def test_the_loss_is_huber_in_tanh_space(records, tmp_path):
+    model = make_model()
+    whole_path = next(path for path in paths_of(records) if len(path) == 4)
+    [row] = make_rows([whole_path], model)
+    [values] = model.predict([row], batch_tokens=999, description=None)
+    error = (torch.tensor(values) - torch.tensor(row.targets)).abs()
+    losses = fit(model, [row], tmp_path, epochs=1)
+    assert losses == [pytest.approx(huber(error), abs=1e-5)]
 
 
-def test_every_loss_by_hand(chain):
-    """Four labels in two trees; outputs as the head gives them."""
-    targets, groups = torch.tensor([1.0, -1.0, 0.5, 0.0]), [("p", "Solver"), ("p", "Solver"), ("p", "Planner"), ("q", "Solver")]
-    outputs = torch.tensor([[0.3], [0.8], [-0.2], [0.1]])
-    loss = lambda name, out: train_value.training_loss(make_model(chain, loss=name), out, targets, groups, huber_delta=1.0).item()
-    error = (torch.tanh(outputs)[:, 0] - targets).abs()
-    assert loss("huber", outputs) == pytest.approx(torch.where(error <= 1, error ** 2 / 2, error - 0.5).mean().item())
-    assert loss("mse", outputs) == pytest.approx((error ** 2).mean().item())
-    # One pair only: the two Solver states of tree p. -log sigmoid(0.3 - 0.8)
-    assert loss("rank", outputs) == pytest.approx(-math.log(1 / (1 + math.exp(0.5))))
-    assert train_value.training_loss(make_model(chain, loss="rank"), outputs[2:], targets[2:], groups[2:], huber_delta=1.0).item() == 0.0
-    bins = ValueModel.BINS
-    flat = torch.zeros(4, bins)
-    assert loss("dist", flat) == pytest.approx(math.log(bins))
-    exact = torch.full((4, bins), -50.0)   # all mass on the bins that hold 1, -1, 0.5 (half on each of two: 15 is 0.5) and 0
-    for row, bin_of_y in enumerate((20, 0, 15, 10)):
-        exact[row, bin_of_y] = 50.0
-    assert loss("dist", exact) == pytest.approx(0.0, abs=1e-6)
-    assert make_model(chain, loss="dist").value(exact).tolist() == pytest.approx(targets.tolist(), abs=1e-6)
+def save_finished(model, folder, *, quantize, loss):
+    """Save a model with the settings that loading it needs."""
+    settings = {
+        "graph": asdict(CHAIN),
+        "view": "full",
+        "rendering": rendering_fingerprint(CHAIN, "full"),
+        "backbone": AGENTS,
+        "quantize": quantize,
+        "loss": loss,
+    }
+    open_run(folder, settings, overwrite=False)
+    model.save(folder)
 
 
 @pytest.mark.parametrize("loss", ["mse", "rank", "dist"])
-def test_the_other_losses_train_save_and_load(records, chain, tmp_path, loss):
-    from dataclasses import asdict
-    model, losses = make_model(chain, loss=loss), []
-    fit(model, make_rows(paths_of(records, chain)[:12], model), tmp_path, epochs=8, after_epoch=lambda epoch, mean: losses.append(mean))
+def test_the_other_losses_train_save_and_load(records, tmp_path, loss):
+    model = make_model(loss=loss)
+    rows = make_rows(paths_of(records)[:12], model)
+    losses = fit(model, rows, tmp_path, epochs=8)
     assert losses[-1] < losses[0]
-    open_run(tmp_path / "value", {"graph": asdict(chain), "view": "full", "rendering": train_value.rendering(chain, "full"), "backbone": AGENTS,
-                                  "quantize": False, "loss": loss}, overwrite=False)
-    model.save(tmp_path / "value")
-    train_value.verify_saved(model, tmp_path / "value", all_states(records[:1], chain), device="cpu", batch_tokens=4000)
-    assert all(-1 <= v <= 1 for v in model.score(all_states(records[:1], chain), batch_tokens=4000)[0])
+
+    folder = tmp_path / "value"
+    save_finished(model, folder, quantize=False, loss=loss)
+    states = states_of(records[:1])
+    verify_saved(model, folder, states, device="cpu", batch_tokens=4000)
+    assert all(-1 <= value <= 1 for value in score(model, states, batch_tokens=4000))
 
 
-def test_rank_batches_hold_whole_trees(records, chain, model):
-    rows = make_rows(paths_of(records, chain), model)
-    batches = train_value.epoch_batches(rows, 10**9, seeded(0), by_tree=True)
-    order = [rows[i].groups[0][0] for batch in batches for i in batch]
-    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
-    assert len([a for a, b in zip(order, order[1:]) if a != b]) == len({*order}) - 1
+def test_rank_batches_hold_whole_trees(records, model):
+    rows = make_rows(paths_of(records), model)
+    batches = epoch_batches(rows, 10**9, seeded(0), by_tree=True)
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(rows)))
+
+    trees = [rows[index].groups[0][0] for index in order]
+    num_changes = 0
+    for tree, next_tree in pairwise(trees):
+        num_changes += tree != next_tree
+    assert num_changes == len(set(trees)) - 1
 
 
-def test_training_resumed_after_a_kill_equals_uninterrupted_training(records, chain, tmp_path):
-    rows = make_rows(paths_of(records, chain)[:12], make_model(chain))
-    straight, broken = make_model(chain), make_model(chain)
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    fit(straight, rows, tmp_path / "a", epochs=3)
+def assert_close_parameters(trained, expected, *, atol):
+    for name, parameter in trained.items():
+        assert torch.allclose(parameter, expected[name], atol=atol), name
+
+
+def test_training_resumed_after_a_kill_equals_uninterrupted_training(records, tmp_path):
+    uninterrupted, killed, resumed = make_model(), make_model(), make_model()
+    rows = make_rows(paths_of(records)[:12], uninterrupted)
+    for name in ("uninterrupted", "killed"):
+        (tmp_path / name).mkdir()
+    fit(uninterrupted, rows, tmp_path / "uninterrupted", epochs=3)
 
     class Killed(Exception): ...
 
-    def die(epoch, loss):
+    def die_after_second_epoch(epoch, loss):
         if epoch == 1:
             raise Killed
+
     with pytest.raises(Killed):
-        fit(broken, rows, tmp_path / "b", epochs=3, after_epoch=die)
-    resumed = make_model(chain)
+        fit(killed, rows, tmp_path / "killed", epochs=3, after_epoch=die_after_second_epoch)
+
     epochs = []
-    fit(resumed, rows, tmp_path / "b", epochs=3, after_epoch=lambda epoch, loss: epochs.append(epoch))
+
+    def remember_epoch(epoch, loss):
+        epochs.append(epoch)
+
+    fit(resumed, rows, tmp_path / "killed", epochs=3, after_epoch=remember_epoch)
     assert epochs == [1, 2]
-    for name, p in resumed.trained_state().items():
-        assert torch.allclose(p, straight.trained_state()[name], atol=1e-6), name
+    expected = uninterrupted.trained_parameters()
+    assert_close_parameters(resumed.trained_parameters(), expected, atol=1e-6)
 
 
-TWO_PROCESSES = """if True:
-    import sys; sys.path[:0] = sys.argv[1:3]
-    from pathlib import Path
-    from test_value import *
-    torch.distributed.init_process_group("gloo")
-    model = make_model(GRAPHS["chain"])
-    fit(model, make_rows(paths_of(scripted_trees(GRAPHS["chain"]), GRAPHS["chain"])[:13], model), Path(sys.argv[3]), batch_tokens=300)
-    if train_value.process()[0] == 0:
-        torch.save(model.trained_state(), Path(sys.argv[3]) / "two.pt")
+# ---- Other processes -----------------------------------------------------------------------------
+
+
+def run_python(*argv, timeout=150):
+    """Run Python with our files and the tests on its path. Returns its standard output."""
+    path = os.pathsep.join([str(HERE), str(HERE / "tests")])
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+
+import torch
+from test_value import fit, make_model, make_rows, paths_of, scripted_trees
+from runs import process_rank
+
+folder = Path(sys.argv[1])
+torch.distributed.init_process_group("gloo")
+model = make_model()
+rows = make_rows(paths_of(scripted_trees())[:13], model)
+fit(model, rows, folder, batch_tokens=300)
+rank, _ = process_rank()
+if rank == 0:
+    torch.save(model.trained_parameters(), folder / "two.pt")
 """
 
 
-def test_data_parallel_training_equals_one_process_with_the_batches_together(records, chain, tmp_path, monkeypatch):
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "two.py"), str(HERE), str(HERE.parent),
-                           str(tmp_path)], capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "one").mkdir()
-    separate, sizes = train_value.epoch_batches, []
+def test_data_parallel_training_equals_one_process_with_the_batches_together(
+    records, tmp_path, monkeypatch
+):
+    # 1. train in two processes
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_python(*launcher, script, tmp_path)
 
-    def together(rows, *rest, **options):
-        batches = separate(rows, *rest, **options)
-        sizes.append(len(batches))
-        return [sum(batches[at:at + 2], []) for at in range(0, len(batches), 2)]
-    monkeypatch.setattr(train_value, "epoch_batches", together)
-    one = make_model(chain)
-    fit(one, make_rows(paths_of(records, chain)[:13], one), tmp_path / "one", batch_tokens=300)
+    # 2. train in one process, on both batches of a step together
+    num_batches = []
+
+    def pairs_of_batches(rows, *args, **options):
+        batches = epoch_batches(rows, *args, **options)
+        num_batches.append(len(batches))
+        pairs = []
+        for start in range(0, len(batches), 2):
+            pair = batches[start : start + 2]
+            pairs.append([index for batch in pair for index in batch])
+        return pairs
+
+    monkeypatch.setattr(train_value, "epoch_batches", pairs_of_batches)
+    (tmp_path / "one").mkdir()
+    one = make_model()
+    rows = make_rows(paths_of(records)[:13], one)
+    fit(one, rows, tmp_path / "one", batch_tokens=300)
+
+    # 3. compare. With an odd number of batches, one process has none in the last step.
+    assert min(num_batches) > 2
+    assert any(num % 2 == 1 for num in num_batches)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert min(sizes) > 2 and any(size % 2 for size in sizes)   # an odd one at the end: one process has nothing to do in that step
-    for name, p in one.trained_state().items():
-        assert torch.allclose(p, two[name], atol=1e-5), name
+    assert_close_parameters(one.trained_parameters(), two, atol=1e-5)
+
+
+SCORE_IN_A_FRESH_PROCESS = """
+import json
+import sys
+from pathlib import Path
+
+from mas import CHAIN, State
+from value import ValueModel
+
+model = ValueModel.load(Path(sys.argv[1]), CHAIN, device="cpu")
+state = CHAIN.step(State("a question", ()), "some facts")
+values, _ = model.score([state], batch_tokens=99)
+print(json.dumps(values))
+"""
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_saved_and_reloaded_v_is_equal_in_a_fresh_process(records, chain, tmp_path, quantize):
-    from dataclasses import asdict
-    model = make_model(chain, quantize=quantize)
-    fit(model, make_rows(paths_of(records, chain)[:6], model), tmp_path, epochs=1)
-    settings = {"graph": asdict(chain), "view": "full", "rendering": train_value.rendering(chain, "full"), "backbone": AGENTS, "quantize": quantize, "loss": "huber"}
-    open_run(tmp_path / "value", settings, overwrite=False)
-    model.save(tmp_path / "value")
-    train_value.verify_saved(model, tmp_path / "value", all_states(records[:1], chain), device="cpu", batch_tokens=4000)
-    code = ("import sys, json; sys.path.insert(0, sys.argv[1])\nfrom train_value import *\nfrom mas import GRAPHS\n"
-            "chain = GRAPHS['chain']; m = ValueModel.load(Path(sys.argv[2]), chain, device='cpu')\n"
-            "s = chain.step(State('a question', ()), 'some facts'); print(json.dumps(m.score([s], batch_tokens=99)[0]))")
-    out = subprocess.run([sys.executable, "-c", code, str(HERE.parent), str(tmp_path / "value")], capture_output=True, text=True, check=True).stdout
-    assert json.loads(out.splitlines()[-1])[0] == pytest.approx(model.score([chain.step(State("a question", ()), "some facts")], batch_tokens=99)[0][0], abs=1e-5)
+def test_saved_and_reloaded_v_is_equal_in_a_fresh_process(records, tmp_path, quantize):
+    model = make_model(quantize=quantize)
+    fit(model, make_rows(paths_of(records)[:6], model), tmp_path, epochs=1)
+    folder = tmp_path / "value"
+    save_finished(model, folder, quantize=quantize, loss="huber")
+    states = states_of(records[:1])
+    verify_saved(model, folder, states, device="cpu", batch_tokens=4000)
 
-    # What does not belong to this V is refused, by name.
-    load = lambda mas: ValueModel.load(tmp_path / "value", mas, device="cpu")
-    with pytest.raises(InputError, match="graph 'chain', now it is 'single'"):
-        load(GRAPHS["single"])
-    with pytest.raises(InputError, match="other agents or prompts"):
-        load(replace(chain, agents=(replace(chain.agents[0], prompt="Other."), *chain.agents[1:])))
-    config = json.loads((tmp_path / "value" / "config.json").read_text())
-    for changed, complaint in (({"rendering": "older"}, "another rendering"), ({"backbone": "no/such/model"}, "no/such/model")):
-        (tmp_path / "value" / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | changed}))
-        with pytest.raises(InputError, match=complaint):
-            load(chain)
-    (tmp_path / "value" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "value" / "head.safetensors").unlink()
-    with pytest.raises(InputError, match="head.safetensors is missing"):
-        load(chain)
-    (tmp_path / "value" / "config.json").write_text(json.dumps(config | {"finished": False}))
-    with pytest.raises(InputError, match="not finished"):
-        load(chain)
+    output = run_python("-c", SCORE_IN_A_FRESH_PROCESS, folder)
+    values = json.loads(output.splitlines()[-1])
+    state = CHAIN.step(State("a question", ()), "some facts")
+    assert values == [pytest.approx(score(model, [state])[0], abs=1e-5)]
 
 
-def test_no_quantize_works_without_bitsandbytes(tmp_path):
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); sys.modules['bitsandbytes'] = None\n"
-            "from train_value import *\nbackbone, _ = load_backbone(sys.argv[2], quantize=False, device='cpu')\n"
-            "get_peft_model(backbone, LoraConfig(r=2, target_modules='all-linear')); print('fine')")
-    out = subprocess.run([sys.executable, "-c", code, str(HERE.parent), AGENTS], capture_output=True, text=True)
-    assert out.stdout.endswith("fine\n"), out.stderr
+def test_no_quantize_works_without_bitsandbytes():
+    code = """
+import sys
+
+sys.modules["bitsandbytes"] = None  # importing it now raises ImportError
+from value import add_lora, load_backbone
+
+backbone, _ = load_backbone(sys.argv[1], quantize=False, device="cpu")
+add_lora(backbone, rank=2)
+print("fine")
+"""
+    assert run_python("-c", code, AGENTS).endswith("fine\n")
 
 
-# Metrics
+# ---- A value model that does not belong here is refused ------------------------------------------
 
 
-def test_auc_by_hand():
-    assert auc([0.9, 0.1], [True, False]) == 1.0 and auc([0.1, 0.9], [True, False]) == 0.0 and auc([0.5, 0.5], [True, False]) == 0.5
-    assert auc([0.8, 0.6, 0.4, 0.2], [True, False, True, False]) == 0.75
+@pytest.fixture(params=[False, True], ids=["LoRA", "QLoRA"])
+def saved(request, records, tmp_path):
+    """Return the folder of a saved and finished V."""
+    quantize = request.param
+    model = make_model(quantize=quantize)
+    folder = tmp_path / "value"
+    save_finished(model, folder, quantize=quantize, loss="huber")
+    verify_saved(model, folder, states_of(records[:1]), device="cpu", batch_tokens=4000)
+    return folder
 
 
-def edge(problem, parent, y):
-    return Edge(problem, "heldout", parent, "Solver", State("q", ()), y, 1)
+def refusal(folder, mas=CHAIN):
+    """Return why a saved V is refused."""
+    with pytest.raises(InputError) as error:
+        ValueModel.load(folder, mas, device="cpu")
+    return str(error.value)
 
 
-def test_metrics_by_hand():
-    """Problem a is easy (all V high), b hard (all V low): AUC within problems is blind to that; top-1 looks at siblings."""
-    edges = [edge("a", 0, 1.0), edge("a", 0, -1.0), edge("a", 0, -1.0), edge("b", 0, 1.0), edge("b", 0, -0.5), edge("b", 1, 0.5), edge("b", 1, 0.5)]
-    values = [0.9, 0.8, 0.95, -0.9, -0.8, 0.1, 0.0]
-    report = metrics(edges, values)["Solver"]
-    assert report["auc"] == pytest.approx((0.5 + 2 / 3) / 2) and report["auc_problems"] == 2
-    assert report["sibling_groups"] == 2 and report["top1"] == 0.0 and report["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-    bins = [(0.9, 1.0), (0.95, -1.0), (0.8, -1.0), (-0.9, 1.0), (-0.8, -0.5), (0.1, 0.5), (0.0, 0.5)]   # 0.8 to 1: the first three; -1 to -0.8; -0.8 to -0.6; 0 to 0.2
-    by_hand = (abs(sum(v for v, _ in bins[:3]) + 1) + abs(-0.9 - 1) + abs(-0.8 + 0.5) + abs(0.1 - 1.0)) / 7
-    assert report["ece"] == pytest.approx(by_hand)
-    assert report["rmse"] == pytest.approx((sum((v - e.y) ** 2 for v, e in zip(values, edges)) / 7) ** 0.5)
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | changes))
 
 
-def test_a_v_that_only_knows_the_problem_scores_chance():
-    edges = [edge(p, 0, y) for p in "abcd" for y in (1.0, -1.0, 1.0)]
-    assert metrics(edges, [float("abcd".index(e.problem_id)) / 4 for e in edges])["Solver"]["auc"] == 0.5
+def change_settings(folder, **changes):
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    change_config(folder, settings=settings | changes)
+
+
+def test_a_v_of_another_graph_is_refused(saved):
+    assert "graph 'chain', now it is 'single'" in refusal(saved, SINGLE)
+    other_reader = replace(CHAIN.agents[0], prompt="Other.")
+    other_chain = replace(CHAIN, agents=(other_reader, *CHAIN.agents[1:]))
+    assert "other agents or prompts" in refusal(saved, other_chain)
+
+
+def test_a_v_of_another_rendering_is_refused(saved):
+    change_settings(saved, rendering="older")
+    assert "another rendering" in refusal(saved)
+
+
+def test_a_v_whose_backbone_is_missing_is_refused(saved):
+    change_settings(saved, backbone="no/such/model")
+    assert "no/such/model" in refusal(saved)
+
+
+def test_a_v_without_a_head_is_refused(saved):
+    (saved / "head.safetensors").unlink()
+    assert "head.safetensors is missing" in refusal(saved)
+
+
+def test_a_v_whose_training_is_not_finished_is_refused(saved):
+    change_config(saved, finished=False)
+    assert "not finished" in refusal(saved)

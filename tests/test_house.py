@@ -1,0 +1,185 @@
+"""Tests of the house rules: imports, flags, the names in the documentation, and the sizes."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import generate_rollouts
+import search
+import train_value
+from runs import HERE, Parser
+
+# Files import only upwards: from the files before them.
+ORDER = [
+    "runs",
+    "mas",
+    "answers",
+    "tasks",
+    "decoding",
+    "policy",
+    "report",
+    "generate_rollouts",
+    "value",
+    "metrics",
+    "train_value",
+    "search",
+    "evaluate",
+]
+DOCUMENTS = ["README.md", "RESULTS.md", "CONTRIBUTING.md"]
+FOLDERS = [HERE, HERE / "tests", HERE / "tiny"]
+
+# ---- Imports -------------------------------------------------------------------------------------
+
+
+def python_files():
+    paths = []
+    for folder in FOLDERS:
+        paths += sorted(folder.glob("*.py"))
+    return paths
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the names of all modules that a file imports, anywhere in it."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+            # `from tiny import problems` imports the module tiny.problems
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return modules
+
+
+def path_of_module(name: str) -> Path:
+    return HERE / (name.replace(".", "/") + ".py")
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Return the files of this project that a file imports, directly or not."""
+    files = set()
+    unread = [path]
+    while unread:
+        for module in imported_modules(unread.pop()):
+            imported = path_of_module(module)
+            if imported.is_file() and imported not in files:
+                files.add(imported)
+                unread.append(imported)
+    return files
+
+
+def test_every_file_has_its_place_in_the_order():
+    names = {path.stem for path in HERE.glob("*.py")}
+    assert names == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_files_import_only_upwards(name):
+    not_above = ORDER[ORDER.index(name) :]
+    assert not imported_modules(path_of_module(name)) & set(not_above)
+
+
+def test_a_script_is_imported_by_no_file_that_it_imports():
+    """Python would load such a script twice: as the script, and under its own name."""
+    scripts = []
+    for path in python_files():
+        if 'if __name__ == "__main__":' in path.read_text().splitlines():
+            scripts.append(path)
+            assert path not in imported_files(path), path.name
+    names = {path.stem for path in scripts}
+    assert {"generate_rollouts", "train_value", "search", "evaluate"} < names
+
+
+def test_agents_answers_and_tasks_need_no_torch():
+    code = "import sys, mas, answers, tasks; print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+
+def test_the_same_flag_means_the_same_in_every_script(monkeypatch):
+    meanings = {}
+    original_add_argument = Parser.add_argument
+
+    def add_argument(self, *names, **options):
+        action = original_add_argument(self, *names, **options)
+        meaning = (str(action.type), str(action.default), str(action.choices))
+        meanings.setdefault(names[0], set()).add(meaning)
+        return action
+
+    monkeypatch.setattr(Parser, "add_argument", add_argument)
+    for module in (generate_rollouts, train_value, search, evaluate):
+        module.parse_args([])
+    assert len(meanings) > 20
+    ambiguous = {flag for flag, different in meanings.items() if len(different) > 1}
+    assert ambiguous == set()
+
+
+# ---- Documents -----------------------------------------------------------------------------------
+
+
+def read_document(name: str) -> str:
+    """Return the text of a document; RESULTS.md and CONTRIBUTING.md are optional."""
+    path = HERE / name
+    if name != "README.md" and not path.is_file():
+        return ""
+    return path.read_text()
+
+
+def named_tests(text: str) -> set[str]:
+    return set(re.findall(r"`(test_\w+)`", text))
+
+
+def named_functions(text: str) -> set[tuple[str, str]]:
+    """Return (file, name) of each `file.name` in backticks, for the files of this project."""
+    named = re.findall(rf"`({'|'.join(ORDER)})\.([\w.]+)`", text)
+    return {(file, name) for file, name in named if name != "py"}
+
+
+def exists(file: str, name: str) -> bool:
+    """Whether a module has a name, e.g. `ValueModel` or `MAS.turn`."""
+    value = importlib.import_module(file)
+    for part in name.split("."):
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return True
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_functions_and_tests_that_the_documents_name_exist(document):
+    text = read_document(document)
+    tests = "".join(path.read_text() for path in (HERE / "tests").glob("test_*.py"))
+    for name in named_tests(text):
+        assert f"def {name}(" in tests, name
+    for file, name in named_functions(text):
+        assert exists(file, name), f"{file}.{name}"
+
+
+def test_the_readme_names_functions_and_tests():
+    text = read_document("README.md")
+    assert len(named_tests(text)) > 10
+    assert len(named_functions(text)) > 10
+
+
+# ---- Sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(HERE)))
+def test_no_line_is_longer_than_100_columns(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        assert len(line) <= 100, f"line {number}"
+
+
+def test_the_readme_fits_an_hour():
+    assert (HERE / "README.md").stat().st_size <= 15_000

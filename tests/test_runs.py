@@ -1,0 +1,421 @@
+"""Tests of runs.py: flags, progress, resuming, several processes, and the run folder."""
+
+import argparse
+import io
+import json
+import sys
+
+import pytest
+
+import runs
+from runs import (
+    InputError,
+    Parser,
+    Progress,
+    SearchProgress,
+    all_shards,
+    append_jsonl,
+    cli,
+    device_of_this_process,
+    is_mine,
+    open_run,
+    read_config,
+    read_jsonl,
+    resume_jsonl,
+    seeded,
+    shard_path,
+    without_shard,
+)
+
+# ---- Flags and bad input -------------------------------------------------------------------------
+
+NUMBERS = [  # type of a flag, its text, and its value
+    (runs.positive_int, "1", 1),
+    (runs.positive_int, "+12", 12),
+    (runs.non_negative_int, "0", 0),
+    (runs.non_negative_int, "7", 7),
+    (runs.positive_float, "0.5", 0.5),
+    (runs.positive_float, "1e-3", 0.001),
+    (runs.non_negative_float, "0", 0.0),
+    (runs.unit_float, "0", 0.0),
+    (runs.unit_float, "1", 1.0),
+    (runs.positive_unit_float, "1", 1.0),
+]
+
+
+@pytest.mark.parametrize("number_type, text, value", NUMBERS)
+def test_numbers_of_flags_are_read(number_type, text, value):
+    assert number_type(text) == value
+
+
+BAD_NUMBERS = [  # type of a flag, its text, and the complaint
+    (runs.positive_int, "0", "'0' is not a whole number of at least 1"),
+    (runs.positive_int, "-5", "'-5' is not a whole number of at least 1"),
+    (runs.positive_int, "1.5", "'1.5' is not a whole number of at least 1"),
+    (runs.positive_int, "", "'' is not a whole number of at least 1"),
+    (runs.non_negative_int, "-1", "'-1' is not a whole number"),
+    (runs.positive_float, "0", "'0' is not a number above 0"),
+    (runs.positive_float, "inf", "'inf' is not a number above 0"),
+    (runs.non_negative_float, "-1", "'-1' is not a number at least 0"),
+    (runs.unit_float, "1.5", "'1.5' is not a number at least 0 and at most 1"),
+    (runs.unit_float, "nan", "'nan' is not a number at least 0 and at most 1"),
+    (runs.unit_float, "half", "'half' is not a number at least 0 and at most 1"),
+    (runs.positive_unit_float, "0", "'0' is not a number above 0 and at most 1"),
+]
+
+
+@pytest.mark.parametrize("number_type, text, complaint", BAD_NUMBERS)
+def test_bad_numbers_of_flags_are_refused(number_type, text, complaint):
+    with pytest.raises(argparse.ArgumentTypeError, match=complaint):
+        number_type(text)
+
+
+def make_parser():
+    parser = Parser("Label problems.\n\nMore about it.")
+    parser.add_argument("--num-problems", type=runs.positive_int, default=5, help="problems")
+    return parser
+
+
+@pytest.mark.parametrize("argv", [["--num-problems", "0"], ["--problems", "3"], ["--num", "3"]])
+def test_a_wrong_flag_is_an_input_error(argv):
+    """An abbreviated flag (--num) is a wrong one as well."""
+    with pytest.raises(InputError, match=r"\(--help lists the flags\)"):
+        make_parser().parse_args(argv)
+
+
+def test_help_shows_the_first_paragraph_and_the_defaults():
+    text = make_parser().format_help()
+    assert "Label problems." in text
+    assert "More about it." not in text
+    assert "problems (default: 5)" in text
+
+
+def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys):
+    def main(args):
+        raise InputError("no such file")
+
+    monkeypatch.setattr(sys, "argv", ["folder/stage.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli(lambda: None, main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "stage.py: error: no such file\n"
+
+
+def test_an_interrupt_says_that_nothing_is_lost(monkeypatch, capsys):
+    def main(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli(lambda: None, main)
+    assert stop.value.code == 130
+    assert "stage.py: interrupted; finished work is saved" in capsys.readouterr().err
+
+
+# ---- Progress ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Replaces the module `time`. It advances only when a test says so."""
+
+    def __init__(self):
+        self.seconds = 1000.0
+
+    def perf_counter(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(runs, "time", clock)
+    return clock
+
+
+def test_a_line_of_progress_says_share_time_and_note(clock, monkeypatch, capsys):
+    """In a log: 1 of 4 units took 10 seconds, so that 3 units are left, about 30 seconds."""
+    monkeypatch.setattr(Progress, "SECONDS_BETWEEN_LINES", 0)
+    with Progress(4, description="trees") as progress:
+        clock.seconds += 10
+        progress.advance(1, "12 messages")
+        clock.seconds += 5
+        progress.advance(1)
+    assert capsys.readouterr().err.split("\n") == [
+        "trees: 25%, 00:10 so far, about 00:30 left; 12 messages",
+        "trees: 50%, 00:15 so far, about 00:15 left",
+        "",
+    ]
+
+
+def test_a_log_gets_a_line_at_most_every_half_minute(clock, capsys):
+    with Progress(100, description="trees") as progress:
+        for _ in range(100):
+            clock.seconds += 1
+            progress.advance(1)
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    assert err.split("\n") == [
+        "trees: 30%, 00:30 so far, about 01:10 left",
+        "trees: 60%, 01:00 so far, about 00:40 left",
+        "trees: 90%, 01:30 so far, about 00:10 left",
+        "",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch):
+    monkeypatch.setattr(Progress, "SECONDS_BETWEEN_LINES", 0)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(4, description="trees") as progress:
+        for _ in range(4):
+            progress.advance(1, "12 messages")
+    written = terminal.getvalue()
+    last_bar = written.rstrip().split("\r")[-1]
+    assert last_bar.startswith("trees 100%|")
+    assert "12 messages" in last_bar
+    assert "so far" not in written
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_that_is_not_shown_writes_nothing(monkeypatch, stream):
+    monkeypatch.setattr(Progress, "SECONDS_BETWEEN_LINES", 0)
+    stderr = stream()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with Progress(4, description="trees", shown=False) as progress:
+        progress.advance(4, "12 messages")
+    assert stderr.getvalue() == ""
+    assert progress.done == 4
+
+
+def test_more_work_than_the_total_raises_the_total():
+    with Progress(4, description="trees", shown=False) as progress:
+        progress.advance(6)
+    assert progress.total == 6
+
+
+def make_search_progress(num_searches, messages_per_search, **options):
+    return SearchProgress(num_searches, messages_per_search, description="trees", **options)
+
+
+def test_searches_are_expected_to_need_what_is_given():
+    with make_search_progress(5, 20, shown=False) as progress:
+        assert progress.total == 5 * 20
+        progress.messages_sampled(10)
+        assert progress.total == 5 * 20
+        assert progress.done == 10
+
+
+def test_finished_searches_count_what_they_used():
+    """Expected 3 x 20. The first needs 8, the second 14: (8 + 2 x 20), then (8 + 14 + 20)."""
+    with make_search_progress(3, 20, shown=False) as progress:
+        progress.messages_sampled(8)
+        progress.search_finished(8)
+        assert progress.total == 8 + 2 * 20
+        progress.messages_sampled(14)
+        progress.search_finished(14)
+        assert progress.total == 8 + 14 + 20
+
+
+def test_before_any_search_has_finished_the_bar_shows_80_percent_at_most():
+    """The searches need ten times as many messages as expected."""
+    with make_search_progress(4, 10, shown=False) as progress:
+        for _ in range(100):
+            progress.messages_sampled(4)
+            assert progress.done <= 0.8 * progress.total
+        assert progress.done == 400
+        assert progress.total == 1.25 * 400
+
+
+@pytest.mark.parametrize("messages_per_search", [5, 12, 100])
+def test_when_all_searches_have_finished_everything_is_done(messages_per_search):
+    """Four searches advance together and finish at 6, 9, 12 and 20 messages."""
+    lengths = [6, 9, 12, 20]
+    with make_search_progress(4, messages_per_search, shown=False) as progress:
+        for step in range(1, 21):
+            progress.messages_sampled(sum(length >= step for length in lengths))
+            if step in lengths:
+                progress.search_finished(step)
+    assert progress.done == sum(lengths)
+    assert progress.total == sum(lengths)
+
+
+def test_the_estimate_of_two_searches_of_known_length_is_right(clock, monkeypatch, capsys):
+    """Two searches of 10 messages, one after the other, a second per message.
+
+    After 10 messages the first has finished: 10 of 20 messages are done, and 10 seconds are left.
+    """
+    monkeypatch.setattr(Progress, "SECONDS_BETWEEN_LINES", 0)
+    with make_search_progress(2, 10) as progress:
+        for _ in range(2):
+            for _ in range(10):
+                clock.seconds += 1
+                progress.messages_sampled(1)
+            progress.search_finished(10)
+            assert progress.total == 20
+    lines = capsys.readouterr().err.splitlines()
+    first_finished = "trees: 50%, 00:10 so far, about 00:10 left; 1/2 problems, 10 messages"
+    both_finished = "trees: 100%, 00:20 so far, about 00:00 left; 2/2 problems, 20 messages"
+    assert first_finished in lines
+    assert lines[-1] == both_finished
+
+
+def test_problems_of_an_earlier_run_are_counted(monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "SECONDS_BETWEEN_LINES", 0)
+    with make_search_progress(2, 10, num_finished_before=3) as progress:
+        progress.messages_sampled(10)
+        progress.search_finished(10)
+    assert "4/5 problems, 10 messages" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- JSON lines and resuming ---------------------------------------------------------------------
+
+
+def test_a_record_with_any_line_separator_is_read_back(tmp_path):
+    path = tmp_path / "x.jsonl"
+    record = {"id": "p", "message": "one\ntwo\u2028three\x85four"}
+    with open(path, "w", encoding="utf-8") as file:
+        append_jsonl(file, record)
+    assert read_jsonl(path) == [record]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="none.jsonl: no such file"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with open(path, "w") as file:
+        append_jsonl(file, {"id": 1})
+        file.write('{"id": 2, "que')
+    assert resume_jsonl(path) == {1: {"id": 1}}
+    assert path.read_text() == '{"id": 1}\n'
+
+
+def test_a_torn_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"id": 1}\n{"id": 2, \n{"id": 3}\n')
+    with pytest.raises(InputError, match="x.jsonl, line 2"):
+        resume_jsonl(path)
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+PROBLEM_IDS = [f"p{index}" for index in range(40)]
+
+
+def become_process(monkeypatch, rank, world_size):
+    """Set the environment as a launcher does."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+
+
+def test_each_problem_belongs_to_exactly_one_process(monkeypatch):
+    shares = []
+    for rank in range(3):
+        become_process(monkeypatch, rank, 3)
+        shares.append([problem_id for problem_id in PROBLEM_IDS if is_mine(problem_id)])
+    assert sorted(sum(shares, [])) == sorted(PROBLEM_IDS)
+    assert min(map(len, shares)) > 5
+
+
+def test_without_a_launcher_one_process_has_all_problems(monkeypatch, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert all(is_mine(problem_id) for problem_id in PROBLEM_IDS)
+    assert shard_path(tmp_path / "x.jsonl") == tmp_path / "x.jsonl"
+
+
+def test_processes_see_each_others_records_and_cut_only_their_own_shard(tmp_path, monkeypatch):
+    # 1. Each of three processes is killed while it writes its second record.
+    path = tmp_path / "x.jsonl"
+    for rank in range(3):
+        become_process(monkeypatch, rank, 3)
+        assert shard_path(path).name == f"x.{rank}of3.jsonl"
+        with open(shard_path(path), "w") as file:
+            append_jsonl(file, {"id": f"by {rank}"})
+            file.write('{"torn')
+
+    # 2. The last process resumes.
+    assert list(resume_jsonl(path)) == ["by 0", "by 1", "by 2"]
+    assert (tmp_path / "x.2of3.jsonl").read_text() == '{"id": "by 2"}\n'
+    assert (tmp_path / "x.0of3.jsonl").read_text().endswith("torn")
+
+    # 3. One process alone resumes.
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert len(resume_jsonl(path)) == 3
+
+
+def test_a_launched_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of_this_process("cuda") == "cuda:3"
+    assert device_of_this_process("cuda:1") == "cuda:1"
+    assert device_of_this_process("cpu") == "cpu"
+    monkeypatch.delenv("LOCAL_RANK")
+    assert device_of_this_process("cuda") == "cuda"
+
+
+def test_a_shard_leads_back_to_its_file(tmp_path, monkeypatch):
+    path = tmp_path / "vote-3.jsonl"
+    become_process(monkeypatch, 1, 2)
+    shard_path(path).touch()
+    assert all_shards(path) == [path, tmp_path / "vote-3.1of2.jsonl"]
+    assert without_shard(shard_path(path)) == path
+    assert without_shard(path) == path
+
+
+# ---- The run folder ------------------------------------------------------------------------------
+
+
+def test_another_configuration_is_refused_by_name_unless_overwritten(tmp_path):
+    records = tmp_path / "trees.jsonl"
+    open_run(tmp_path, {"seed": 0, "c_uct": 1.0}, overwrite=False)
+    records.write_text("{}\n")
+    open_run(tmp_path, {"seed": 0, "c_uct": 1.0}, overwrite=False)
+    with pytest.raises(InputError, match=r"seed \(there 0, now 1\).*--overwrite"):
+        open_run(tmp_path, {"seed": 1, "c_uct": 1.0}, overwrite=False)
+    assert records.exists()
+
+    open_run(tmp_path, {"seed": 1, "c_uct": 1.0}, overwrite=True)
+    assert not records.exists()
+    assert read_config(tmp_path)["settings"] == {"seed": 1, "c_uct": 1.0}
+
+
+def test_one_of_several_processes_does_not_overwrite(tmp_path, monkeypatch):
+    open_run(tmp_path, {"seed": 0}, overwrite=False)
+    become_process(monkeypatch, 0, 2)
+    with pytest.raises(InputError, match="--overwrite needs a single process"):
+        open_run(tmp_path, {"seed": 1}, overwrite=True)
+    assert read_config(tmp_path)["settings"] == {"seed": 0}
+
+
+def test_a_missing_or_torn_configuration_is_named(tmp_path):
+    with pytest.raises(InputError, match="no config.json here"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"sett')
+    with pytest.raises(InputError, match="config.json: not JSON"):
+        read_config(tmp_path)
+
+
+def test_a_configuration_records_settings_and_provenance(tmp_path):
+    open_run(tmp_path, {"counts": (1, 8)}, overwrite=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["settings"] == {"counts": [1, 8]}
+    assert config.keys() >= {"command", "commit", "versions", "device", "started"}
+    # Tuples are read back as lists, and are no other configuration.
+    open_run(tmp_path, {"counts": (1, 8)}, overwrite=False)
+
+
+# ---- Randomness ----------------------------------------------------------------------------------
+
+
+def test_seeded_generators_are_a_function_of_their_parts():
+    assert seeded(0, "p").random() == seeded(0, "p").random()
+    assert seeded(0, "p").random() != seeded(1, "p").random()
+    assert seeded(0, "p").random() != seeded(0, "q").random()
