@@ -34,7 +34,7 @@ When are two answers equal?
   A missing answer equals nothing, not even another missing answer.
 
 math-verify runs in its own process and has 10 seconds per pair. A pair that takes longer counts as
-unequal, and `SYMPY.timeouts` counts these pairs. No torch here.
+unequal, and `MATH_VERIFY.timeouts` counts these pairs. No torch here.
 """
 
 import functools
@@ -603,7 +603,7 @@ def is_comparable(answer: str, answer_type: str) -> bool:
         return True
     if _FRACTION.fullmatch(answer) or _WORDS.fullmatch(answer):
         return True
-    return SYMPY.equal(answer, answer)
+    return MATH_VERIFY.equal(answer, answer)
 
 
 def _same_math(a: str, b: str) -> bool:
@@ -616,7 +616,7 @@ def _same_math(a: str, b: str) -> bool:
 
     # 2. math-verify. The pair is sorted, so that the result is symmetric and cached once.
     first, second = sorted((a, b))
-    if SYMPY.equal(first, second):
+    if MATH_VERIFY.equal(first, second):
         return True
     return _equation_yields(a, b) or _equation_yields(b, a)
 
@@ -792,4 +792,4 @@ class MathVerify:
         return reply
 
 
-SYMPY = MathVerify()
+MATH_VERIFY = MathVerify()

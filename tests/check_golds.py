@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from answers import SYMPY, extract_answer
+from answers import MATH_VERIFY, extract_answer
 from runs import read_jsonl
 from tasks import Problem, is_correct, load_problems, read_row
 
@@ -159,7 +159,7 @@ def main(task: str, files: list[str]) -> int:
 
     for check, count in counts.items():
         print(f"{count:6d} {check}")
-    print(f"{len(failures):6d} failures, {SYMPY.timeouts} comparisons timed out")
+    print(f"{len(failures):6d} failures, {MATH_VERIFY.timeouts} comparisons timed out")
     print("\n".join(failures))
     return 1 if failures else 0
 

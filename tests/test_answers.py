@@ -31,6 +31,9 @@ NUMBERS = [  # (message, the number that is read from it)
     (r"\boxed{1\,234}", "1234"),
     (r"\boxed{\frac{1,000}{3}}", "1000/3"),
     ("Final answer: " + "1" * 5000, None),
+    ("Final answer: 1/" + "9" * 5000, None),
+    ("0." + "3" * 5000 + r"\overline{3}. Final answer: 12", "12"),
+    ("Final answer: 5 rbillion", "5"),
     # forms of a statement
     ("**Final answer:** **73**", "73"),
     ("**Final answer**: 73.", "73"),

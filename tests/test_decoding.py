@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -128,6 +129,33 @@ def test_a_preallocated_layer_equals_one_that_copies():
 # ---- Messages that share rows --------------------------------------------------------------------
 
 
+def record_forwards(model, monkeypatch):
+    """Return a list to which each forward of the model adds the number of tokens it reads."""
+    forward = model.forward
+    tokens_per_forward = []
+
+    def recorded_forward(input_ids, **options):
+        tokens_per_forward.append(input_ids.numel())
+        return forward(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", recorded_forward)
+    return tokens_per_forward
+
+
+def record_messages(decoder, monkeypatch):
+    """Return a list to which the decoder adds the token ids of each message."""
+    decode = decoder.decode
+    messages = []
+
+    def recorded_decode(*args):
+        decoded = decode(*args)
+        messages.extend(tokens for tokens, _ in decoded)
+        return decoded
+
+    monkeypatch.setattr(decoder, "decode", recorded_decode)
+    return messages
+
+
 def beginnings_of(messages):
     """Return all distinct beginnings of some messages. The last token of a message is not read."""
     beginnings = set()
@@ -143,35 +171,38 @@ def test_messages_of_one_prompt_are_computed_once_while_they_are_equal(policy, m
 
     It reads a little more than that, because rows of ended messages are not removed at once.
     """
-    # 1. Record the tokens of every forward, and all messages.
-    decoder = policy.decoder
-    forward, decode = decoder.model.forward, decoder.decode
-    tokens_per_forward = []
-    messages = []
-
-    def recorded_forward(input_ids, **options):
-        tokens_per_forward.append(input_ids.numel())
-        return forward(input_ids=input_ids, **options)
-
-    def recorded_decode(*args):
-        decoded = decode(*args)
-        messages.extend(tokens for tokens, _ in decoded)
-        return decoded
-
-    monkeypatch.setattr(decoder.model, "forward", recorded_forward)
-    monkeypatch.setattr(decoder, "decode", recorded_decode)
-
-    # 2. Sample 8 messages of one prompt.
+    tokens_per_forward = record_forwards(policy.decoder.model, monkeypatch)
+    messages = record_messages(policy.decoder, monkeypatch)
     [problem] = load_problems(task="tiny", data=None, split="test", num=1)
     request = Sample([make_root(problem.question)], 8, greedy)
     [(_, cost)] = policy([(problem, request)])
+
     num_distinct = len({tuple(tokens) for tokens in messages})
     assert len(messages) == 8
     assert (num_distinct == 1) == greedy
 
-    # 3. Compare.
     prefill, *steps = tokens_per_forward
     num_beginnings = len(beginnings_of(messages))
     assert prefill == cost.prompt_tokens
     assert num_beginnings <= sum(steps) <= num_beginnings / CacheRows.SHARE_WORTH_KEEPING
     assert sum(steps) < sum(len(tokens) - 1 for tokens in messages)
+
+
+def test_a_message_ends_at_its_own_limit_and_its_row_is_removed(policy, monkeypatch):
+    """Two greedy messages: the first ends after 5 tokens, and the other continues alone."""
+    decoder = policy.decoder
+    prompts = [[10, 11, 12], [20, 21, 22, 23]]
+    limits = [5, 30]
+    draws = np.zeros((2, 30))
+    tokens_per_forward = record_forwards(decoder.model, monkeypatch)
+    [(short, _), (long, _)] = decoder.decode(prompts, [1, 1], limits, draws, [True, True])
+    assert len(short) == 5
+    assert 10 < len(long) <= 30
+
+    # The longer prompt has 4 tokens; both rows are padded to it.
+    prefill, *steps = tokens_per_forward
+    assert prefill == 2 * 4
+    assert steps == [2] * 4 + [1] * (len(long) - 5)
+
+    [(alone, _)] = decoder.decode(prompts[1:], [1], limits[1:], draws[1:], [True])
+    assert long == alone

@@ -167,7 +167,7 @@ BAD_GRAPHS = [  # agents, and the complaint about them
     ([make_agent("Q", "Q")], "Q is the name of the question"),
     ([make_agent("A", "B"), make_agent("B", "Q")], "A sees B, a later agent, which closes a cycle"),
     ([make_agent("A", "Q", "A")], "A sees A, itself"),
-    ([make_agent("A", "Q", "Z")], "A sees Z, which is no agent of this graph; it can see Q"),
+    ([make_agent("A", "Q", "Z")], "A sees Z, which is not an agent of this graph; it can see Q"),
     ([make_agent("A", "Q", "Q")], "A sees Q, Q; name each of them once"),
     ([make_agent("A")], "A sees nothing; it must see the question"),
     ([make_agent("A", "Q"), make_agent("B", "Q")], "nobody sees A"),

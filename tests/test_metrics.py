@@ -71,9 +71,10 @@ def test_metrics_by_hand():
 
 def test_calibration_error_by_hand():
     """The ten bins of V have width 0.2. A bin adds |sum of V - sum of y| / number of states."""
-    v = np.array([0.15, 0.05, -0.55])
-    y = np.array([1.0, -1.0, -0.5])
-    assert calibration_error(v, y) == pytest.approx((0.2 + 0.05) / 3)
+    v = np.array([0.35, 0.25, 0.45, -0.55])
+    y = np.array([1.0, -1.0, 1.0, -0.5])
+    # Too high by 0.6 in [0.2, 0.4), too low by 0.55 in [0.4, 0.6) and by 0.05 in [-0.6, -0.4).
+    assert calibration_error(v, y) == pytest.approx((0.6 + 0.55 + 0.05) / 4)
 
     errors_of_bins = [
         abs((0.9 + 0.95 + 0.8) - (1 - 1 - 1)),  # [0.8, 1]
@@ -85,11 +86,16 @@ def test_calibration_error_by_hand():
 
 
 def test_a_v_that_only_knows_the_problem_scores_chance():
-    labels, values = [], []
-    for index, problem_id in enumerate("abcd"):
-        for y in (1.0, -1.0, 1.0):
+    """Problem d is the easiest and has the largest V. Over all problems, AUC would be 0.75."""
+    right_of_five = {"a": 1, "b": 2, "c": 3, "d": 4}
+    labels, values, is_right = [], [], []
+    for problem_id, num_right in right_of_five.items():
+        for index in range(5):
+            y = 1.0 if index < num_right else -1.0
             labels.append((problem_id, 0, y))
-            values.append(index / 4)
+            values.append(num_right / 5)
+            is_right.append(y > 0)
+    assert auc(values, is_right) == 0.75
     assert solver_metrics(labels, values)["auc"] == 0.5
 
 
@@ -132,14 +138,14 @@ def test_metrics_that_do_not_exist_are_none():
     assert metrics["sibling_groups"] == 0
 
 
-def test_the_bootstrap_interval_holds_the_mean_and_repeats():
+def test_the_bootstrap_interval_by_hand():
     assert bootstrap_interval([0.7] * 5) == (pytest.approx(0.7), pytest.approx(0.7))
-    samples = [0.0, 1.0] * 50
+    samples = list(np.linspace(0, 1, 101))
     low, high = bootstrap_interval(samples)
-    # The mean of 100 fair coins has the standard deviation 0.05.
-    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
-    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
-    assert bootstrap_interval(samples) == (low, high)
+    standard_error = np.std(samples) / 101**0.5
+    assert low == pytest.approx(0.5 - 1.96 * standard_error, abs=0.004)
+    assert high == pytest.approx(0.5 + 1.96 * standard_error, abs=0.004)
+    assert bootstrap_interval(samples) == (low, high)  # the same at every call
 
 
 # ---- Answers -------------------------------------------------------------------------------------

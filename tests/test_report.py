@@ -126,6 +126,7 @@ def test_the_screen_of_a_single_method_has_no_comparisons():
     text = screen(alone)
     assert_fits_the_terminal(text)
     assert "All 0 comparisons" in text
+    assert "against" not in text
 
 
 def test_headline_comparisons_ask_three_questions_of_each_guided_search():
@@ -226,8 +227,12 @@ def draw(tmp_path, monkeypatch):
         close(figure)
 
 
-def test_no_two_names_in_the_picture_overlap_and_none_is_cut_off(draw):
-    figure = draw(make_summary())
+@pytest.mark.parametrize("most_calls", [18.87, 400])
+def test_no_two_names_in_the_picture_overlap_and_none_is_cut_off(draw, most_calls):
+    """With 400 calls, the name of the point on the right has room on its left only."""
+    summary = make_summary()
+    summary["methods"][MCTS_POLICY]["agent_calls"] = most_calls
+    figure = draw(summary)
     [axes] = figure.axes
     assert sorted(text.get_text() for text in axes.texts) == sorted(DEFAULT_METHODS)
 

@@ -73,6 +73,8 @@ def test_bad_numbers_of_flags_are_refused(number_type, text, complaint):
 def make_parser():
     parser = Parser("Label problems.\n\nMore about it.")
     parser.add_argument("--num-problems", type=runs.positive_int, default=5, help="problems")
+    parser.add_argument("--value", default=None, help="folder of V")
+    parser.add_argument("--overwrite", action="store_true", help="start over")
     return parser
 
 
@@ -88,6 +90,7 @@ def test_help_shows_the_first_paragraph_and_the_defaults():
     assert "Label problems." in text
     assert "More about it." not in text
     assert "problems (default: 5)" in text
+    assert text.count("(default: ") == 1
 
 
 def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys):
@@ -101,7 +104,7 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "stage.py: error: no such file\n"
 
 
-def test_an_interrupt_says_that_nothing_is_lost(monkeypatch, capsys):
+def test_an_interrupt_is_one_line_and_code_130(monkeypatch, capsys):
     def main(args):
         raise KeyboardInterrupt
 
@@ -109,7 +112,9 @@ def test_an_interrupt_says_that_nothing_is_lost(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli(lambda: None, main)
     assert stop.value.code == 130
-    assert "stage.py: interrupted; finished work is saved" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.strip().split("\n")
+    assert line.startswith("stage.py: interrupted; ")
+    assert "the same command resumes" in line
 
 
 # ---- Progress ------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class ScriptedScorer:
         value: path of a node -> its value.
 
     Attributes:
-        scored_paths: path of every node that it was asked about.
+        scored_paths: path of every node in a request, in order.
     """
 
     def __init__(self, value):
@@ -176,7 +176,7 @@ def test_lambda_mixes_terminal_values(duo, lam, expected):
     assert leaf.reward == pytest.approx(expected)
     assert leaf.N == 2
     assert pytest.approx(0.6 + expected) == leaf.W
-    # Lambda 0 never asks the ORM.
+    # Lambda 0 never queries the ORM.
     assert handlers[Outcome].scored_paths == ([(0, 0)] if lam > 0 else [])
 
 
@@ -350,7 +350,7 @@ def test_vote_clusters_answers_by_the_equality_that_grades(duo, answer_type, ans
 
 
 def test_passes_are_independent_even_if_they_start_with_equal_messages(duo):
-    """Equal first messages must not make equal second ones: each pass is a sample of its own."""
+    """Equal first messages must not make equal second ones: each pass is an independent sample."""
 
     def say(path):
         return "same" if len(path) == 1 else f"Final answer: {path}"
@@ -431,7 +431,7 @@ def test_methods_are_read_by_name(chain, name, expected):
     assert parse_method(method.name, chain, num_candidates="9", lam=0.0) == method
 
 
-MODELS = [  # name, and the trained models that the method asks
+MODELS = [  # name, and the trained models that the method queries
     ("greedy", set()),
     ("sbs-2x2-policy", set()),
     ("best_of-5-outcome", {"outcome"}),
@@ -442,7 +442,7 @@ MODELS = [  # name, and the trained models that the method asks
 
 
 @pytest.mark.parametrize("name, models", MODELS)
-def test_a_method_names_the_models_it_asks(chain, name, models):
+def test_a_method_names_the_models_it_queries(chain, name, models):
     assert parse_method(name, chain, num_candidates="3", lam=0.0).models == models
 
 
@@ -450,6 +450,7 @@ BAD_METHODS = [
     "beam",
     "vote",
     "vote-0",
+    "vote-08",
     "vote-3-value",
     "best_of-3",
     "sbs-2-value",

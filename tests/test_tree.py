@@ -58,6 +58,8 @@ def test_select_is_equation_2(duo):
 def test_select_without_exploration_takes_the_largest_q(duo):
     root = root_with(duo, [(3, 1.5), (1, 0.2), (0, 0.0)])
     assert select(root, 0.0) is root.children[0]
+    root = root_with(duo, [(1, 0.2), (3, 1.5), (0, 0.0)])
+    assert select(root, 0.0) is root.children[1]
 
 
 def test_select_changes_where_the_formula_says(duo):
