@@ -303,6 +303,14 @@ def test_runs_are_compared_from_their_records(finished, copied_run):
     assert "no config.json" in error_of(evaluate, "--compare", copied_run)
 
 
+def test_only_runs_that_share_answers_can_be_compared(finished, copied_run, tmp_path):
+    assert "it is not a run" in error_of(evaluate, "--compare", finished.run, tmp_path / "none")
+    greedy = copied_run / "eval" / "greedy.jsonl"
+    greedy.write_text(greedy.read_text().replace('"id": "', '"id": "another-'))
+    error = error_of(evaluate, "--compare", finished.run, copied_run)
+    assert "no problem was answered by greedy" in error
+
+
 def labels_per_agent(run) -> dict[str, int]:
     """Return the number of held-out labels that V was measured on."""
     last_epoch = read_lines(run / "value" / "metrics.jsonl")[-1]
@@ -527,6 +535,7 @@ BAD_FLAGS = [
     (search, "--lam nan", "--lam: 'nan' is not a number"),
     (search, "--method beam-3", "method beam-3: not one of greedy"),
     (search, "--index 0", "--index"),
+    (search, "--task chess --question How?", "--task chess: unknown; it is one of tiny"),
     (evaluate, "--methods mcts-5-value-lam2", "lam2"),
     (evaluate, "--num-problems 0", "--num-problems"),
 ]

@@ -404,7 +404,7 @@ def test_the_loss_is_huber_in_tanh_space(records, tmp_path):
     assert losses == [pytest.approx(huber(error), abs=1e-5)]
 
 
-def save_finished(model, folder, *, quantize, loss):
+def save_with_settings(model, folder, *, quantize, loss):
     """Save a model with the settings that loading it needs."""
     settings = {
         "graph": asdict(CHAIN),
@@ -426,7 +426,7 @@ def test_the_other_losses_train_save_and_load(records, tmp_path, loss):
     assert losses[-1] < losses[0]
 
     folder = tmp_path / "value"
-    save_finished(model, folder, quantize=False, loss=loss)
+    save_with_settings(model, folder, quantize=False, loss=loss)
     states = states_of(records[:1])
     verify_saved(model, folder, states, device="cpu", batch_tokens=4000)
     assert all(-1 <= value <= 1 for value in score(model, states, batch_tokens=4000))
@@ -567,7 +567,7 @@ def test_saved_and_reloaded_v_is_equal_in_a_fresh_process(records, tmp_path, qua
     model = make_model(quantize=quantize)
     fit(model, make_rows(paths_of(records)[:6], model), tmp_path, epochs=1)
     folder = tmp_path / "value"
-    save_finished(model, folder, quantize=quantize, loss="huber")
+    save_with_settings(model, folder, quantize=quantize, loss="huber")
     states = states_of(records[:1])
     verify_saved(model, folder, states, device="cpu", batch_tokens=4000)
 
@@ -596,11 +596,11 @@ print("fine")
 
 @pytest.fixture(params=[False, True], ids=["LoRA", "QLoRA"])
 def saved(request, records, tmp_path):
-    """Return the folder of a saved and finished V."""
+    """Return the folder of a saved V that may be used."""
     quantize = request.param
     model = make_model(quantize=quantize)
     folder = tmp_path / "value"
-    save_finished(model, folder, quantize=quantize, loss="huber")
+    save_with_settings(model, folder, quantize=quantize, loss="huber")
     verify_saved(model, folder, states_of(records[:1]), device="cpu", batch_tokens=4000)
     return folder
 
@@ -643,6 +643,17 @@ def test_a_v_whose_backbone_is_missing_is_refused(saved):
 def test_a_v_without_a_head_is_refused(saved):
     (saved / "head.safetensors").unlink()
     assert "head.safetensors is missing" in refusal(saved)
+
+
+def test_a_head_that_was_not_saved_is_noticed(records, tmp_path):
+    model = make_model()
+    folder = tmp_path / "value"
+    save_with_settings(model, folder, quantize=False, loss="huber")
+    nn.init.constant_(model.head.bias, 1.0)
+    states = states_of(records[:1])
+    with pytest.raises(AssertionError, match="the saved value model is not the trained one"):
+        verify_saved(model, folder, states, device="cpu", batch_tokens=4000)
+    assert "not finished" in refusal(folder)
 
 
 def test_a_v_whose_training_is_not_finished_is_refused(saved):
