@@ -233,11 +233,12 @@ def train(
         print(f"resuming after epoch {first_epoch}")
 
     # 3. Train epoch by epoch.
-    remaining_steps = sum(map(len, schedule[first_epoch:]))
-    with Progress(remaining_steps, description="training", shown=rank == 0) as progress:
-        for epoch in range(first_epoch, epochs):
-            model.train()
-            loss_sum, num_labels = 0.0, 0
+    for epoch in range(first_epoch, epochs):
+        model.train()
+        loss_sum, num_labels = 0.0, 0
+        description = f"epoch {epoch + 1}/{epochs}"
+        progress = Progress(len(schedule[epoch]), description=description, shown=rank == 0)
+        with progress:
             for batches in schedule[epoch]:
                 loss, num_batch_labels = training_step(
                     model, rows, batches, huber_delta=huber_delta
@@ -249,9 +250,9 @@ def train(
                 loss_sum += loss * num_batch_labels
                 num_labels += num_batch_labels
                 progress.advance(1, f"loss {loss:.3f}")
-            if rank == 0:
-                after_epoch(epoch, loss_sum / num_labels)
-                save_checkpoint(checkpoint, epoch, model, optimizer, scheduler)
+        if rank == 0:
+            after_epoch(epoch, loss_sum / num_labels)
+            save_checkpoint(checkpoint, epoch, model, optimizer, scheduler)
 
 
 def training_step(
@@ -569,7 +570,7 @@ def measure(
 ) -> dict[str, dict]:
     """Return the metrics of V on held-out labels. edges: the labels of the rows, in their order."""
     values = []
-    for row_values in model.predict(rows, batch_tokens=batch_tokens, description=None):
+    for row_values in model.predict(rows, batch_tokens=batch_tokens, description="held-out"):
         values += row_values
     return value_metrics(edges, values)
 

@@ -236,13 +236,17 @@ def test_running_again_changes_nothing_and_more_methods_or_problems_add(copied_r
 
 
 def test_the_orm_answers_if_a_method_asks_for_it(copied_run):
-    methods = ["best_of-2-outcome", "mcts-2x2-value-lam0.5"]
+    methods = ["best_of-2-outcome", "mcts-2x2-value", "mcts-2x2-value-lam0.5"]
     output_of(evaluate, "--run", copied_run, "--num-problems", 3, "--methods", *methods)
     records = read_lines(copied_run / "eval" / "mcts-2x2-value-lam0.5.jsonl")
     assert len(records) == 3
     for record in records:
         assert "outcome#" in record["scorer"]
         assert "value#" in record["scorer"]
+    # The ORM reads terminal states in addition to V.
+    records_without_orm = read_lines(copied_run / "eval" / "mcts-2x2-value.jsonl")
+    tokens_without_orm = sum(record["scored_tokens"] for record in records_without_orm)
+    assert sum(record["scored_tokens"] for record in records) > tokens_without_orm
 
 
 def test_search_prints_transcript_tree_and_cost(finished):
@@ -319,13 +323,13 @@ def labels_per_agent(run) -> dict[str, int]:
 
 def test_values_of_several_runs_meet_the_same_held_out_labels(finished, tmp_path):
     """--heldout-rollouts: train V on the labels of one folder, measure it on those of another."""
-    few, own = tmp_path / "few", tmp_path / "own"
+    few, few_alone = tmp_path / "few", tmp_path / "few_alone"
     shared = finished.run / "rollouts"
     output_of(generate_rollouts, "--run", few, *ROLLOUTS, "--num-simulations", 2)
     output_of(train_value, "--run", few, "--heldout-rollouts", shared, *VALUE)
     assert labels_per_agent(few) == labels_per_agent(finished.run)
-    output_of(train_value, "--run", own, "--rollouts", few / "rollouts", *VALUE)
-    assert labels_per_agent(own) != labels_per_agent(finished.run)
+    output_of(train_value, "--run", few_alone, "--rollouts", few / "rollouts", *VALUE)
+    assert labels_per_agent(few_alone) != labels_per_agent(finished.run)
 
 
 def test_held_out_labels_of_another_graph_are_refused(finished, tmp_path):

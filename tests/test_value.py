@@ -293,14 +293,22 @@ def test_a_transcript_that_does_not_fit_raises_instead_of_losing_its_end(model):
         score(model, [state])
 
 
-def test_token_batches_cover_all_rows_within_the_budget():
+@pytest.mark.parametrize(
+    "budget, lengths_of_batches",
+    [
+        (20, [[1, 4, 4, 5], [8, 9], [30]]),
+        (12, [[1, 4, 4], [5], [8], [9], [30]]),
+    ],
+)
+def test_token_batches_cover_all_rows_within_the_budget(budget, lengths_of_batches):
     lengths = [5, 9, 1, 30, 4, 4, 8]
     by_length = sorted(range(7), key=lengths.__getitem__)
-    batches = list(token_batches(lengths, by_length, 20))
+    batches = list(token_batches(lengths, by_length, budget))
     assert sorted(index for batch in batches for index in batch) == list(range(7))
-    for batch in batches:
-        longest = max(lengths[index] for index in batch)
-        assert len(batch) * longest <= 20 or len(batch) == 1
+    for batch, expected in zip(batches, lengths_of_batches, strict=True):
+        batch_lengths = [lengths[index] for index in batch]
+        assert batch_lengths == expected
+        assert len(batch) * max(batch_lengths) <= budget or len(batch) == 1
 
 
 # ---- Losses by hand ------------------------------------------------------------------------------
