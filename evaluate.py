@@ -46,6 +46,7 @@ from search import (
     model_folder,
     parse_method,
     path_to,
+    report_to,
 )
 from tasks import Problem, is_correct, load_problems, question_key, source
 
@@ -108,14 +109,14 @@ def evaluate_method(
     # 2. Search for the other answers, one line per problem as it finishes.
     progress = SearchProgress(
         len(todo),
-        method.messages_per_problem(mas),
+        method.expected_work(mas),
         description=method.name,
         num_finished_before=len(my_problems) - len(todo),
         shown=process_rank()[0] == 0,
     )
-    policy.on_messages = progress.messages_sampled
     searches = ((problem, method.search(problem, mas, c_uct=args.c_uct)) for problem in todo)
     handlers = make_handlers(method, scorers, policy)
+    report_to(progress, handlers)
     with progress, open(shard_path(path), "a", encoding="utf-8") as file:
         for problem, leaf, cost in run(
             searches, handlers, max_active=args.max_active, progress=progress

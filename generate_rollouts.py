@@ -34,6 +34,7 @@ from policy import (
 from runs import (
     Parser,
     SearchProgress,
+    Work,
     add_overwrite_argument,
     append_jsonl,
     cli,
@@ -193,13 +194,15 @@ class ActiveSearch:
     request: Any = None  # the pending request
 
 
-def messages_per_tree(num_simulations: int, num_candidates: tuple[int, ...]) -> int:
-    """Estimate how many messages a tree search samples.
+def expected_work_of_tree(num_simulations: int, num_candidates: tuple[int, ...]) -> Work:
+    """Estimate how many prompts and messages a tree search needs.
 
     The first simulation expands once per agent. Each later one adds about one message, because most
     of its path exists already.
     """
-    return sum(num_candidates) + num_simulations - 1
+    later_messages = num_simulations - 1
+    prompts = len(num_candidates) + later_messages / num_candidates[-1]
+    return Work(prompts, sum(num_candidates) + later_messages)
 
 
 def run(
@@ -492,11 +495,11 @@ def label_problems(
     """Label problems and append each tree to this process's shard as it finishes."""
     progress = SearchProgress(
         len(problems),
-        messages_per_tree(args.num_simulations, num_candidates),
+        expected_work_of_tree(args.num_simulations, num_candidates),
         description="trees",
         shown=process_rank()[0] == 0,
     )
-    policy.on_messages = progress.messages_sampled
+    policy.on_batch = progress.sampled
     searches = make_searches(problems, mas, num_candidates, args)
     with progress, open(shard_path(path), "a", encoding="utf-8") as file:
         for problem, root, cost in run(

@@ -152,7 +152,7 @@ class Policy:
         batch_tokens: limit of rows x (prompt + message limit) in one batch.
 
     Attributes:
-        on_messages: called with the number of messages after each batch, to show progress.
+        on_batch: called with (prompts, messages) after each batch, to show progress.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Policy:
         self.seed = seed
         self.max_new_tokens = max_new_tokens
         self.batch_tokens = batch_tokens
-        self.on_messages: Callable[[int], None] = _ignore
+        self.on_batch: Callable[[int, int], None] = _ignore
 
     def __call__(
         self, requests: list[tuple[Problem, Sample]]
@@ -198,7 +198,7 @@ class Policy:
                 queue += reversed(batch)
                 continue
             self._charge(batch, costs, seconds=time.perf_counter() - start)
-            self.on_messages(sum(job.num_messages for job in batch))
+            self.on_batch(len(batch), sum(job.num_messages for job in batch))
 
         # 3. Jobs are in the order of the requests' nodes.
         remaining = iter(jobs)
@@ -309,7 +309,7 @@ class Policy:
             )
 
 
-def _ignore(num_messages: int) -> None:
+def _ignore(num_prompts: int, num_messages: int) -> None:
     pass
 
 

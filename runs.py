@@ -21,6 +21,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -221,46 +222,74 @@ class Progress:
         print(f"{line}; {note}" if note else line, file=sys.stderr, flush=True)
 
 
-class SearchProgress(Progress):
-    """Progress of many searches, measured in sampled messages.
+class Work(NamedTuple):
+    """Work of a search: prompts read, messages sampled, and states scored by a model."""
 
-    Searches that advance together all finish at the very end, so finished searches say little. The
-    number of messages is not known beforehand: each unfinished search is expected to need
-    `messages_per_search`, or a quarter more than the average so far if that is more.
+    prompts: float
+    messages: float
+    states: float = 0
+
+    @property
+    def units(self) -> float:
+        """The work as one number. On a CPU, scoring a state takes about as long as two messages."""
+        return self.prompts + self.messages + 2 * self.states
+
+
+class SearchProgress(Progress):
+    """Progress of many searches.
+
+    Searches that advance together all finish at the very end, so the number of finished searches
+    says little. The bar counts work instead, whose amount is not known beforehand: each unfinished
+    search is expected to need `expected.messages`, or a quarter more than the average so far if
+    that is more, and prompts and states in proportion.
+
+    Args:
+        expected: the expected work of one search.
+        num_finished_before: problems that an earlier run has finished, for the note.
     """
 
     def __init__(
         self,
         num_searches: int,
-        messages_per_search: float,
+        expected: Work,
         *,
         description: str,
         num_finished_before: int = 0,
         shown: bool = True,
     ):
-        super().__init__(num_searches * messages_per_search, description=description, shown=shown)
+        super().__init__(num_searches * expected.units, description=description, shown=shown)
         self.num_searches = num_searches
-        self.messages_per_search = messages_per_search
+        self.expected = expected
         self.num_finished_before = num_finished_before
         self.num_finished = 0
+        self.num_messages = 0
         self.messages_of_finished = 0
 
-    def messages_sampled(self, num_messages: int) -> None:
-        self._update(num_messages)
+    def sampled(self, num_prompts: int, num_messages: int) -> None:
+        self.num_messages += num_messages
+        self._update(Work(num_prompts, num_messages).units)
+
+    def scored(self, num_states: int) -> None:
+        self._update(Work(0, 0, num_states).units)
 
     def search_finished(self, num_messages: int) -> None:
         self.num_finished += 1
         self.messages_of_finished += num_messages
         self._update(0)
 
-    def _update(self, num_messages: int) -> None:
-        messages = self.done + num_messages
-        expected = max(self.messages_per_search, 1.25 * messages / self.num_searches)
+    def _update(self, units: float) -> None:
         num_unfinished = self.num_searches - self.num_finished
-        self.total = self.messages_of_finished + num_unfinished * expected
-        finished = self.num_finished_before + self.num_finished
-        problems = self.num_finished_before + self.num_searches
-        self.advance(num_messages, f"{finished}/{problems} problems, {messages} messages")
+        if num_unfinished == 0:
+            self.total = self.done + units
+        else:
+            average = self.num_messages / self.num_searches
+            expected_messages = max(self.expected.messages, 1.25 * average)
+            messages = self.messages_of_finished + num_unfinished * expected_messages
+            self.total = messages * self.expected.units / self.expected.messages
+        num_finished = self.num_finished_before + self.num_finished
+        num_problems = self.num_finished_before + self.num_searches
+        note = f"{num_finished}/{num_problems} problems, {self.num_messages} messages"
+        self.advance(units, note)
 
 
 # ---- JSON lines ----------------------------------------------------------------------------------

@@ -34,9 +34,9 @@ from generate_rollouts import (
     Node,
     backup,
     expand,
+    expected_work_of_tree,
     make_child,
     make_root,
-    messages_per_tree,
     run,
     select,
 )
@@ -56,6 +56,7 @@ from runs import (
     InputError,
     Parser,
     SearchProgress,
+    Work,
     cli,
     device_of_this_process,
     positive_int,
@@ -349,17 +350,26 @@ class Method:
             lam=self.lam,
         )
 
-    def messages_per_problem(self, mas: MAS) -> int:
-        """Guess how many messages a search samples, for the time left."""
+    def expected_work(self, mas: MAS) -> Work:
+        """Estimate the work of a search, to show the time left.
+
+        Exact except for mcts, and if messages repeat or agents have conditions.
+        """
+        prompts, messages, states = 0, 0, 0
         if self.algorithm == "mcts":
-            return messages_per_tree(self.num, self.num_candidates)
-        if self.algorithm != "sbs":
-            return self.num * len(mas.agents)
-        messages, beams = 0, 1
-        for width in self.num_candidates:
-            messages += beams * width
-            beams = min(self.num, beams * width)
-        return messages
+            prompts, messages, _ = expected_work_of_tree(self.num, self.num_candidates)
+        elif self.algorithm == "sbs":
+            beams = 1
+            for num in self.num_candidates:
+                prompts += beams
+                messages += beams * num
+                beams = min(self.num, beams * num)
+        else:
+            prompts = 1 + self.num * (len(mas.agents) - 1)  # the passes share the first prompt
+            messages = self.num * len(mas.agents)
+        if self.scorer in ("value", "outcome"):
+            states = self.num if self.algorithm == "best_of" else messages
+        return Work(prompts, messages, states)
 
     @property
     def models(self) -> set[str]:
@@ -467,6 +477,15 @@ def make_handlers(
     return handlers
 
 
+def report_to(progress: SearchProgress, handlers: dict[type, Handler]) -> None:
+    """Let the handlers report their work to a progress bar."""
+    for handler in handlers.values():
+        if isinstance(handler, Policy):
+            handler.on_batch = progress.sampled
+        if isinstance(handler, ModelScorer):
+            handler.model.on_rows = progress.scored
+
+
 def add_search_arguments(parser: Parser) -> None:
     """Add the flags that search.py and evaluate.py share beyond those of the policy."""
     parser.add_argument(
@@ -538,10 +557,10 @@ def main(args) -> None:
     policy = make_policy(args, mas)
 
     # 2. Search.
-    progress = SearchProgress(1, method.messages_per_problem(mas), description=method.name)
-    policy.on_messages = progress.messages_sampled
+    progress = SearchProgress(1, method.expected_work(mas), description=method.name)
     searches = [(problem, method.search(problem, mas, c_uct=args.c_uct))]
     handlers = make_handlers(method, scorers, policy)
+    report_to(progress, handlers)
     with progress:
         [(_, leaf, cost)] = run(searches, handlers, max_active=1, progress=progress)
 

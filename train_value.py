@@ -570,8 +570,10 @@ def measure(
 ) -> dict[str, dict]:
     """Return the metrics of V on held-out labels. edges: the labels of the rows, in their order."""
     values = []
-    for row_values in model.predict(rows, batch_tokens=batch_tokens, description="held-out"):
-        values += row_values
+    with Progress(len(rows), description="held-out") as progress:
+        model.on_rows = progress.advance
+        for row_values in model.predict(rows, batch_tokens=batch_tokens):
+            values += row_values
     return value_metrics(edges, values)
 
 

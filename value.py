@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from transformers import AutoModel
 
 from mas import MAS, State
 from policy import load_pretrained
-from runs import InputError, Progress, read_config
+from runs import InputError, read_config
 
 # ---- Batches -------------------------------------------------------------------------------------
 
@@ -88,6 +88,9 @@ class ValueModel(nn.Module):
         view: what is rendered of a state, "full" or "local" (MAS.value_text).
         loss: what V is trained with. "dist" (not in the paper) has a head with NUM_BINS outputs: a
             distribution over values evenly spaced in [-1, 1], whose mean is V.
+
+    Attributes:
+        on_rows: called with the number of rows after each scored batch, to show progress.
     """
 
     NUM_BINS = 21
@@ -107,6 +110,7 @@ class ValueModel(nn.Module):
         )
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.on_rows: Callable[[int], None] = _ignore
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
 
     def _segment_ids(self, segment: str) -> list[int]:
@@ -158,35 +162,28 @@ class ValueModel(nn.Module):
         return self.value(self.outputs(token_ids, positions))
 
     @torch.inference_mode()
-    def predict(
-        self, rows: list[Row], *, batch_tokens: int, description: str | None
-    ) -> list[list[float]]:
+    def predict(self, rows: list[Row], *, batch_tokens: int) -> list[list[float]]:
         """Return V at each row's positions.
 
         Out of memory splits a batch in two. Raises InputError if a single row does not fit.
-
-        Args:
-            description: of the progress bar; None shows none.
         """
         self.eval()
         lengths = [len(row.ids) for row in rows]
         by_length = sorted(range(len(rows)), key=lengths.__getitem__)
         batches = list(token_batches(lengths, by_length, batch_tokens))
         values: list[list[float]] = [[] for _ in rows]
-        progress = Progress(len(rows), description=description or "", shown=description is not None)
-        with progress:
-            while batches:
-                batch = batches.pop()  # the longest first: memory runs out at once or never
-                batch_rows = [rows[index] for index in batch]
-                positions = label_positions(batch_rows)
-                try:
-                    batch_values = self([row.ids for row in batch_rows], positions).tolist()
-                except torch.OutOfMemoryError:
-                    batches += self._split(batch, lengths)
-                    continue
-                for (index, _), value in zip(positions, batch_values, strict=True):
-                    values[batch[index]].append(value)
-                progress.advance(len(batch))
+        while batches:
+            batch = batches.pop()  # the longest first: memory runs out at once or never
+            batch_rows = [rows[index] for index in batch]
+            positions = label_positions(batch_rows)
+            try:
+                batch_values = self([row.ids for row in batch_rows], positions).tolist()
+            except torch.OutOfMemoryError:
+                batches += self._split(batch, lengths)
+                continue
+            for (index, _), value in zip(positions, batch_values, strict=True):
+                values[batch[index]].append(value)
+            self.on_rows(len(batch))
         return values
 
     def _split(self, batch: list[int], lengths: list[int]) -> list[list[int]]:
@@ -207,7 +204,7 @@ class ValueModel(nn.Module):
         for state in dict.fromkeys(states):
             ids, ends = self.encode(state)
             rows[state] = Row(ids, positions=[ends[-1]])
-        predictions = self.predict(list(rows.values()), batch_tokens=batch_tokens, description=None)
+        predictions = self.predict(list(rows.values()), batch_tokens=batch_tokens)
         value_of = {}
         for state, [value] in zip(rows, predictions, strict=True):
             value_of[state] = value
@@ -257,6 +254,10 @@ class ValueModel(nn.Module):
         model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
         model.head.load_state_dict(load_file(folder / "head.safetensors"))
         return model.to(device).eval()
+
+
+def _ignore(num_rows: int) -> None:
+    pass
 
 
 def load_backbone(name: str, *, quantize: bool, device: str):

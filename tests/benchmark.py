@@ -37,7 +37,7 @@ from decoding import Decoder, sample_tokens
 from generate_rollouts import make_searches, run, tree_record
 from mas import CHAIN
 from policy import Policy, Sample, make_policy
-from runs import Parser, SearchProgress, cli, positive_float, positive_int
+from runs import Parser, SearchProgress, Work, cli, positive_float, positive_int
 from tasks import load_problems
 from train_value import training_loss
 from value import Row, ValueModel, add_lora, label_positions, load_backbone
@@ -195,7 +195,7 @@ def label(policy: Policy, problems: list, args, *, max_active: int) -> Measureme
     seconds_before = dict(policy.decoder.seconds)
     num_candidates = CHAIN.per_agent(args.num_candidates, "--num-candidates")
     searches = make_searches(problems, CHAIN, num_candidates, args)
-    progress = SearchProgress(len(problems), 1, description="", shown=False)
+    progress = SearchProgress(len(problems), Work(1, 1), description="", shown=False)
     trees = {}
     start = time.perf_counter()
     for problem, root, cost in run(
@@ -433,7 +433,7 @@ def measure_scoring(
     model: ValueModel, rows: list[Row], batch_tokens: int, flops_per_token: int, args
 ) -> None:
     def score() -> None:
-        model.predict(rows, batch_tokens=batch_tokens, description=None)
+        model.predict(rows, batch_tokens=batch_tokens)
 
     states_per_second = len(rows) / seconds_of(score, args.device)
     share = ""

@@ -629,6 +629,7 @@ def test_opponents_are_the_nearest_in_calls(chain):
         "vote-8": 32,
         "best_of-3-value": 12,
         "best_of-8-value": 32,
+        "best_of-7-policy": 28,  # nearer, but by another scorer
         "mcts-4x3-value": 29,
         "mcts-4x3-policy": 29,
         "mcts-4x3-random": 29,

@@ -231,15 +231,15 @@ def record_batch_sizes(policy, monkeypatch):
     return sizes
 
 
-def test_on_messages_is_called_with_the_messages_of_each_batch(chain, monkeypatch):
+def test_on_batch_is_called_with_the_prompts_and_messages_of_each_batch(chain, monkeypatch):
     policy = make_tiny_policy(chain, batch_tokens=2000)
     sizes = record_batch_sizes(policy, monkeypatch)
     reported = []
-    policy.on_messages = reported.append
+    policy.on_batch = lambda *sizes: reported.append(sizes)
     first_messages(policy, PROBLEMS, num=3)
     assert len(reported) > 1
-    assert reported == [num_messages for _, num_messages in sizes]
-    assert sum(reported) == 3 * len(PROBLEMS)
+    assert reported == sizes
+    assert sum(num_messages for _, num_messages in reported) == 3 * len(PROBLEMS)
 
 
 # ---- Memory --------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_out_of_memory_halves_the_batches_and_loses_nothing(chain, policy, monke
     run_out_of_memory(small, monkeypatch, max_prompts=2)
     sizes = record_batch_sizes(small, monkeypatch)
     reported = []
-    small.on_messages = reported.append
+    small.on_batch = lambda num_prompts, num_messages: reported.append(num_messages)
     messages, _ = first_messages(small, PROBLEMS)
     assert max(num_prompts for num_prompts, _ in sizes) > 2
     assert small.batch_tokens < 8000

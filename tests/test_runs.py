@@ -13,6 +13,7 @@ from runs import (
     Parser,
     Progress,
     SearchProgress,
+    Work,
     all_shards,
     append_jsonl,
     cli,
@@ -204,13 +205,14 @@ def test_more_work_than_the_total_raises_the_total():
 
 
 def make_search_progress(num_searches, messages_per_search, **options):
-    return SearchProgress(num_searches, messages_per_search, description="trees", **options)
+    expected = Work(prompts=0, messages=messages_per_search)
+    return SearchProgress(num_searches, expected, description="trees", **options)
 
 
 def test_searches_are_expected_to_need_what_is_given():
     with make_search_progress(5, 20, shown=False) as progress:
         assert progress.total == 5 * 20
-        progress.messages_sampled(10)
+        progress.sampled(0, 10)
         assert progress.total == 5 * 20
         assert progress.done == 10
 
@@ -218,10 +220,10 @@ def test_searches_are_expected_to_need_what_is_given():
 def test_finished_searches_count_what_they_used():
     """Expected 3 x 20. The first needs 8, the second 14: (8 + 2 x 20), then (8 + 14 + 20)."""
     with make_search_progress(3, 20, shown=False) as progress:
-        progress.messages_sampled(8)
+        progress.sampled(0, 8)
         progress.search_finished(8)
         assert progress.total == 8 + 2 * 20
-        progress.messages_sampled(14)
+        progress.sampled(0, 14)
         progress.search_finished(14)
         assert progress.total == 8 + 14 + 20
 
@@ -230,7 +232,7 @@ def test_before_any_search_has_finished_the_bar_shows_80_percent_at_most():
     """The searches need ten times as many messages as expected."""
     with make_search_progress(4, 10, shown=False) as progress:
         for _ in range(100):
-            progress.messages_sampled(4)
+            progress.sampled(0, 4)
             assert progress.done <= 0.8 * progress.total
         assert progress.done == 400
         assert progress.total == 1.25 * 400
@@ -242,7 +244,7 @@ def test_when_all_searches_have_finished_everything_is_done(messages_per_search)
     lengths = [6, 9, 12, 20]
     with make_search_progress(4, messages_per_search, shown=False) as progress:
         for step in range(1, 21):
-            progress.messages_sampled(sum(length >= step for length in lengths))
+            progress.sampled(0, sum(length >= step for length in lengths))
             if step in lengths:
                 progress.search_finished(step)
     assert progress.done == sum(lengths)
@@ -259,7 +261,7 @@ def test_the_estimate_of_two_searches_of_known_length_is_right(clock, monkeypatc
         for _ in range(2):
             for _ in range(10):
                 clock.seconds += 1
-                progress.messages_sampled(1)
+                progress.sampled(0, 1)
             progress.search_finished(10)
             assert progress.total == 20
     lines = capsys.readouterr().err.splitlines()
@@ -269,10 +271,33 @@ def test_the_estimate_of_two_searches_of_known_length_is_right(clock, monkeypatc
     assert lines[-1] == both_finished
 
 
+def test_work_counts_prompts_messages_and_scored_states():
+    """Each of two searches: 3 prompts + 5 messages + 2 x 4 states."""
+    expected = Work(prompts=3, messages=5, states=4)
+    with SearchProgress(2, expected, description="mcts", shown=False) as progress:
+        assert progress.total == 2 * (3 + 5 + 2 * 4)
+        progress.sampled(3, 5)
+        assert progress.done == 3 + 5
+        progress.scored(4)
+        assert progress.done == 3 + 5 + 2 * 4
+        progress.search_finished(5)
+        assert progress.done == progress.total / 2
+
+
+def test_prompts_and_states_are_expected_in_proportion_to_messages():
+    """The first of two searches needs 10 messages and not 5, so that its work counts twice."""
+    expected = Work(prompts=3, messages=5, states=4)
+    with SearchProgress(2, expected, description="mcts", shown=False) as progress:
+        progress.sampled(6, 10)
+        progress.search_finished(10)
+        second = max(5, 1.25 * 10 / 2)
+        assert progress.total == (10 + second) * (3 + 5 + 2 * 4) / 5
+
+
 def test_problems_of_an_earlier_run_are_counted(monkeypatch, capsys):
     monkeypatch.setattr(Progress, "SECONDS_BETWEEN_LINES", 0)
     with make_search_progress(2, 10, num_finished_before=3) as progress:
-        progress.messages_sampled(10)
+        progress.sampled(0, 10)
         progress.search_finished(10)
     assert "4/5 problems, 10 messages" in capsys.readouterr().err.splitlines()[-1]
 

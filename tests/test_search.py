@@ -473,30 +473,33 @@ def test_methods_that_do_not_exist_are_refused(chain, name):
         parse_method(name, chain, num_candidates="3", lam=0.0)
 
 
-# ---- The expected number of messages -------------------------------------------------------------
+# ---- The expected work ---------------------------------------------------------------------------
 
-SAMPLED_MESSAGES = [  # method, and its messages per problem on the chain
-    ("greedy", 4),
-    ("vote-3", 3 * 4),
-    ("best_of-5-value", 5 * 4),
-    ("sbs-1x3-value", 3 + 3 + 3 + 3),
-    ("sbs-2x3.2.1.4-value", 3 + 2 * 2 + 2 * 1 + 2 * 4),
-    ("sbs-4x1.3.2.1-value", 1 + 3 + 3 * 2 + 4 * 1),
+EXPECTED_WORK = [  # method, and its prompts, messages and scored states on the chain
+    ("greedy", (4, 4, 0)),
+    ("vote-3", (1 + 3 * 3, 3 * 4, 0)),
+    ("best_of-5-value", (1 + 5 * 3, 5 * 4, 5)),
+    ("best_of-5-policy", (1 + 5 * 3, 5 * 4, 0)),
+    ("sbs-1x3-value", (4, 3 + 3 + 3 + 3, 12)),
+    ("sbs-2x3.2.1.4-value", (1 + 2 + 2 + 2, 3 + 2 * 2 + 2 * 1 + 2 * 4, 17)),
+    ("sbs-4x1.3.2.1-random", (1 + 1 + 3 + 4, 1 + 3 + 3 * 2 + 4 * 1, 0)),
 ]
 
 
-@pytest.mark.parametrize("name, num_messages", SAMPLED_MESSAGES)
-def test_the_number_of_messages_is_known_beforehand(chain, name, num_messages):
+@pytest.mark.parametrize("name, work", EXPECTED_WORK)
+def test_the_work_is_known_beforehand(chain, name, work):
     method = parse_method(name, chain, num_candidates="3", lam=0.0)
-    assert method.messages_per_problem(chain) == num_messages
+    assert method.expected_work(chain) == work
 
     handlers = scripted_handlers(planted_value)
     problem = Problem("p", "test", "q", gold="", answer_type="number")
     drive(method.search(problem, chain, c_uct=1.0), handlers)
+    _, num_messages, _ = work
     assert handlers[Sample].calls == num_messages
 
 
 def test_the_number_of_messages_of_mcts_is_an_estimate(chain):
-    """C in total for the first simulation, and one message for each later one."""
+    """All agents in the first simulation, and one message of the last agent for each later one."""
     method = parse_method("mcts-8x1.4.2.3-value", chain, num_candidates="3", lam=0.0)
-    assert method.messages_per_problem(chain) == (1 + 4 + 2 + 3) + 8 - 1
+    num_messages = (1 + 4 + 2 + 3) + 8 - 1
+    assert method.expected_work(chain) == (4 + (8 - 1) / 3, num_messages, num_messages)

@@ -234,7 +234,7 @@ def test_padded_equals_unpadded_and_one_forward_per_path_equals_one_per_state(re
     assert score(model, states, batch_tokens=100_000) == pytest.approx(alone, abs=1e-5)
 
     rows = make_rows(paths_of(records[:3]), model)
-    values_of_rows = model.predict(rows, batch_tokens=2000, description=None)
+    values_of_rows = model.predict(rows, batch_tokens=2000)
     by_path = [value for values in values_of_rows for value in values]
     assert by_path == pytest.approx(alone, abs=1e-5)
 
@@ -406,7 +406,7 @@ def test_the_loss_is_huber_in_tanh_space(records, tmp_path):
     model = make_model()
     whole_path = next(path for path in paths_of(records) if len(path) == 4)
     [row] = make_rows([whole_path], model)
-    [values] = model.predict([row], batch_tokens=999, description=None)
+    [values] = model.predict([row], batch_tokens=999)
     error = (torch.tensor(values) - torch.tensor(row.targets)).abs()
     losses = fit(model, [row], tmp_path, epochs=1)
     assert losses == [pytest.approx(huber(error), abs=1e-5)]
