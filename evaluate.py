@@ -20,7 +20,14 @@ from generate_rollouts import Node, run
 from mas import MAS, load_graph
 from metrics import paired, wilson
 from policy import Cost, Policy, add_policy_arguments, make_policy, policy_settings
-from report import markdown_table, method_table, number_or_dash, plot_accuracy, screen
+from report import (
+    markdown_table,
+    method_table,
+    number_or_dash,
+    percent_interval,
+    plot_accuracy,
+    screen,
+)
 from runs import (
     InputError,
     Parser,
@@ -28,6 +35,7 @@ from runs import (
     add_overwrite_argument,
     append_jsonl,
     cli,
+    finished_message,
     is_mine,
     open_run,
     positive_int,
@@ -171,7 +179,14 @@ def summarise(methods: list[Method], records: dict[str, list[dict]]) -> dict:
     comparisons = []
     for method in methods:
         for other, why in opponents(method, methods, rows):
-            comparison = {"method": method.name, "against": other.name, "why": why}
+            comparison = {
+                "method": method.name,
+                "against": other.name,
+                "why": why,
+                "lost": lost_problems(records[method.name], records[other.name]),
+                "calls": rows[method.name]["agent_calls"],
+                "calls_against": rows[other.name]["agent_calls"],
+            }
             comparison |= compare_methods(records[method.name], records[other.name])
             comparisons.append(comparison)
     return {"methods": rows, "comparisons": comparisons}
@@ -192,19 +207,20 @@ def summarise_method(records: list[dict]) -> dict:
     return row
 
 
-def compare_methods(records: list[dict], records_against: list[dict]) -> dict:
-    """Compare two methods on the same problems, in the same order."""
+def lost_problems(records: list[dict], records_against: list[dict]) -> list[str]:
+    """Return the ids of the problems that only the other method answers right."""
     lost = []
     for record, against in zip(records, records_against, strict=True):
         if against["correct"] and not record["correct"]:
             lost.append(record["id"])
-    n = len(records)
-    calls = sum(record["agent_calls"] for record in records) / n
-    calls_against = sum(record["agent_calls"] for record in records_against) / n
+    return lost
+
+
+def compare_methods(records: list[dict], records_against: list[dict]) -> dict:
+    """Compare two methods on the same problems, in the same order (see `paired`)."""
     is_right = [record["correct"] for record in records]
     is_right_against = [record["correct"] for record in records_against]
-    result = paired(is_right, is_right_against)
-    return {"lost": lost, "calls": calls, "calls_against": calls_against, **result}
+    return paired(is_right, is_right_against)
 
 
 def opponents(
@@ -349,7 +365,7 @@ def _compare_answers(folders: list[Path]) -> str:
                 str(folder),
                 str(row["n"]),
                 f"{100 * row['em']:.1f}",
-                f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+                percent_interval(row),
                 f"{row['agent_calls']:.1f}",
             ]
             if folder == folders[0]:
@@ -357,7 +373,7 @@ def _compare_answers(folders: list[Path]) -> str:
             else:
                 result = compare_methods(common, first)
                 cells.append(f"{100 * result['difference']:+.1f}")
-                cells.append(f"{100 * result['low']:+.1f} to {100 * result['high']:+.1f}")
+                cells.append(percent_interval(result, signed=True))
             rows.append(cells)
     return markdown_table(header, rows)
 
@@ -441,11 +457,8 @@ def main(args) -> None:
     # 4. Report, once all processes have finished.
     records, num_missing = collect_records(methods, problems, folder)
     if num_missing > 0:
-        rank, world_size = process_rank()
-        print(
-            f"process {rank} of {world_size} has finished; {num_missing} answers are left to the "
-            f"others\nThe last of them prints the table (or this command, run again)."
-        )
+        print(finished_message(num_missing, "answers"))
+        print("The last of them prints the table.")
         return
     write_report(methods, records, folder, args.by)
 

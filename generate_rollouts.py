@@ -38,6 +38,7 @@ from runs import (
     add_overwrite_argument,
     append_jsonl,
     cli,
+    finished_message,
     is_mine,
     open_run,
     positive_int,
@@ -466,12 +467,8 @@ def main(args) -> None:
     # 4. Report, once all processes have finished.
     records = resume_jsonl(path)
     num_missing = sum(problem.id not in records for problem in problems)
-    if num_missing:
-        rank, world_size = process_rank()
-        print(
-            f"process {rank} of {world_size} has finished; {num_missing} problems are left to the "
-            f"others (or to this command, run again)"
-        )
+    if num_missing > 0:
+        print(finished_message(num_missing, "problems"))
     else:
         print(label_statistics(list(records.values()), mas))
 

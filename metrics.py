@@ -50,12 +50,13 @@ def calibration_error(v: np.ndarray, y: np.ndarray) -> float:
 
 def value_metrics(edges: list[Edge], values: list[float]) -> dict[str, dict]:
     """Return how well V predicts the held-out labels, per agent (see `agent_metrics`)."""
+    edges_of_agent, values_of_agent = defaultdict(list), defaultdict(list)
+    for edge, value in zip(edges, values, strict=True):
+        edges_of_agent[edge.agent].append(edge)
+        values_of_agent[edge.agent].append(value)
     report = {}
-    for agent in dict.fromkeys(edge.agent for edge in edges):
-        of_agent = [edge.agent == agent for edge in edges]
-        agent_edges = [edge for edge, chosen in zip(edges, of_agent, strict=True) if chosen]
-        agent_values = [value for value, chosen in zip(values, of_agent, strict=True) if chosen]
-        report[agent] = agent_metrics(agent_edges, agent_values)
+    for agent, agent_edges in edges_of_agent.items():
+        report[agent] = agent_metrics(agent_edges, values_of_agent[agent])
     return report
 
 

@@ -37,6 +37,7 @@ from runs import (
     Parser,
     add_run_arguments,
     device_of_this_process,
+    ignore,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -171,7 +172,7 @@ class Policy:
         self.seed = seed
         self.max_new_tokens = max_new_tokens
         self.batch_tokens = batch_tokens
-        self.on_batch: Callable[[int, int], None] = _ignore
+        self.on_batch: Callable[[int, int], None] = ignore
 
     def __call__(
         self, requests: list[tuple[Problem, Sample]]
@@ -307,10 +308,6 @@ class Policy:
                 seconds=tokens * seconds_per_token,
                 truncated=Counter({job.agent: num_truncated} if num_truncated else {}),
             )
-
-
-def _ignore(num_prompts: int, num_messages: int) -> None:
-    pass
 
 
 def end_of_message_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

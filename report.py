@@ -30,6 +30,12 @@ def number_or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def percent_interval(row: dict, *, signed: bool = False) -> str:
+    """Show the interval of a row in percent: "27.6 to 38.2", or "-5.6 to +2.3" if signed."""
+    form = "+.1f" if signed else ".1f"
+    return f"{100 * row['low']:{form}} to {100 * row['high']:{form}}"
+
+
 # ---- Methods: the screen at the end of an evaluation ---------------------------------------------
 
 
@@ -41,7 +47,7 @@ def screen(summary: dict) -> str:
 def _method_lines(summary: dict) -> str:
     lines = ["method                   EM %   95 % interval  calls  generated  scored  seconds"]
     for name, row in summary["methods"].items():
-        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        interval = percent_interval(row)
         lines.append(
             f"{name:23s} {100 * row['em']:5.1f} {interval:>15s} {row['agent_calls']:6.1f} "
             f"{row['generated_tokens']:10.0f} {row['scored_tokens']:7.0f} {row['seconds']:8.3f}"
@@ -58,7 +64,7 @@ def _comparison_lines(summary: dict) -> str:
         return f"All {num_all} comparisons of methods are in table.md."
     lines = ["search guided by a model   against                     EM points   95 % interval"]
     for row in comparisons:
-        interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+        interval = percent_interval(row, signed=True)
         difference = f"{100 * row['difference']:+.1f}"
         lines.append(f"{row['method']:26s} {row['against']:26s} {difference:>10s} {interval:>15s}")
     lines.append(f"Paired, on the same problems. All {num_all} comparisons are in table.md.")
@@ -71,12 +77,12 @@ def headline_comparisons(comparisons: list[dict]) -> list[dict]:
     For each search guided by V or by the ORM alone, they show whether it beats a vote of similar
     cost, best-of-N with the same model, and the same search guided by the policy's likelihood.
     """
+    reasons = ("nearest vote", "nearest best-of-N", "same, by policy")
     chosen = []
     for row in comparisons:
         is_search = row["method"].startswith(("sbs-", "mcts-"))
         is_guided = row["method"].endswith(("-value", "-outcome"))
-        asked = ("nearest vote", "nearest best-of-N", "same, by policy")
-        if is_search and is_guided and row["why"] in asked:
+        if is_search and is_guided and row["why"] in reasons:
             chosen.append(row)
     return chosen[:6]
 
@@ -102,7 +108,7 @@ def method_table(summary: dict) -> str:
             name,
             str(row["n"]),
             f"{100 * row['em']:.1f}",
-            f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+            percent_interval(row),
             f"{row['agent_calls']:.1f}",
             f"{row['prompt_tokens']:.0f}",
             f"{row['generated_tokens']:.0f}",
@@ -129,7 +135,7 @@ def comparison_table(summary: dict) -> str:
             f"{row['method']} ({row['calls']:.1f})",
             f"{row['why']}: {row['against']} ({row['calls_against']:.1f})",
             f"{100 * row['difference']:+.1f}",
-            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+            percent_interval(row, signed=True),
             f"{row['wins']} : {row['losses']}",
             f"{row['p']:.2g}",
         ]

@@ -222,6 +222,10 @@ class Progress:
         print(f"{line}; {note}" if note else line, file=sys.stderr, flush=True)
 
 
+def ignore(*amounts: int) -> None:
+    """Take the place of a progress hook if nobody watches."""
+
+
 class Work(NamedTuple):
     """Work of a search: prompts read, messages sampled, and states scored by a model."""
 
@@ -331,6 +335,15 @@ def append_jsonl(file, record: dict) -> None:
 def process_rank() -> tuple[int, int]:
     """Return (rank, number of processes); (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def finished_message(num_missing: int, missing: str) -> str:
+    """Say that this process has finished and others have not. missing: "problems" or "answers"."""
+    rank, world_size = process_rank()
+    return (
+        f"process {rank} of {world_size} has finished; {num_missing} {missing} are left to the "
+        f"others (or to this command, run again)"
+    )
 
 
 def is_mine(problem_id: str) -> bool:

@@ -44,6 +44,7 @@ from runs import (
     append_jsonl,
     cli,
     device_of_this_process,
+    ignore,
     open_run,
     positive_float,
     positive_int,
@@ -574,6 +575,7 @@ def measure(
         model.on_rows = progress.advance
         for row_values in model.predict(rows, batch_tokens=batch_tokens):
             values += row_values
+        model.on_rows = ignore  # the bar ends here; V is asked again when it is verified
     return value_metrics(edges, values)
 
 

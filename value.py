@@ -30,7 +30,7 @@ from transformers import AutoModel
 
 from mas import MAS, State
 from policy import load_pretrained
-from runs import InputError, read_config
+from runs import InputError, ignore, read_config
 
 # ---- Batches -------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class ValueModel(nn.Module):
         )
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.on_rows: Callable[[int], None] = _ignore
+        self.on_rows: Callable[[int], None] = ignore
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
 
     def _segment_ids(self, segment: str) -> list[int]:
@@ -254,10 +254,6 @@ class ValueModel(nn.Module):
         model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
         model.head.load_state_dict(load_file(folder / "head.safetensors"))
         return model.to(device).eval()
-
-
-def _ignore(num_rows: int) -> None:
-    pass
 
 
 def load_backbone(name: str, *, quantize: bool, device: str):

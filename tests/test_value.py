@@ -18,7 +18,7 @@ import train_value
 from decoding import uniforms
 from generate_rollouts import Sample, label_tree, run, tree_paths, tree_record
 from mas import CHAIN, SINGLE, State
-from runs import HERE, InputError, open_run, seeded
+from runs import HERE, InputError, ignore, open_run, seeded
 from tasks import Problem
 from train_value import (
     distinct_tokens,
@@ -662,6 +662,14 @@ def test_a_head_that_was_not_saved_is_noticed(records, tmp_path):
     with pytest.raises(AssertionError, match="the saved value model is not the trained one"):
         verify_saved(model, folder, states, device="cpu", batch_tokens=4000)
     assert "not finished" in refusal(folder)
+
+
+def test_measuring_leaves_no_progress_bar_on_the_model(records):
+    model = make_model()
+    paths = paths_of(records[:1])
+    edges = [edge for path in paths for edge in path]
+    train_value.measure(model, make_rows(paths, model), edges, batch_tokens=4000)
+    assert model.on_rows is ignore
 
 
 def test_a_v_whose_training_is_not_finished_is_refused(saved):
