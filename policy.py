@@ -14,21 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from checkpoints import end_of_message_ids, load_pretrained
 from decoding import Decoder, uniforms
 from mas import GRAPHS, MAS
 from runs import (
@@ -308,94 +301,6 @@ class Policy:
                 seconds=tokens * seconds_per_token,
                 truncated=Counter({job.agent: num_truncated} if num_truncated else {}),
             )
-
-
-def end_of_message_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the token ids that end a message, by the tokenizer and by the checkpoint.
-
-    Nothing else of the checkpoint's generation config is used: its sampling must not leak in.
-    """
-    from_checkpoint = model.generation_config.eos_token_id
-    if not isinstance(from_checkpoint, list):
-        from_checkpoint = [from_checkpoint]
-    return {tokenizer.eos_token_id, *from_checkpoint} - {None}
-
-
-# ---- Loading checkpoints -------------------------------------------------------------------------
-
-
-def load_pretrained(
-    flag: str, name: str, auto_class, *, quantize: bool, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer by folder or hub name through `from_pretrained`.
-
-    Weights are bfloat16 on a GPU and float32 on a CPU; with `quantize` they are NF4 with double
-    quantisation (needs bitsandbytes), computing in that type.
-
-    Args:
-        flag: the flag that gave `name`, for the messages of errors.
-        auto_class: AutoModelForCausalLM, or AutoModel for a backbone without a head.
-
-    Raises:
-        InputError: if the model cannot be loaded or lacks weights or an end-of-message token.
-    """
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    options = {"dtype": dtype, "output_loading_info": True}
-    if quantize:
-        options["device_map"] = {"": device}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    # transformers shows a bar and a report of the weights; the report is checked below instead.
-    disable_progress_bar()
-    set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, report = auto_class.from_pretrained(name, **options)
-    except ImportError as error:
-        remedy = "give --no-quantize" if flag == "--backbone" else "leave out --quantize-policy"
-        raise InputError(
-            f"{flag} {name}: NF4 needs bitsandbytes ({error}); install it, or {remedy}"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{flag} {name}: cannot be loaded as a folder or from the hub: {reason}"
-        ) from None
-
-    # Weights that the files lack would be random.
-    absent = [*report["missing_keys"], *report["mismatched_keys"]]
-    if absent:
-        examples = ", ".join(map(str, sorted(absent)[:3]))
-        class_name = type(model).__name__
-        raise InputError(
-            f"{flag} {name}: its files do not hold all weights of {class_name}: {examples} ..."
-        )
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{flag} {name}: its tokenizer has no end-of-message (eos) token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if quantize:
-        _keep_weights_unpacked(model)
-    else:
-        model = model.to(device)
-    return model, tokenizer
-
-
-def _keep_weights_unpacked(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking NF4 weights for a bfloat16 kernel on some CPUs.
-
-    It would repack them whenever the model is not training: V would differ between training and
-    search, and from one machine to another.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
 
 
 # ---- Flags ---------------------------------------------------------------------------------------

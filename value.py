@@ -28,8 +28,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel
 
+from checkpoints import load_pretrained
 from mas import MAS, State
-from policy import load_pretrained
 from runs import InputError, ignore, read_config
 
 # ---- Batches -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ ORDER = [
     "answers",
     "tasks",
     "decoding",
+    "checkpoints",
     "policy",
     "report",
     "generate_rollouts",
