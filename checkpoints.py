@@ -4,6 +4,7 @@ The model and its tokenizer are loaded by name through `from_pretrained`. The ag
 backbone of V are loaded in the same way.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -103,3 +104,27 @@ def end_of_message_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     if not isinstance(from_checkpoint, list):
         from_checkpoint = [from_checkpoint]
     return {tokenizer.eos_token_id, *from_checkpoint} - {None}
+
+
+# ---- Is it the same checkpoint? ------------------------------------------------------------------
+
+# The files of a checkpoint that decide what it computes: weights, configuration and tokenizer.
+CHECKPOINT_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def checkpoint_fingerprint(name: str, model: PreTrainedModel) -> str:
+    """Return a fingerprint of a checkpoint: of the files of a folder, or the commit on the hub.
+
+    It does not depend on where the folder is. model: as loaded from `name`.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{model.config._commit_hash}"
+    digest = hashlib.blake2b(digest_size=16)
+    paths = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern)}
+    for path in sorted(paths):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

@@ -19,7 +19,15 @@ from answers import extract_answer
 from generate_rollouts import Node, run
 from mas import MAS, load_graph
 from metrics import paired, wilson
-from policy import Cost, Policy, add_policy_arguments, make_policy, policy_settings
+from policy import (
+    Cost,
+    Policy,
+    add_policy_arguments,
+    describe_messages,
+    journal_of,
+    make_policy,
+    search_settings,
+)
 from report import (
     markdown_table,
     method_table,
@@ -38,11 +46,12 @@ from runs import (
     finished_message,
     is_mine,
     open_run,
+    open_to_append,
     positive_int,
     process_rank,
     read_config,
     read_jsonl,
-    resume_jsonl,
+    read_records,
     shard_path,
     without_shard,
 )
@@ -56,7 +65,7 @@ from search import (
     path_to,
     report_to,
 )
-from tasks import Problem, is_correct, load_problems, question_key, source
+from tasks import Problem, check_same_problems, is_correct, load_problems, question_key
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")
 
@@ -100,36 +109,38 @@ def evaluate_method(
 
     Raises InputError if the records were made with another scorer.
     """
-    # 1. Load the records that exist already.
-    records = resume_jsonl(path)
-    scorer = scorer_fingerprint(method, args)
-    other_scorers = {record["scorer"] for record in records.values()} - {scorer}
-    if other_scorers:
-        raise InputError(
-            f"{path} was made with the scorer {sorted(other_scorers)[0]}, now it is {scorer}; "
-            f"choose another --run, or start over with --overwrite"
-        )
-    my_problems = [problem for problem in problems if is_mine(problem.id)]
-    todo = [problem for problem in my_problems if problem.id not in records]
-    if not todo:
-        return
+    with open_to_append(shard_path(path)) as file:
+        # 1. Load the records that exist already.
+        records = read_records(path)
+        check_same_problems(problems, records, path)
+        scorer = scorer_fingerprint(method, args)
+        other_scorers = {record["scorer"] for record in records.values()} - {scorer}
+        if other_scorers:
+            raise InputError(
+                f"{path} was made with the scorer {sorted(other_scorers)[0]}, now it is {scorer}; "
+                f"choose another --run, or start over with --overwrite"
+            )
+        my_problems = [problem for problem in problems if is_mine(problem.id)]
+        todo = [problem for problem in my_problems if problem.id not in records]
+        if not todo:
+            return
 
-    # 2. Search for the other answers, one line per problem as it finishes.
-    progress = SearchProgress(
-        len(todo),
-        method.expected_work(mas),
-        description=method.name,
-        num_finished_before=len(my_problems) - len(todo),
-        shown=process_rank()[0] == 0,
-    )
-    searches = ((problem, method.search(problem, mas, c_uct=args.c_uct)) for problem in todo)
-    handlers = make_handlers(method, scorers, policy)
-    report_to(progress, handlers)
-    with progress, open(shard_path(path), "a", encoding="utf-8") as file:
-        for problem, leaf, cost in run(
-            searches, handlers, max_active=args.max_active, progress=progress
-        ):
-            append_jsonl(file, answer_record(problem, leaf, cost, scorer))
+        # 2. Search for the other answers, one line per problem as it finishes.
+        progress = SearchProgress(
+            len(todo),
+            method.expected_work(mas),
+            description=method.name,
+            num_finished_before=len(my_problems) - len(todo),
+            shown=process_rank()[0] == 0,
+        )
+        searches = ((problem, method.search(problem, mas, c_uct=args.c_uct)) for problem in todo)
+        handlers = make_handlers(method, scorers, policy)
+        report_to(progress, handlers)
+        with progress:
+            for problem, leaf, cost in run(
+                searches, handlers, max_active=args.max_active, progress=progress
+            ):
+                append_jsonl(file, answer_record(problem, leaf, cost, scorer))
 
 
 def scorer_fingerprint(method: Method, args) -> str | None:
@@ -349,7 +360,7 @@ def _compare_answers(folders: list[Path]) -> str:
     header += ["against the first", "95 % interval"]
     rows = []
     for name in _common_methods(folders):
-        records_of_runs = [resume_jsonl(folder / "eval" / name) for folder in folders]
+        records_of_runs = [read_records(folder / "eval" / name) for folder in folders]
         ids = []
         for problem_id in records_of_runs[0]:
             if all(problem_id in records for records in records_of_runs):
@@ -446,13 +457,14 @@ def main(args) -> None:
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / "eval"
-    settings = policy_settings(args, mas) | source(args.task, args.data) | {"c_uct": args.c_uct}
-    open_run(folder, settings, overwrite=args.overwrite)
+    open_run(folder, search_settings(args, policy), device=args.device, overwrite=args.overwrite)
 
     # 3. Answer all problems with each method.
-    for method in methods:
-        path = folder / f"{method.name}.jsonl"
-        evaluate_method(method, problems, mas, policy, scorers, path, args)
+    with journal_of(policy, args):
+        for method in methods:
+            path = folder / f"{method.name}.jsonl"
+            evaluate_method(method, problems, mas, policy, scorers, path, args)
+    print(describe_messages(policy))
 
     # 4. Report, once all processes have finished.
     records, num_missing = collect_records(methods, problems, folder)
@@ -479,7 +491,7 @@ def collect_records(
     records = {}
     num_missing = 0
     for method in methods:
-        record_of = resume_jsonl(folder / f"{method.name}.jsonl")
+        record_of = read_records(folder / f"{method.name}.jsonl")
         present = [problem.id for problem in problems if problem.id in record_of]
         num_missing += len(problems) - len(present)
         records[method.name] = [record_of[problem_id] for problem_id in present]

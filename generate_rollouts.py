@@ -28,8 +28,10 @@ from policy import (
     Policy,
     Sample,
     add_policy_arguments,
+    describe_messages,
+    journal_of,
     make_policy,
-    policy_settings,
+    search_settings,
 )
 from runs import (
     Parser,
@@ -41,13 +43,14 @@ from runs import (
     finished_message,
     is_mine,
     open_run,
+    open_to_append,
     positive_int,
     process_rank,
-    resume_jsonl,
+    read_records,
     seeded,
     shard_path,
 )
-from tasks import Problem, is_correct, load_problems, source
+from tasks import Problem, check_same_problems, is_correct, load_problems
 
 # ---- The tree ------------------------------------------------------------------------------------
 
@@ -444,28 +447,17 @@ def main(args) -> None:
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / "rollouts"
-    settings = policy_settings(args, mas) | source(args.task, args.data)
+    settings = search_settings(args, policy)
     settings["num_simulations"] = args.num_simulations
     settings["num_candidates"] = num_candidates
-    settings["c_uct"] = args.c_uct
-    open_run(folder, settings, overwrite=args.overwrite)
-    path = folder / "trees.jsonl"
-    labelled = resume_jsonl(path)
-    my_problems = [problem for problem in problems if is_mine(problem.id)]
-    todo = [problem for problem in my_problems if problem.id not in labelled]
-    num_labelled = sum(problem.id in labelled for problem in problems)
-    print(
-        f"labelling {len(todo)} problems, N = {args.num_simulations}, C = {num_candidates}; "
-        f"{num_labelled} of {len(problems)} are finished already\n"
-        f"-> {shard_path(path)}"
-    )
+    open_run(folder, settings, device=args.device, overwrite=args.overwrite)
 
     # 3. Label the problems that are not labelled yet, one line per tree.
-    if todo:
-        label_problems(todo, mas, policy, num_candidates, path, args)
+    path = folder / "trees.jsonl"
+    label_problems(problems, mas, policy, num_candidates, path, args)
 
     # 4. Report, once all processes have finished.
-    records = resume_jsonl(path)
+    records = read_records(path)
     num_missing = sum(problem.id not in records for problem in problems)
     if num_missing > 0:
         print(finished_message(num_missing, "problems"))
@@ -489,20 +481,40 @@ def label_problems(
     path: Path,
     args,
 ) -> None:
-    """Label problems and append each tree to this process's shard as it finishes."""
-    progress = SearchProgress(
-        len(problems),
-        expected_work_of_tree(args.num_simulations, num_candidates),
-        description="trees",
-        shown=process_rank()[0] == 0,
-    )
-    policy.on_batch = progress.sampled
-    searches = make_searches(problems, mas, num_candidates, args)
-    with progress, open(shard_path(path), "a", encoding="utf-8") as file:
-        for problem, root, cost in run(
-            searches, {Sample: policy}, max_active=args.max_active, progress=progress
-        ):
-            append_jsonl(file, tree_record(problem, root, cost))
+    """Label those of this process's problems that have no record yet.
+
+    Each tree is appended to this process's shard as it finishes.
+    """
+    with open_to_append(shard_path(path)) as file, journal_of(policy, args):
+        # 1. Load the records that exist already.
+        labelled = read_records(path)
+        check_same_problems(problems, labelled, path)
+        my_problems = [problem for problem in problems if is_mine(problem.id)]
+        todo = [problem for problem in my_problems if problem.id not in labelled]
+        num_labelled = sum(problem.id in labelled for problem in problems)
+        print(
+            f"labelling {len(todo)} problems, N = {args.num_simulations}, C = {num_candidates}; "
+            f"{num_labelled} of {len(problems)} are finished already\n"
+            f"-> {shard_path(path)}"
+        )
+        if not todo:
+            return
+
+        # 2. Label the others.
+        progress = SearchProgress(
+            len(todo),
+            expected_work_of_tree(args.num_simulations, num_candidates),
+            description="trees",
+            shown=process_rank()[0] == 0,
+        )
+        policy.on_batch = progress.sampled
+        searches = make_searches(todo, mas, num_candidates, args)
+        with progress:
+            for problem, root, cost in run(
+                searches, {Sample: policy}, max_active=args.max_active, progress=progress
+            ):
+                append_jsonl(file, tree_record(problem, root, cost))
+        print(describe_messages(policy))
 
 
 def make_searches(

@@ -5,24 +5,27 @@ messages with a `Sample` request, and `Policy` answers many such requests in one
 
 A message is a function of (seed, problem, path in the tree, candidate index), not of the batch it
 is sampled in. One problem alone, a resumed run and another batch size give the same text, up to
-floating-point rounding.
+floating-point rounding. Messages are kept in a journal (journal.py) and never generated twice.
 """
 
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoints import end_of_message_ids, load_pretrained
+from checkpoints import checkpoint_fingerprint, end_of_message_ids, load_pretrained
 from decoding import Decoder, uniforms
+from journal import Journal
 from mas import GRAPHS, MAS
 from runs import (
     HERE,
@@ -30,6 +33,7 @@ from runs import (
     Parser,
     add_run_arguments,
     device_of_this_process,
+    fingerprint,
     ignore,
     non_negative_float,
     non_negative_int,
@@ -37,7 +41,7 @@ from runs import (
     positive_int,
     positive_unit_float,
 )
-from tasks import EMBEDDED, TASKS, Problem
+from tasks import EMBEDDED, TASKS, Problem, source
 
 # ---- Requests ------------------------------------------------------------------------------------
 # What a search may ask for. A request names nodes of a tree: whatever has a `state` (mas.State) and
@@ -118,22 +122,55 @@ Handler = Callable[[list[tuple[Problem, Any]]], list[tuple[Any, Cost]]]
 
 @dataclass
 class PromptJob:
-    """One prompt, and the messages that are sampled from it."""
+    """One prompt, and the messages that are sampled from it.
+
+    Attributes:
+        path: of the node.
+        candidates: candidate index -> message, for those that are known already.
+        seconds: time that these messages took when they were generated.
+    """
 
     request_index: int
     problem_id: str
-    path: tuple[int, ...]  # of the node
+    path: tuple[int, ...]
     agent: str
     prompt_ids: list[int]
     max_new_tokens: int
     num_messages: int
     greedy: bool
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: dict[int, Candidate] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def row_tokens(self) -> int:
         """Tokens that one message of this prompt can occupy in the cache."""
         return len(self.prompt_ids) + self.max_new_tokens
+
+    def key(self, candidate_index: int) -> str:
+        """Return the key of a message in the journal: all that it depends on but the settings."""
+        place = (self.problem_id, self.path, candidate_index)
+        return fingerprint([*place, self.greedy, self.max_new_tokens, self.prompt_ids])
+
+    def messages(self) -> list[Candidate]:
+        return [self.candidates[index] for index in range(self.num_messages)]
+
+    def cost(self) -> Cost:
+        messages = self.messages()
+        num_truncated = sum(message.truncated for message in messages)
+        return Cost(
+            agent_calls=self.num_messages,
+            prompt_tokens=len(self.prompt_ids),
+            generated_tokens=sum(message.tokens for message in messages),
+            seconds=self.seconds,
+            truncated=Counter({self.agent: num_truncated} if num_truncated else {}),
+        )
+
+
+class Part(NamedTuple):
+    """Some messages of one job. A batch is a list of parts."""
+
+    job: PromptJob
+    candidate_indices: list[int]
 
 
 class Policy:
@@ -142,10 +179,13 @@ class Policy:
     Args:
         decoder: the language model of all agents.
         tokenizer: must have a chat template.
+        settings: what determines a message, apart from its key (see `PromptJob.key`).
         max_new_tokens: limit of a message, in addition to the agent's own.
         batch_tokens: limit of rows x (prompt + message limit) in one batch.
 
     Attributes:
+        journal: where messages are looked up and written down; None generates every message.
+        num_generated, num_recalled: messages so far, by the model and from the journal.
         on_batch: called with (prompts, messages) after each batch, to show progress.
     """
 
@@ -155,6 +195,7 @@ class Policy:
         decoder: Decoder,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        settings: dict,
         seed: int,
         max_new_tokens: int,
         batch_tokens: int,
@@ -162,9 +203,13 @@ class Policy:
         self.mas = mas
         self.decoder = decoder
         self.tokenizer = tokenizer
+        self.settings = settings
         self.seed = seed
         self.max_new_tokens = max_new_tokens
         self.batch_tokens = batch_tokens
+        self.journal: Journal | None = None
+        self.num_generated = 0
+        self.num_recalled = 0
         self.on_batch: Callable[[int, int], None] = ignore
 
     def __call__(
@@ -172,34 +217,35 @@ class Policy:
     ) -> list[tuple[list[list[Candidate]], Cost]]:
         """Answer Sample requests. Reply: a list of candidates per node; a prompt is read once.
 
+        The cost of a message is that of generating it, even if it comes from the journal.
+
         Raises InputError if a prompt and its message do not fit into the model's context, or if
-        the messages of one prompt do not fit into memory.
+        a single message does not fit into memory.
         """
         # 1. One job per node: its prompt, and how many messages to sample from it.
         jobs = self._make_jobs(requests)
         self._check_context(jobs)
-        costs = [Cost() for _ in requests]
 
-        # 2. Decode in batches, the longest rows first: memory runs out early or never.
-        queue = sorted(jobs, key=lambda job: job.row_tokens)
+        # 2. Look up the messages that were generated before.
+        parts = [Part(job, self._recall(job)) for job in jobs]
+
+        # 3. Decode the others in batches, the longest rows first: memory runs out early or never.
+        queue = [part for part in parts if part.candidate_indices]
+        queue.sort(key=lambda part: part.job.row_tokens)
         while queue:
             batch = self._take_batch(queue)
-            start = time.perf_counter()
             try:
                 self._sample_batch(batch)
             except torch.OutOfMemoryError:
                 self._halve_batch_tokens(batch)
-                queue += reversed(batch)
-                continue
-            self._charge(batch, costs, seconds=time.perf_counter() - start)
-            self.on_batch(len(batch), sum(job.num_messages for job in batch))
+                queue += batch[::-1]
 
-        # 3. Jobs are in the order of the requests' nodes.
-        remaining = iter(jobs)
-        replies = []
-        for (_, request), cost in zip(requests, costs, strict=True):
-            reply = [next(remaining).candidates for _ in request.nodes]
-            replies.append((reply, cost))
+        # 4. Jobs are in the order of the requests' nodes.
+        replies: list[tuple[list, Cost]] = [([], Cost()) for _ in requests]
+        for job in jobs:
+            reply, cost = replies[job.request_index]
+            reply.append(job.messages())
+            cost += job.cost()
         return replies
 
     def _make_jobs(self, requests: list[tuple[Problem, Sample]]) -> list[PromptJob]:
@@ -238,38 +284,79 @@ class Policy:
                     f"lower --max-new-tokens or remove the problem"
                 )
 
-    def _take_batch(self, queue: list[PromptJob]) -> list[PromptJob]:
-        """Take as many jobs from the end of the queue as `batch_tokens` allows, at least one."""
-        batch = [queue.pop()]
-        longest = batch[0].row_tokens
-        num_rows = batch[0].num_messages
-        while queue and (num_rows + queue[-1].num_messages) * longest <= self.batch_tokens:
-            batch.append(queue.pop())
-            num_rows += batch[-1].num_messages
+    def _recall(self, job: PromptJob) -> list[int]:
+        """Fill in the messages that are in the journal. Returns the indices of the others."""
+        if self.journal is None:
+            return list(range(job.num_messages))
+        missing = []
+        for candidate_index in range(job.num_messages):
+            entry = self.journal.find(job.key(candidate_index))
+            if entry is None:
+                missing.append(candidate_index)
+                continue
+            job.candidates[candidate_index] = Candidate(
+                entry["text"], entry["tokens"], entry["logprob"], entry["truncated"]
+            )
+            job.seconds += entry["seconds"]
+        if job.candidates:
+            self.num_recalled += len(job.candidates)
+            self.on_batch(0 if missing else 1, len(job.candidates))
+        return missing
+
+    def _take_batch(self, queue: list[Part]) -> list[Part]:
+        """Take as many messages from the end of the queue as `batch_tokens` allows, at least one.
+
+        The messages of one prompt stay together unless they need more than a whole batch.
+        """
+        room = max(1, self.batch_tokens // queue[-1].job.row_tokens)
+        batch = []
+        while queue and room > 0:
+            job, candidate_indices = queue[-1]
+            if batch and len(candidate_indices) > room:
+                break
+            queue.pop()
+            batch.append(Part(job, candidate_indices[:room]))
+            if len(candidate_indices) > room:
+                queue.append(Part(job, candidate_indices[room:]))
+            room -= len(candidate_indices)
         return batch
 
-    def _sample_batch(self, batch: list[PromptJob]) -> None:
-        """Sample all messages of a batch and append them to its jobs."""
-        limits, greedy, owners, streams = [], [], [], []
-        num_steps = max(job.max_new_tokens for job in batch)
-        for job in batch:
-            for candidate_index in range(job.num_messages):
+    def _sample_batch(self, batch: list[Part]) -> None:
+        """Sample all messages of a batch, write them down, and add them to their jobs."""
+        # 1. Each message has its own uniforms.
+        places, limits, greedy, streams = [], [], [], []
+        num_steps = max(job.max_new_tokens for job, _ in batch)
+        for job, candidate_indices in batch:
+            for candidate_index in candidate_indices:
                 key = (self.seed, job.problem_id, job.path, candidate_index)
                 stream = np.zeros(num_steps)
                 stream[: job.max_new_tokens] = uniforms(job.max_new_tokens, *key)
                 streams.append(stream)
                 limits.append(job.max_new_tokens)
                 greedy.append(job.greedy)
-                owners.append(job)
+                places.append((job, candidate_index))
+
+        # 2. Decode them together.
+        start = time.perf_counter()
         messages = self.decoder.decode(
-            [job.prompt_ids for job in batch],
-            [job.num_messages for job in batch],
+            [job.prompt_ids for job, _ in batch],
+            [len(candidate_indices) for _, candidate_indices in batch],
             limits,
             np.stack(streams),
             greedy,
         )
-        for job, (tokens, logprobs) in zip(owners, messages, strict=True):
-            job.candidates.append(self._make_candidate(tokens, logprobs))
+
+        # 3. Each message is charged its share of the seconds, by tokens.
+        num_tokens = sum(len(tokens) for tokens, _ in messages)
+        seconds_per_token = (time.perf_counter() - start) / num_tokens
+        for (job, candidate_index), (tokens, logprobs) in zip(places, messages, strict=True):
+            candidate = self._make_candidate(tokens, logprobs)
+            seconds = len(tokens) * seconds_per_token
+            job.candidates[candidate_index] = candidate
+            job.seconds += seconds
+            self._write_down(job, candidate_index, seconds)
+        self.num_generated += len(messages)
+        self.on_batch(len(batch), len(messages))
 
     def _make_candidate(self, tokens: list[int], logprobs: list[float]) -> Candidate:
         truncated = tokens[-1] not in self.decoder.eos_ids
@@ -277,30 +364,26 @@ class Policy:
         text = self.tokenizer.decode(text_tokens, skip_special_tokens=True).strip()
         return Candidate(text, len(tokens), sum(logprobs), truncated)
 
-    def _halve_batch_tokens(self, batch: list[PromptJob]) -> None:
-        """Lower the batch size after running out of memory. Raises InputError if it cannot help."""
-        if len(batch) == 1:
-            raise InputError(
-                f"out of memory with {batch[0].num_messages} messages of one prompt; "
-                f"lower --max-new-tokens or --num-candidates, or give --quantize-policy"
-            ) from None
-        self.batch_tokens //= 2
-        message = f"out of memory: --batch-tokens halved to {self.batch_tokens}"
-        tqdm.write(message, file=sys.stderr)
+    def _write_down(self, job: PromptJob, candidate_index: int, seconds: float) -> None:
+        if self.journal is None:
+            return
+        place = {"problem": job.problem_id, "path": job.path, "candidate": candidate_index}
+        message = job.candidates[candidate_index]._asdict()
+        entry = place | {"agent": job.agent} | message | {"seconds": seconds}
+        self.journal.add(job.key(candidate_index), entry)
 
-    def _charge(self, batch: list[PromptJob], costs: list[Cost], *, seconds: float) -> None:
-        """Add each job's tokens, and its share of the seconds, to the cost of its request."""
-        tokens_per_job = [sum(candidate.tokens for candidate in job.candidates) for job in batch]
-        seconds_per_token = seconds / sum(tokens_per_job)
-        for job, tokens in zip(batch, tokens_per_job, strict=True):
-            num_truncated = sum(candidate.truncated for candidate in job.candidates)
-            costs[job.request_index] += Cost(
-                agent_calls=job.num_messages,
-                prompt_tokens=len(job.prompt_ids),
-                generated_tokens=tokens,
-                seconds=tokens * seconds_per_token,
-                truncated=Counter({job.agent: num_truncated} if num_truncated else {}),
-            )
+    def _halve_batch_tokens(self, batch: list[Part]) -> None:
+        """Lower the batch size after running out of memory. Raises InputError if it cannot help."""
+        longest = batch[0].job.row_tokens
+        num_rows = sum(len(candidate_indices) for _, candidate_indices in batch)
+        if num_rows == 1:
+            raise InputError(
+                f"out of memory with one message of {longest} tokens, prompt included; "
+                f"lower --max-new-tokens, or give --quantize-policy"
+            ) from None
+        self.batch_tokens = num_rows * longest // 2
+        note = f"out of memory: --batch-tokens lowered to {self.batch_tokens}"
+        tqdm.write(note, file=sys.stderr)
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -351,6 +434,12 @@ def add_policy_arguments(parser: Parser) -> None:
         help="sample among the most likely tokens that together have this probability; 1: all",
     )
     parser.add_argument(
+        "--messages",
+        default=None,
+        help="folder of the journal of messages; runs with the same agents can share it "
+        "(default: RUN/messages)",
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=positive_int,
         default=128,
@@ -394,21 +483,43 @@ def make_policy(args, mas: MAS) -> Policy:
         mas,
         decoder,
         tokenizer,
+        settings=policy_settings(args, model),
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
         batch_tokens=args.batch_tokens,
     )
 
 
-def policy_settings(args, mas: MAS) -> dict:
-    """Return the settings that determine the agents' messages, recorded for resuming."""
+def policy_settings(args, model: PreTrainedModel) -> dict:
+    """Return the settings that determine the agents' messages, apart from graph and limits."""
     return {
-        "model": args.model,
-        "graph": asdict(mas),
+        "model": {"name": args.model, "fingerprint": checkpoint_fingerprint(args.model, model)},
+        "quantize_policy": args.quantize_policy,
         "seed": args.seed,
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-        "quantize_policy": args.quantize_policy,
     }
+
+
+def search_settings(args, policy: Policy) -> dict:
+    """Return the settings that determine searches over the agents, recorded for resuming."""
+    return policy.settings | {
+        "max_new_tokens": args.max_new_tokens,
+        "graph": asdict(policy.mas),
+        "c_uct": args.c_uct,
+        **source(args.task, args.data),
+    }
+
+
+@contextmanager
+def journal_of(policy: Policy, args) -> Iterator[None]:
+    """Let the policy keep a journal of its messages in the run folder, or where --messages says."""
+    folder = Path(args.messages or f"{args.run}/messages")
+    with Journal(folder, policy.settings) as policy.journal:
+        yield
+    policy.journal = None
+
+
+def describe_messages(policy: Policy) -> str:
+    return f"{policy.num_generated:,} messages generated, {policy.num_recalled:,} from the journal"

@@ -9,6 +9,7 @@ method can skip it.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
@@ -32,6 +33,10 @@ HERE = Path(__file__).resolve().parent
 
 class InputError(Exception):
     """Bad input from the user. Its one line says what is wrong and what would be right."""
+
+
+class FileInUseError(InputError):
+    """Another process is writing a file."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -321,9 +326,58 @@ def parse_jsonl(text: str, path: Path) -> list[dict]:
     return records
 
 
-def append_jsonl(file, record: dict) -> None:
-    """Write one line and flush it, so that a kill loses no finished problem."""
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def read_finished_lines(path: Path) -> list[dict]:
+    """Read a file that another process may be writing, or was writing when it was killed.
+
+    A last line without its end is ignored. A missing file has no lines.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    num_finished_bytes = content.rfind(b"\n") + 1
+    return parse_jsonl(content[:num_finished_bytes].decode(), path)
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a JSON-lines file as its only writer, until it is closed.
+
+    A last line torn by a kill is cut off; what it recorded is then done again. Only a writer may do
+    that: to a reader, a line that is being written looks the same.
+
+    Raises FileInUseError if another process is writing the file.
+    """
+    file = open(path, "a+b")  # noqa: SIM115 (the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise FileInUseError(
+            f"{path}: another process is writing this file; wait for it, or choose another --run"
+        ) from None
+    num_bytes = file.seek(0, os.SEEK_END)
+    num_finished_bytes = _end_of_last_line(file, num_bytes)
+    if num_finished_bytes < num_bytes:
+        note = "the last line is torn; it is cut off, and what it recorded is done again"
+        print(f"{path}: {note}", file=sys.stderr)
+        file.truncate(num_finished_bytes)
+    return file
+
+
+def _end_of_last_line(file: BinaryIO, num_bytes: int) -> int:
+    """Return how many bytes the finished lines of a file have. Reads from its end."""
+    block_end = num_bytes
+    while block_end > 0:
+        block_start = max(0, block_end - 65536)
+        file.seek(block_start)
+        last_newline = file.read(block_end - block_start).rfind(b"\n")
+        if last_newline >= 0:
+            return block_start + last_newline + 1
+        block_end = block_start
+    return 0
+
+
+def append_jsonl(file: BinaryIO, record: dict) -> None:
+    """Write one line and flush it, so that a kill loses no finished record."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    file.write(line.encode())
     file.flush()
 
 
@@ -378,22 +432,14 @@ def without_shard(path: Path) -> Path:
     return path.with_name(re.sub(r"\.\d+of\d+\.jsonl$", ".jsonl", path.name))
 
 
-def resume_jsonl(path: Path) -> dict[str, dict]:
+def read_records(path: Path) -> dict[str, dict]:
     """Read the records of all processes: problem id -> record, sorted by id.
 
-    A last line torn by a kill is ignored, and cut off in the shard this process appends to; its
-    problem is then done again.
+    A last line torn by a kill is ignored; its problem has no record.
     """
     records = {}
     for shard in all_shards(path):
-        content = shard.read_bytes() if shard.is_file() else b""
-        complete = content.rfind(b"\n") + 1
-        is_torn = complete < len(content)
-        if is_torn and shard == shard_path(path):
-            note = "the last line is torn; it is cut off and its problem is done again"
-            print(f"{shard}: {note}", file=sys.stderr)
-            os.truncate(shard, complete)
-        for record in parse_jsonl(content[:complete].decode(), shard):
+        for record in read_finished_lines(shard):
             records[record["id"]] = record
     return dict(sorted(records.items()))
 
@@ -401,11 +447,17 @@ def resume_jsonl(path: Path) -> dict[str, dict]:
 # ---- The run folder ------------------------------------------------------------------------------
 
 
-def open_run(folder: Path, settings: dict, *, overwrite: bool) -> None:
+def open_run(folder: Path, settings: dict, *, device: str, overwrite: bool) -> None:
     """Start a run folder, or resume one that has the same settings.
 
-    Raises InputError that names every setting that differs, unless `overwrite` is given: then the
-    old records are deleted.
+    Args:
+        settings: what determines the results. A dict with a "fingerprint" equals another one if
+            the fingerprints are equal, whatever the names.
+        device: recorded, but not compared.
+        overwrite: delete the records of a run with any settings.
+
+    Raises InputError that names every setting that differs, or if records that are to be deleted
+    are being written.
     """
     settings = json.loads(json.dumps(settings))  # as they will be read back
     config = folder / "config.json"
@@ -415,16 +467,19 @@ def open_run(folder: Path, settings: dict, *, overwrite: bool) -> None:
             raise InputError(
                 f"--overwrite needs a single process ({reason}); delete {folder} first"
             )
-        for path in [config, *folder.glob("*.jsonl")]:
+        paths = list(folder.glob("*.jsonl"))
+        for path in paths:
+            open_to_append(path).close()  # refuses if another process is writing it
+        for path in [config, *paths]:
             path.unlink()
     if not config.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, {"settings": settings} | provenance())
+        write_config(folder, {"settings": settings} | provenance(device))
         return
     old = read_config(folder)["settings"]
     changes = []
     for key in sorted(old.keys() | settings.keys()):
-        if old.get(key) != settings.get(key):
+        if _without_names(old.get(key)) != _without_names(settings.get(key)):
             changes.append(f"{key} (there {_short(old.get(key))}, now {_short(settings.get(key))})")
     if changes:
         raise InputError(
@@ -433,12 +488,28 @@ def open_run(folder: Path, settings: dict, *, overwrite: bool) -> None:
         )
 
 
+def _without_names(value):
+    """Replace every dict that has a fingerprint by it: a model that was moved is still the same."""
+    if not isinstance(value, dict):
+        return value
+    if "fingerprint" in value:
+        return value["fingerprint"]
+    return {key: _without_names(entry) for key, entry in value.items()}
+
+
 def _short(value) -> str:
-    """Show a setting in a few words: a graph by its name and a fingerprint of its agents."""
+    """Show a setting in a few words: a graph or a model by its name and a fingerprint."""
     if isinstance(value, dict) and "agents" in value:
-        fingerprint = hashlib.blake2b(json.dumps(value).encode(), digest_size=3).hexdigest()
-        return f"{value['name']}#{fingerprint}"
+        return f"{value['name']}#{fingerprint(value)[:6]}"
+    if isinstance(value, dict) and "fingerprint" in value:
+        return f"{value['name']}#{value['fingerprint'][:6]}"
     return json.dumps(value)
+
+
+def fingerprint(value) -> str:
+    """Return a hash of a value that can be written as JSON."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def read_config(folder: Path) -> dict:
@@ -462,16 +533,19 @@ def write_config(folder: Path, config: dict) -> None:
     temporary.replace(folder / "config.json")
 
 
-def provenance() -> dict:
-    """Return the provenance of a run: command, commit, versions, machine, time."""
+def provenance(device: str) -> dict:
+    """Return the provenance of a run: command, commit, versions, machine, time.
+
+    device: as given by --device.
+    """
     import torch  # imported late, see _default_device
 
     git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    if torch.device(device).type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     else:
-        device = f"CPU, {os.cpu_count()} cores"
+        machine = f"CPU, {os.cpu_count()} cores"
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "peft", "numpy"):
         versions[package] = version(package)
@@ -479,7 +553,7 @@ def provenance() -> dict:
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit or None,
         "versions": versions,
-        "device": device,
+        "device": f"{device} ({machine})",
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

@@ -50,6 +50,7 @@ from policy import (
     Sample,
     Score,
     add_policy_arguments,
+    journal_of,
     make_policy,
 )
 from runs import (
@@ -561,7 +562,7 @@ def main(args) -> None:
     searches = [(problem, method.search(problem, mas, c_uct=args.c_uct))]
     handlers = make_handlers(method, scorers, policy)
     report_to(progress, handlers)
-    with progress:
+    with progress, journal_of(policy, args):
         [(_, leaf, cost)] = run(searches, handlers, max_active=1, progress=progress)
 
     # 3. Show everything.

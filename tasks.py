@@ -124,6 +124,29 @@ def source(task: str, data: str | None) -> dict:
     return {"task": task, "data": data, "hub": TASKS[task].hub if from_hub else None}
 
 
+def check_same_problems(problems: list[Problem], records: dict[str, dict], path: Path) -> None:
+    """Raise InputError if a record with the id of a problem is about another question or answer.
+
+    records: problem id -> record, with its `question` and `gold`. path: where they come from.
+    """
+    for problem in problems:
+        record = records.get(problem.id)
+        if record is None:
+            continue
+        for key in ("question", "gold"):
+            there, now = record[key], getattr(problem, key)
+            if there != now:
+                raise InputError(
+                    f"{path}: the {key} of problem {problem.id} has changed "
+                    f"(there {_shorten(there)}, now {_shorten(now)}); "
+                    f"choose another --run, or start over with --overwrite"
+                )
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
 # ---- Loading problems ----------------------------------------------------------------------------
 
 

@@ -16,8 +16,7 @@ paths, and each edge of the tree is labelled in exactly one of them.
 
 import argparse
 import datetime
-import hashlib
-import json
+import itertools
 import os
 import random
 import resource
@@ -25,11 +24,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from checkpoints import checkpoint_fingerprint
 from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
 from metrics import value_metrics
@@ -44,14 +45,16 @@ from runs import (
     append_jsonl,
     cli,
     device_of_this_process,
+    fingerprint,
     ignore,
     open_run,
+    open_to_append,
     positive_float,
     positive_int,
     process_rank,
     read_config,
     read_jsonl,
-    resume_jsonl,
+    read_records,
     seeded,
     write_config,
 )
@@ -62,6 +65,7 @@ from value import (
     add_lora,
     label_positions,
     load_backbone,
+    name_from_folder,
     rendering_fingerprint,
     token_batches,
 )
@@ -403,22 +407,24 @@ def main(args) -> None:
     labels = load_labels(args)
 
     # 2. Start the run folder, or resume it.
+    rank, world_size = process_rank()
+    device = device_of_this_process(args.device)
     folder = Path(args.run) / ("value" if args.target == "search" else "orm")
     checkpoint = folder / "checkpoint.pt"
-    open_run(folder, value_settings(args, labels), overwrite=args.overwrite)
+    model = make_value_model(args, labels.mas, device)
+    settings = value_settings(args, labels, model, folder)
+    open_run(folder, settings, device=args.device, overwrite=args.overwrite)
     if args.overwrite:
         checkpoint.unlink(missing_ok=True)
     if read_config(folder).get("finished"):
         print(f"{folder} is finished already (--overwrite trains it again)")
         print(value_table(read_jsonl(folder / "metrics.jsonl")[-1]["heldout"]))
         return
+    log = open_to_append(folder / "metrics.jsonl") if rank == 0 else None
 
-    # 3. Build the model and the training rows.
-    rank, world_size = process_rank()
-    device = device_of_this_process(args.device)
+    # 3. Build the training rows.
     if world_size > 1:
         start_data_parallel(device)
-    model = make_value_model(args, labels.mas, device)
     rows = make_rows(labels.paths["train"], model)
     heldout_rows = make_rows(labels.paths["heldout"], model)
     heldout_edges = [edge for path in labels.paths["heldout"] for edge in path]
@@ -427,7 +433,7 @@ def main(args) -> None:
     # 4. Train, and measure V on held-out problems after each epoch.
     def after_epoch(epoch: int, train_loss: float) -> None:
         report = measure(model, heldout_rows, heldout_edges, batch_tokens=args.batch_tokens)
-        log_epoch(folder / "metrics.jsonl", epoch, train_loss, report)
+        log_epoch(log, epoch, train_loss, report)
 
     try:
         train(
@@ -488,7 +494,7 @@ def load_labels(args) -> Labels:
     # 2. The trees of each split.
     records = {}
     for split, folder in folders.items():
-        trees = resume_jsonl(folder / "trees.jsonl").values()
+        trees = read_records(folder / "trees.jsonl").values()
         records[split] = [tree for tree in trees if tree["split"] == split]
     _refuse_shared_questions(records, heldout_folder)
 
@@ -520,18 +526,34 @@ def _refuse_shared_questions(records: dict[str, list[dict]], heldout_folder: Pat
         )
 
 
-def value_settings(args, labels: Labels) -> dict:
-    """Return the settings that determine the weights of V, recorded for resuming."""
-    names = ("target", "backbone", "view", "loss", "quantize", "lora_rank", "lr", "epochs")
+def value_settings(args, labels: Labels, model: ValueModel, folder: Path) -> dict:
+    """Return the settings that determine the weights of V, recorded for resuming.
+
+    folder: where V will be saved. The path of its backbone is recorded relative to it.
+    """
+    names = ("target", "view", "loss", "quantize", "lora_rank", "lr", "epochs")
     names += ("huber_delta", "train_batch_tokens", "seed")
-    digest = hashlib.blake2b(json.dumps(labels.records).encode(), digest_size=8).hexdigest()
     settings = {name: getattr(args, name) for name in names}
+    settings["backbone"] = {
+        "name": name_from_folder(args.backbone, folder),
+        "fingerprint": checkpoint_fingerprint(args.backbone, model.backbone),
+    }
+    settings["processes"] = process_rank()[1]  # each of them adds a batch to every step
     settings["graph"] = asdict(labels.mas)
     settings["rendering"] = rendering_fingerprint(labels.mas, args.view)
     settings["rollouts"] = labels.settings["train"]
     settings["heldout_rollouts"] = labels.settings["heldout"]
-    settings["digest of the trees"] = digest
+    settings["trees"] = trees_fingerprint(labels.records)
     return settings
+
+
+def trees_fingerprint(records: dict[str, list[dict]]) -> str:
+    """Fingerprint the trees of both splits, without their cost: equal trees take other seconds."""
+    trees = []
+    for split in sorted(records):
+        for record in records[split]:
+            trees.append({key: value for key, value in record.items() if key != "cost"})
+    return fingerprint(trees)
 
 
 def start_data_parallel(device: str) -> None:
@@ -579,13 +601,12 @@ def measure(
     return value_metrics(edges, values)
 
 
-def log_epoch(log: Path, epoch: int, train_loss: float, report: dict[str, dict]) -> None:
+def log_epoch(log: BinaryIO, epoch: int, train_loss: float, report: dict[str, dict]) -> None:
     """Append the metrics of an epoch to metrics.jsonl, and print its held-out RMSE."""
     # An epoch that is done again after a kill replaces what was logged for it.
-    lines = log.read_text("utf-8").splitlines(keepends=True) if log.is_file() else []
-    with open(log, "w", encoding="utf-8") as file:
-        file.writelines(lines[:epoch])
-        append_jsonl(file, {"epoch": epoch, "train_loss": train_loss, "heldout": report})
+    log.seek(0)
+    log.truncate(sum(len(line) for line in itertools.islice(log, epoch)))
+    append_jsonl(log, {"epoch": epoch, "train_loss": train_loss, "heldout": report})
     errors = ", ".join(f"{agent} {row['rmse']:.3f}" for agent, row in report.items())
     tqdm.write(f"epoch {epoch + 1}: training loss {train_loss:.4f}\n  held-out RMSE: {errors}")
 
@@ -599,7 +620,7 @@ def peak_memory(device: str) -> str:
 
 def save_problem_list(path: Path, labels: Labels) -> None:
     """Write which problems V has seen, so that evaluate.py can refuse to test on them."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "wb") as file:
         for record in labels.records["train"] + labels.records["heldout"]:
             row = {
                 "id": record["id"],

@@ -7,9 +7,9 @@ A transcript is read causally, so one forward over a root-to-leaf path gives V o
 """
 
 import functools
-import hashlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,9 +28,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel
 
-from checkpoints import load_pretrained
+from checkpoints import checkpoint_fingerprint, load_pretrained
 from mas import MAS, State
-from runs import InputError, ignore, read_config
+from runs import InputError, fingerprint, ignore, read_config
 
 # ---- Batches -------------------------------------------------------------------------------------
 
@@ -247,13 +247,30 @@ class ValueModel(nn.Module):
         for part in ("adapter/adapter_model.safetensors", "head.safetensors"):
             if not (folder / part).is_file():
                 raise InputError(f"{folder}: {part} is missing; train_value.py writes it")
-        backbone, tokenizer = load_backbone(
-            settings["backbone"], quantize=settings["quantize"], device=device
-        )
+        name = _name_from_here(settings["backbone"]["name"], folder)
+        backbone, tokenizer = load_backbone(name, quantize=settings["quantize"], device=device)
+        if checkpoint_fingerprint(name, backbone) != settings["backbone"]["fingerprint"]:
+            raise InputError(
+                f"{folder}: its backbone {name} has other files than when V was trained; "
+                f"restore them, or train V again"
+            )
         backbone = PeftModel.from_pretrained(backbone, folder / "adapter")
         model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
         model.head.load_state_dict(load_file(folder / "head.safetensors"))
         return model.to(device).eval()
+
+
+def name_from_folder(name: str, folder: Path) -> str:
+    """Return the name of a checkpoint as seen from a folder; names of the hub stay the same.
+
+    So V can be loaded from any working directory, and moves together with its backbone.
+    """
+    return os.path.relpath(name, folder) if Path(name).is_dir() else name
+
+
+def _name_from_here(name: str, folder: Path) -> str:
+    """Undo `name_from_folder`."""
+    return os.path.relpath(folder / name) if (folder / name).is_dir() else name
 
 
 def load_backbone(name: str, *, quantize: bool, device: str):
@@ -301,4 +318,4 @@ def rendering_fingerprint(mas: MAS, view: str) -> str:
     while not mas.is_terminal(state):
         state = mas.step(state, f"message {len(state.messages)}")
         renderings.append(mas.value_text(state, view))
-    return hashlib.blake2b(json.dumps(renderings).encode(), digest_size=6).hexdigest()
+    return fingerprint(renderings)

@@ -23,6 +23,7 @@ ORDER = [
     "tasks",
     "decoding",
     "checkpoints",
+    "journal",
     "policy",
     "report",
     "generate_rollouts",

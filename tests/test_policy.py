@@ -245,40 +245,52 @@ def test_on_batch_is_called_with_the_prompts_and_messages_of_each_batch(chain, m
 # ---- Memory --------------------------------------------------------------------------------------
 
 
-def run_out_of_memory(policy, monkeypatch, *, max_prompts):
-    """Let the decoder run out of memory with more than `max_prompts` prompts in a batch."""
+def run_out_of_memory(policy, monkeypatch, *, max_messages):
+    """Let the decoder run out of memory with more than `max_messages` in a batch."""
     decode = policy.decoder.decode
 
-    def scarce_decode(prompts, *rest):
-        if len(prompts) > max_prompts:
+    def scarce_decode(prompts, repeats, *rest):
+        if sum(repeats) > max_messages:
             raise torch.OutOfMemoryError("no room")
-        return decode(prompts, *rest)
+        return decode(prompts, repeats, *rest)
 
     monkeypatch.setattr(policy.decoder, "decode", scarce_decode)
 
 
-def test_out_of_memory_halves_the_batches_and_loses_nothing(chain, policy, monkeypatch, capsys):
+def test_out_of_memory_lowers_the_batches_and_loses_nothing(chain, policy, monkeypatch, capsys):
     small = make_tiny_policy(chain, batch_tokens=8000)
-    run_out_of_memory(small, monkeypatch, max_prompts=2)
+    run_out_of_memory(small, monkeypatch, max_messages=2)  # less than the three of a prompt
     sizes = record_batch_sizes(small, monkeypatch)
     reported = []
     small.on_batch = lambda num_prompts, num_messages: reported.append(num_messages)
-    messages, _ = first_messages(small, PROBLEMS)
-    assert max(num_prompts for num_prompts, _ in sizes) > 2
+    messages, costs = first_messages(small, PROBLEMS)
+    assert max(num_messages for _, num_messages in sizes) > 2
     assert small.batch_tokens < 8000
-    assert "out of memory: --batch-tokens halved" in capsys.readouterr().err
+    assert "out of memory: --batch-tokens lowered to" in capsys.readouterr().err
     # A batch that is decoded again is reported once.
     assert sum(reported) == 3 * len(PROBLEMS)
 
-    expected, _ = first_messages(policy, PROBLEMS)
+    expected, expected_costs = first_messages(policy, PROBLEMS)
     for candidates, others in zip(messages, expected, strict=True):
         assert_equal_candidates(candidates, others)
+    for cost, expected_cost in zip(costs, expected_costs, strict=True):
+        assert cost.prompt_tokens == expected_cost.prompt_tokens
+        assert cost.agent_calls == expected_cost.agent_calls
 
 
-def test_one_prompt_that_does_not_fit_into_memory_is_refused(chain, monkeypatch):
+def test_a_prompt_with_more_messages_than_a_batch_holds_is_split(chain, policy, monkeypatch):
+    small = make_tiny_policy(chain, batch_tokens=700)
+    sizes = record_batch_sizes(small, monkeypatch)
+    [candidates], _ = first_messages(small, PROBLEMS[:1], num=8)
+    assert sizes == [(1, 3), (1, 3), (1, 2)]
+    [expected], _ = first_messages(policy, PROBLEMS[:1], num=8)
+    assert_equal_candidates(candidates, expected)
+
+
+def test_a_message_that_does_not_fit_into_memory_is_refused(chain, monkeypatch):
     policy = make_tiny_policy(chain)
-    run_out_of_memory(policy, monkeypatch, max_prompts=0)
-    with pytest.raises(InputError, match="out of memory with 3 messages of one prompt; lower"):
+    run_out_of_memory(policy, monkeypatch, max_messages=0)
+    with pytest.raises(InputError, match="out of memory with one message of .* tokens.*lower"):
         first_messages(policy, PROBLEMS[:1])
 
 

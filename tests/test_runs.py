@@ -20,9 +20,10 @@ from runs import (
     device_of_this_process,
     is_mine,
     open_run,
+    open_to_append,
     read_config,
     read_jsonl,
-    resume_jsonl,
+    read_records,
     seeded,
     shard_path,
     without_shard,
@@ -308,7 +309,7 @@ def test_problems_of_an_earlier_run_are_counted(monkeypatch, capsys):
 def test_a_record_with_any_line_separator_is_read_back(tmp_path):
     path = tmp_path / "x.jsonl"
     record = {"id": "p", "message": "one\ntwo\u2028three\x85four"}
-    with open(path, "w", encoding="utf-8") as file:
+    with open_to_append(path) as file:
         append_jsonl(file, record)
     assert read_jsonl(path) == [record]
 
@@ -318,20 +319,65 @@ def test_a_missing_file_is_named(tmp_path):
         read_jsonl(tmp_path / "none.jsonl")
 
 
-def test_a_torn_last_line_is_cut_off(tmp_path):
+def test_a_reader_ignores_a_torn_last_line_and_leaves_it_alone(tmp_path):
     path = tmp_path / "x.jsonl"
-    with open(path, "w") as file:
+    path.write_bytes(b'{"id": 1}\n{"id": 2, "que')
+    assert read_records(path) == {1: {"id": 1}}
+    assert path.read_bytes() == b'{"id": 1}\n{"id": 2, "que'
+
+
+def test_a_reader_beside_a_writer_loses_nothing(tmp_path):
+    # A reader once cut a line that was being written, and the file could not be parsed any more.
+    path = tmp_path / "x.jsonl"
+    with open_to_append(path) as file:
         append_jsonl(file, {"id": 1})
-        file.write('{"id": 2, "que')
-    assert resume_jsonl(path) == {1: {"id": 1}}
-    assert path.read_text() == '{"id": 1}\n'
+        file.write(b'{"id": 2, ')
+        file.flush()
+        assert list(read_records(path)) == [1]
+        file.write(b'"x": 0}\n')
+    assert read_jsonl(path) == [{"id": 1}, {"id": 2, "x": 0}]
+
+
+def test_the_writer_cuts_off_a_torn_last_line_of_any_length(tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    whole = b'{"id": 1}\n'
+    for torn in (b"{", b'{"id": 2, "long": "' + b"x" * 200_000):
+        path.write_bytes(whole + torn)
+        with open_to_append(path) as file:
+            append_jsonl(file, {"id": 3})
+        assert path.read_bytes() == whole + b'{"id": 3}\n'
+        assert "x.jsonl: the last line is torn" in capsys.readouterr().err
+
+
+def test_a_file_that_is_whole_or_has_only_a_torn_line_is_repaired_without_loss(tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"id": 1}\n')
+    open_to_append(path).close()
+    assert path.read_bytes() == b'{"id": 1}\n'
+    assert capsys.readouterr().err == ""
+    path.write_bytes(b'{"id"')
+    open_to_append(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_a_second_writer_is_refused_and_changes_nothing(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with open_to_append(path) as file:
+        append_jsonl(file, {"id": 1})
+        file.write(b'{"id": 2, ')
+        file.flush()
+        with pytest.raises(InputError, match="x.jsonl: another process is writing this file"):
+            open_to_append(path)
+        file.write(b'"x": 0}\n')
+    assert len(read_jsonl(path)) == 2
+    open_to_append(path).close()  # the lock ends with the writer
 
 
 def test_a_torn_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"id": 1}\n{"id": 2, \n{"id": 3}\n')
     with pytest.raises(InputError, match="x.jsonl, line 2"):
-        resume_jsonl(path)
+        read_records(path)
 
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -361,25 +407,23 @@ def test_without_a_launcher_one_process_has_all_problems(monkeypatch, tmp_path):
     assert shard_path(tmp_path / "x.jsonl") == tmp_path / "x.jsonl"
 
 
-def test_processes_see_each_others_records_and_cut_only_their_own_shard(tmp_path, monkeypatch):
+def test_processes_see_each_others_records(tmp_path, monkeypatch):
     # 1. Each of three processes is killed while it writes its second record.
     path = tmp_path / "x.jsonl"
     for rank in range(3):
         become_process(monkeypatch, rank, 3)
         assert shard_path(path).name == f"x.{rank}of3.jsonl"
-        with open(shard_path(path), "w") as file:
+        with open_to_append(shard_path(path)) as file:
             append_jsonl(file, {"id": f"by {rank}"})
-            file.write('{"torn')
+            file.write(b'{"torn')
 
     # 2. The last process resumes.
-    assert list(resume_jsonl(path)) == ["by 0", "by 1", "by 2"]
-    assert (tmp_path / "x.2of3.jsonl").read_text() == '{"id": "by 2"}\n'
-    assert (tmp_path / "x.0of3.jsonl").read_text().endswith("torn")
+    assert list(read_records(path)) == ["by 0", "by 1", "by 2"]
 
     # 3. One process alone resumes.
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
-    assert len(resume_jsonl(path)) == 3
+    assert len(read_records(path)) == 3
 
 
 def test_a_launched_process_takes_its_own_gpu(monkeypatch):
@@ -405,23 +449,43 @@ def test_a_shard_leads_back_to_its_file(tmp_path, monkeypatch):
 
 def test_another_configuration_is_refused_by_name_unless_overwritten(tmp_path):
     records = tmp_path / "trees.jsonl"
-    open_run(tmp_path, {"seed": 0, "c_uct": 1.0}, overwrite=False)
+    open_run(tmp_path, {"seed": 0, "c_uct": 1.0}, device="cpu", overwrite=False)
     records.write_text("{}\n")
-    open_run(tmp_path, {"seed": 0, "c_uct": 1.0}, overwrite=False)
+    open_run(tmp_path, {"seed": 0, "c_uct": 1.0}, device="cpu", overwrite=False)
     with pytest.raises(InputError, match=r"seed \(there 0, now 1\).*--overwrite"):
-        open_run(tmp_path, {"seed": 1, "c_uct": 1.0}, overwrite=False)
+        open_run(tmp_path, {"seed": 1, "c_uct": 1.0}, device="cpu", overwrite=False)
     assert records.exists()
 
-    open_run(tmp_path, {"seed": 1, "c_uct": 1.0}, overwrite=True)
+    with open_to_append(records), pytest.raises(InputError, match="another process is writing"):
+        open_run(tmp_path, {"seed": 1, "c_uct": 1.0}, device="cpu", overwrite=True)
+    assert records.read_text() == "{}\n"
+    assert read_config(tmp_path)["settings"] == {"seed": 0, "c_uct": 1.0}
+
+    open_run(tmp_path, {"seed": 1, "c_uct": 1.0}, device="cpu", overwrite=True)
     assert not records.exists()
     assert read_config(tmp_path)["settings"] == {"seed": 1, "c_uct": 1.0}
 
 
+def test_a_model_is_compared_by_its_fingerprint_wherever_it_is(tmp_path):
+    model = {"name": "a/model", "fingerprint": "12345678"}
+    moved, other = model | {"name": "b/model"}, model | {"fingerprint": "87654321"}
+
+    def open_with(model):
+        settings = {"model": model, "rollouts": {"model": model}}
+        open_run(tmp_path, settings, device="cpu", overwrite=False)
+
+    open_with(model)
+    open_with(moved)
+    refusal = r"model \(there a/model#123456, now a/model#876543\), rollouts"
+    with pytest.raises(InputError, match=refusal):
+        open_with(other)
+
+
 def test_one_of_several_processes_does_not_overwrite(tmp_path, monkeypatch):
-    open_run(tmp_path, {"seed": 0}, overwrite=False)
+    open_run(tmp_path, {"seed": 0}, device="cpu", overwrite=False)
     become_process(monkeypatch, 0, 2)
     with pytest.raises(InputError, match="--overwrite needs a single process"):
-        open_run(tmp_path, {"seed": 1}, overwrite=True)
+        open_run(tmp_path, {"seed": 1}, device="cpu", overwrite=True)
     assert read_config(tmp_path)["settings"] == {"seed": 0}
 
 
@@ -434,12 +498,13 @@ def test_a_missing_or_torn_configuration_is_named(tmp_path):
 
 
 def test_a_configuration_records_settings_and_provenance(tmp_path):
-    open_run(tmp_path, {"counts": (1, 8)}, overwrite=False)
+    open_run(tmp_path, {"counts": (1, 8)}, device="cpu", overwrite=False)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["settings"] == {"counts": [1, 8]}
-    assert config.keys() >= {"command", "commit", "versions", "device", "started"}
+    assert config.keys() >= {"command", "commit", "versions", "started"}
+    assert config["device"].startswith("cpu (CPU, ")
     # Tuples are read back as lists, and are no other configuration.
-    open_run(tmp_path, {"counts": (1, 8)}, overwrite=False)
+    open_run(tmp_path, {"counts": (1, 8)}, device="cpu", overwrite=False)
 
 
 # ---- Randomness ----------------------------------------------------------------------------------
