@@ -30,7 +30,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoints import checkpoint_fingerprint
 from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
 from metrics import value_metrics
@@ -63,9 +62,9 @@ from value import (
     Row,
     ValueModel,
     add_lora,
+    backbone_setting,
     label_positions,
     load_backbone,
-    name_from_folder,
     rendering_fingerprint,
     token_batches,
 )
@@ -529,15 +528,12 @@ def _refuse_shared_questions(records: dict[str, list[dict]], heldout_folder: Pat
 def value_settings(args, labels: Labels, model: ValueModel, folder: Path) -> dict:
     """Return the settings that determine the weights of V, recorded for resuming.
 
-    folder: where V will be saved. The path of its backbone is recorded relative to it.
+    folder: where V will be saved.
     """
     names = ("target", "view", "loss", "quantize", "lora_rank", "lr", "epochs")
     names += ("huber_delta", "train_batch_tokens", "seed")
     settings = {name: getattr(args, name) for name in names}
-    settings["backbone"] = {
-        "name": name_from_folder(args.backbone, folder),
-        "fingerprint": checkpoint_fingerprint(args.backbone, model.backbone),
-    }
+    settings["backbone"] = backbone_setting(args.backbone, model.backbone, folder)
     settings["processes"] = process_rank()[1]  # each of them adds a batch to every step
     settings["graph"] = asdict(labels.mas)
     settings["rendering"] = rendering_fingerprint(labels.mas, args.view)

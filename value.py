@@ -260,16 +260,17 @@ class ValueModel(nn.Module):
         return model.to(device).eval()
 
 
-def name_from_folder(name: str, folder: Path) -> str:
-    """Return the name of a checkpoint as seen from a folder; names of the hub stay the same.
+def backbone_setting(name: str, backbone: nn.Module, folder: Path) -> dict:
+    """Return how a backbone is recorded: its name as seen from the folder of V, and a fingerprint.
 
-    So V can be loaded from any working directory, and moves together with its backbone.
+    So V can be loaded from any working directory, and moves together with its backbone. Names of
+    the hub stay the same.
     """
-    return os.path.relpath(name, folder) if Path(name).is_dir() else name
+    name_from_folder = os.path.relpath(name, folder) if Path(name).is_dir() else name
+    return {"name": name_from_folder, "fingerprint": checkpoint_fingerprint(name, backbone)}
 
 
 def _name_from_here(name: str, folder: Path) -> str:
-    """Undo `name_from_folder`."""
     return os.path.relpath(folder / name) if (folder / name).is_dir() else name
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,14 +15,16 @@ from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import generate_rollouts
 import search
 import train_value
+from decoding import Decoder
 from mas import REFINE
 from report import method_table
-from runs import cli
+from runs import HERE, cli, open_to_append
 from search import parse_method
 
 ROLLOUTS = ["--num-train", 10, "--num-heldout", 4, "--num-simulations", 6]
@@ -471,6 +474,58 @@ def test_evaluation_killed_and_resumed_equals_the_uninterrupted_run(finished, tm
         assert resumed == read_shards(finished.run / "eval" / f"{name}.jsonl")
 
 
+def count_messages(monkeypatch, path):
+    """Write the number of messages of every decoded batch to a file, in forked children as well."""
+    decode = Decoder.decode
+
+    def counted_decode(*args):
+        messages = decode(*args)
+        with open(path, "a") as file:
+            file.write(f"{len(messages)}\n")
+        return messages
+
+    monkeypatch.setattr(Decoder, "decode", counted_decode)
+
+
+def test_a_kill_with_everything_in_flight_loses_one_batch_at_most(finished, tmp_path, monkeypatch):
+    # With all problems in flight no tree is finished before the end; only the journal helps.
+    in_flight = [*ROLLOUTS, "--max-active", 512, "--batch-tokens", 8000]
+    batches = {}
+    for name, kill_times in {"uninterrupted": [], "killed": [1.0, 1.5, 2.0]}.items():
+        path = tmp_path / f"{name}.txt"
+        path.touch()
+        count_messages(monkeypatch, path)
+        run_with_kills(kill_times, generate_rollouts, "--run", tmp_path / name, *in_flight)
+        monkeypatch.undo()
+        batches[name] = [int(line) for line in path.read_text().split()]
+        trees = read_shards(tmp_path / name / "rollouts" / "trees.jsonl")
+        assert trees == read_shards(finished.run / "rollouts" / "trees.jsonl")
+    num_generated = sum(batches["uninterrupted"])
+    largest_batch = max(batches["killed"])
+    assert len(batches["uninterrupted"]) > 10
+    assert sum(batches["killed"]) <= num_generated + 3 * largest_batch
+    journals = list((tmp_path / "killed" / "messages").glob("*.jsonl"))
+    assert sum(len(read_lines(path)) for path in journals) == num_generated
+
+
+def test_the_methods_of_an_evaluation_share_their_messages(finished):
+    # vote-3 and best_of-3 draw the same passes; the others share what they can.
+    [line] = [line for line in finished.printed["eval"].splitlines() if "from the journal" in line]
+    num_generated, num_recalled = [int(word) for word in line.split() if word.isdigit()]
+    calls = 0
+    for name in METHODS:
+        for record in read_lines(finished.run / "eval" / f"{name}.jsonl"):
+            calls += record["agent_calls"]
+    assert num_generated + num_recalled == calls
+    vote = read_lines(finished.run / "eval" / "vote-3.jsonl")
+    best_of = read_lines(finished.run / "eval" / "best_of-3-value.jsonl")
+    assert num_recalled > sum(record["agent_calls"] for record in best_of)
+    # Each method is charged what it would have cost alone.
+    for record, other in zip(vote, best_of, strict=True):
+        for cost in ("agent_calls", "prompt_tokens", "generated_tokens"):
+            assert record[cost] == other[cost]
+
+
 # As the README says. --multi_gpu starts several processes on a CPU as well.
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -582,6 +637,75 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished):
     error = error_of(search, *run, "--graph", "single", "--method", "mcts-3-value")
     assert "graph 'chain', now it is 'single'" in error
     assert contents(finished.run, "*") == before
+
+
+def run_on_own_data(folder, rows, agents):
+    """Start a run on a data file and a copy of the agents. Returns its flags."""
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--run", folder / "r", "--data", data, "--model", agents]
+    return [*flags, "--max-new-tokens", 8, "--num-candidates", 1]
+
+
+def test_records_of_other_data_or_other_weights_are_refused(tmp_path):
+    # 1. Label and answer problems of one file.
+    agents = shutil.copytree(HERE / "tiny" / "agents", tmp_path / "agents")
+    rows = []
+    for number in range(12):
+        rows.append({"id": f"p{number}", "question": f"What is {number} + 1?", "answer": "5"})
+    label = ["--num-simulations", 1]
+    answer = ["--methods", "greedy"]
+    flags = run_on_own_data(tmp_path, rows, agents)
+    output_of(generate_rollouts, *flags, *label)
+    output_of(evaluate, *flags, *answer)
+    before = contents(tmp_path / "r", "*")
+
+    # 2. Other golds, then other questions, under the same path and ids.
+    other_golds = [row | {"answer": "6"} for row in rows]
+    other_questions = [row | {"question": row["question"] + "?"} for row in rows]
+    for changed_rows, change in (
+        (other_golds, r"gold of problem p\d+ has changed \(there '5', now '6'\)"),
+        (other_questions, r"question of problem p\d+ has changed \(there 'What is"),
+    ):
+        run_on_own_data(tmp_path, changed_rows, agents)
+        assert re.search(change, error_of(generate_rollouts, *flags, *label))
+        assert re.search(change, error_of(evaluate, *flags, *answer))
+    run_on_own_data(tmp_path, rows, agents)
+
+    # 3. Other weights, then another chat template, in the same folder.
+    weights = load_file(agents / "model.safetensors")
+    first = min(weights)
+    save_file(weights | {first: weights[first] + 1}, agents / "model.safetensors", {"format": "pt"})
+    for module, own in ((generate_rollouts, label), (evaluate, answer)):
+        assert "another configuration: model (there" in error_of(module, *flags, *own)
+    save_file(weights, agents / "model.safetensors", {"format": "pt"})
+    [template] = agents.glob("*.jinja")
+    template.write_text(template.read_text() + " ")
+    assert "another configuration: model (there" in error_of(evaluate, *flags, *answer)
+    assert contents(tmp_path / "r", "*") == before
+
+
+def test_a_second_writer_is_refused_and_a_reader_beside_a_writer_is_harmless(copied_run):
+    run = ["--run", copied_run]
+    trees = copied_run / "rollouts" / "trees.jsonl"
+    with open_to_append(trees) as file, open_to_append(copied_run / "eval" / "greedy.jsonl"):
+        file.write(b'{"id": "half a')
+        file.flush()
+        in_use = "another process is writing this file"
+        assert in_use in error_of(generate_rollouts, *run, *ROLLOUTS)
+        assert in_use in error_of(generate_rollouts, *run, *ROLLOUTS, "--overwrite")
+        assert in_use in error_of(evaluate, *run, *EVALUATE)
+        assert "is finished already" in output_of(train_value, *run, *VALUE)
+        assert "vote-3" in output_of(evaluate, "--compare", copied_run, copied_run)
+        file.write(b' tree"}\n')
+    assert read_lines(trees)[-1] == {"id": "half a tree"}
+
+
+def test_training_is_not_resumed_by_another_number_of_processes(copied_run, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = error_of(train_value, "--run", copied_run, *VALUE)
+    assert "processes (there 1, now 2)" in error
 
 
 def test_torn_files_are_named(copied_run):

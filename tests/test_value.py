@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import AGENTS, NoProgress, ScriptedPolicy
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_value
@@ -32,6 +35,7 @@ from value import (
     Row,
     ValueModel,
     add_lora,
+    backbone_setting,
     load_backbone,
     rendering_fingerprint,
     token_batches,
@@ -412,17 +416,17 @@ def test_the_loss_is_huber_in_tanh_space(records, tmp_path):
     assert losses == [pytest.approx(huber(error), abs=1e-5)]
 
 
-def save_with_settings(model, folder, *, quantize, loss):
+def save_with_settings(model, folder, *, quantize, loss, backbone=AGENTS):
     """Save a model with the settings that loading it needs."""
     settings = {
         "graph": asdict(CHAIN),
         "view": "full",
         "rendering": rendering_fingerprint(CHAIN, "full"),
-        "backbone": AGENTS,
+        "backbone": backbone_setting(backbone, model.backbone, folder),
         "quantize": quantize,
         "loss": loss,
     }
-    open_run(folder, settings, overwrite=False)
+    open_run(folder, settings, device="cpu", overwrite=False)
     model.save(folder)
 
 
@@ -644,8 +648,29 @@ def test_a_v_of_another_rendering_is_refused(saved):
 
 
 def test_a_v_whose_backbone_is_missing_is_refused(saved):
-    change_settings(saved, backbone="no/such/model")
+    change_settings(saved, backbone={"name": "no/such/model", "fingerprint": ""})
     assert "no/such/model" in refusal(saved)
+
+
+def test_a_v_follows_its_backbone_but_refuses_other_weights(records, tmp_path, monkeypatch):
+    # 1. Saved with relative paths.
+    shutil.copytree(AGENTS, tmp_path / "agents")
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    save_with_settings(model, Path("run/value"), quantize=False, loss="huber", backbone="agents")
+    verify_saved(model, Path("run/value"), states_of(records[:1]), device="cpu", batch_tokens=4000)
+
+    # 2. Loaded from another working directory.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ValueModel.load(Path("../run/value"), CHAIN, device="cpu")
+
+    # 3. The weights change in place.
+    weights = load_file(tmp_path / "agents" / "model.safetensors")
+    name = min(weights)
+    weights[name] = weights[name] + 1
+    save_file(weights, tmp_path / "agents" / "model.safetensors", metadata={"format": "pt"})
+    assert "agents has other files than when V was trained" in refusal(Path("../run/value"))
 
 
 def test_a_v_without_a_head_is_refused(saved):
