@@ -105,7 +105,7 @@ def vote(question: str, mas: MAS, answer_type: str, *, num: int) -> Search:
     nodes = yield from sample_passes(question, mas, num=num, greedy=False)
     clusters: list[tuple[str, list[Node]]] = []  # (answer, passes that give it)
     for node in nodes:
-        answer = extract_answer(node.message.text, answer_type)
+        answer = extract_answer(node.message.text, answer_type).value
         if answer is None:
             continue
         for cluster_answer, members in clusters:
@@ -601,7 +601,7 @@ def print_solution(problem: Problem, method: Method, leaf: Node, cost: Cost) -> 
         print(f"    {score}{logprob}{truncated}")
 
     # 2. The answer.
-    answer = extract_answer(leaf.message.text, problem.answer_type)
+    answer = extract_answer(leaf.message.text, problem.answer_type).value
     verdict = ""
     if problem.gold:
         right_or_wrong = "right" if is_correct(problem, answer) else "wrong"

@@ -25,7 +25,7 @@ def load_one(folder, task, row):
 def test_neither_of_two_numbers_will_do():
     problem = Problem("p", "test", "q", "16", "number")
     answer = extract_answer("16 − 3 = 13. Final answer: 13", "number")
-    assert not is_correct(problem, answer)
+    assert not is_correct(problem, answer.value)
 
 
 def test_an_unknown_task_is_named():
