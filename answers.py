@@ -41,7 +41,8 @@ When are two answers equal?
   - Text style and spaces do not count. Words are equal to the same words only, in any case.
   - Differences that math-verify ignores do count: a length is not an area, 52 in base 8 is not 52
     in base 9, a.m. is not p.m., r is not R, a set is not a tuple. "(C)" equals "(C) hyperbola".
-  - If only one of the two is an equation, its right side may equal the other answer.
+  - If only one of the two is an equation, its right side may equal the other answer, provided that
+    the equation names its result: "x = 3", "f(2) = 5", "AB = 4", "3 + 4 = 7", but not "2x + z = 1".
   A missing answer equals nothing, not even another missing answer.
 
 math-verify runs in its own process and has 10 seconds per pair. Its own time limits are switched
@@ -682,7 +683,7 @@ _STYLED = re.compile(
 _MIXED_NUMBER_GAP = re.compile(r"(?<=\d)\s*(?=\\[dtc]?frac\s*[{\d])")
 
 # "minus " in "minus 3"
-_SPELLED_MINUS = re.compile(r"\b(?:minus|negative)\s+(?=\d)")
+_SPELLED_MINUS = re.compile(r"\b(?:minus|negative)\s+(?=\d)", re.IGNORECASE)
 
 # \frac{3}{4}, \frac34, \frac{1,000}{3}
 _NUMERIC_FRACTION = re.compile(
@@ -743,10 +744,10 @@ _NUMBER = re.compile(
     )?
     (?: \s*(?P<multiplier>thousand|million|billion|trillion)\b )?
     """,
-    re.VERBOSE,
+    re.IGNORECASE | re.VERBOSE,
 )
 _MULTIPLIERS = {
-    None: 1,
+    "": 1,
     "thousand": 10**3,
     "million": 10**6,
     "billion": 10**9,
@@ -815,7 +816,8 @@ def _absolute_value(match: re.Match) -> Fraction:
         value += Fraction(int(match["part"]), int(match["denominator"]))
     elif match["denominator"]:
         value /= int(match["denominator"])
-    return value * _MULTIPLIERS[match["multiplier"]]
+    multiplier = (match["multiplier"] or "").lower()
+    return value * _MULTIPLIERS[multiplier]
 
 
 def _is_subtraction(text: str, match: re.Match) -> bool:
@@ -894,7 +896,34 @@ _NUMBER_WITH_BASE = re.compile(  # 52_8, 52_{8}, 52_{\text{8}}
 )
 _OPTION_LABEL = re.compile(r"\(?(?P<letter>[A-Z])\)")  # "(C)" or "C)"
 _TUPLE = re.compile(r"\([^()]*\)")  # "(1,2)"
-_SEVERAL_EQUATIONS = re.compile(r",|;|\\text|\band\b|\bor\b")  # "x=3, y" before the last "="
+_EQUALS = re.compile(r"(?<![<>!\\])=")  # but not ">=" and "!="
+_SEVERAL_EQUATIONS = re.compile(r",|;|\\text\b|\band\b|\bor\b")  # "x=3, y" before the last "="
+_ARGUMENTS = re.compile(r"\([^()]*\)")
+
+# What an equation may define: "x", "x_1", "\theta", "f(2)", "\text{Area}", "AB", "\cos\theta"
+_NAME = re.compile(
+    r"""
+    (?:
+        (?:
+            \\(?:text|mbox|mathrm|mathbf|mathbb|vec|hat|bar|overline|angle)\s*\{[^{}]*\}
+          | m?\s*\\(?:angle|triangle)\s*[A-Z]{1,3}        # an angle, by its points
+          | [A-Z]{2} | [A-Za-z]{4,}                       # a segment "AB"; a word
+          | [A-Za-z] | \\(?!frac|sqrt)[A-Za-z]+           # "x", "\theta"
+        )
+        (?: _(?:\w|\{[^{}]*\}) )?                         # "_1", "_{10}"
+        '*
+      | \\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln) \b [^-+*/,;=]+
+      | (?![abckmnxyz]) [A-Za-z]                          # "f(2)", but x(x+1) is a product
+        (?: _(?:\w|\{[^{}]*\}) )? '* (?: \^\{-1\} )? \s*
+        [(\[] [^()\[\]]* [)\]]
+    )
+    """,
+    re.VERBOSE,
+)
+_NAMES = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")  # "(x, y)"
+
+# Commands of arithmetic: what remains of "\sqrt{49} = 7" has no letters
+_ARITHMETIC = re.compile(r"\\(?:[dtc]?frac|sqrt|[dt]?binom|times|cdot|div|pi|circ)(?![a-zA-Z])")
 
 
 def same_answer(a: str | None, b: str | None, answer_type: str) -> bool:
@@ -926,7 +955,11 @@ def _same_math(a: str, b: str) -> bool:
         if verdict is not None:
             return verdict
 
-    # 2. math-verify. The pair is sorted, so that the result is symmetric and cached once.
+    # 2. An equation equals its right side only if it defines it: y = 2x + 3, but not 2x + z = 1.
+    if _is_equation(a) != _is_equation(b) and not (_may_define(a) and _may_define(b)):
+        return False
+
+    # 3. math-verify. The pair is sorted, so that the result is symmetric and cached once.
     first, second = sorted((a, b))
     if MATH_VERIFY.equal(first, second):
         return True
@@ -1007,6 +1040,30 @@ def _is_set_and_tuple(a: str, b: str) -> bool:
     return a.startswith(r"\{") and _TUPLE.fullmatch(b) is not None
 
 
+def _is_equation(answer: str) -> bool:
+    return _EQUALS.search(answer) is not None
+
+
+def _may_define(answer: str) -> bool:
+    """Return False for an equation whose left side is neither a name nor arithmetic.
+
+    Several equations are left to math-verify, and so are answers without an equals sign.
+    """
+    if not _is_equation(answer) or _has_several_equations(answer):
+        return True
+    left = _EQUALS.split(answer)[0].strip()
+    if _NAME.fullmatch(left) or _NAMES.fullmatch(left):
+        return True
+    is_arithmetic = not re.search(r"[A-Za-z]", _ARITHMETIC.sub("", answer))
+    return is_arithmetic
+
+
+def _has_several_equations(answer: str) -> bool:
+    """Return whether a separator stands before the last equals sign, and not among arguments."""
+    left = answer.rpartition("=")[0]
+    return _SEVERAL_EQUATIONS.search(_ARGUMENTS.sub("", left)) is not None
+
+
 def _equation_yields(equation: str, answer: str) -> bool:
     """Return whether the right side of an equation equals an answer that is not an equation."""
     if "=" in answer:
@@ -1019,8 +1076,7 @@ def _right_side(answer: str) -> str | None:
     left, equals, right = answer.rpartition("=")
     if not equals or left.endswith(("<", ">", "!", "\\")):
         return None
-    left_without_arguments = re.sub(r"\([^()]*\)", "", left)  # the comma of f(2, 3) does not count
-    if _SEVERAL_EQUATIONS.search(left_without_arguments):
+    if _has_several_equations(answer):
         return None
     return canonical(right, "math")
 
@@ -1039,10 +1095,15 @@ logging.disable(logging.CRITICAL)
 math_verify.parse("$1$")  # the first call loads sympy
 print("ready", flush=True)
 for line in sys.stdin:
-    a, b = [math_verify.parse("\\boxed{" + answer + "}") for answer in json.loads(line)]
+    a, b = [
+        math_verify.parse("\\boxed{" + answer + "}", parsing_timeout=None)
+        for answer in json.loads(line)
+    ]
     equal = bool(a and b)
     for gold, answer in ((a, b), (b, a)):
-        equal = equal and math_verify.verify(gold, answer, allow_set_relation_comp=True)
+        equal = equal and math_verify.verify(
+            gold, answer, allow_set_relation_comp=True, timeout_seconds=None
+        )
     print(json.dumps(equal), flush=True)
 """
 
