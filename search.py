@@ -62,7 +62,7 @@ from runs import (
     positive_int,
     unit_float,
 )
-from tasks import TASKS, Problem, check_task, is_correct, load_problems
+from tasks import TASKS, Problem, check_task, is_correct, problem_at
 from value import ValueModel
 
 # A search yields requests and returns the terminal node whose answer is given.
@@ -571,11 +571,7 @@ def main(args) -> None:
 def choose_problem(args) -> Problem:
     """Return the user's question, or a test problem of the task."""
     if args.question is None:
-        problems = load_problems(task=args.task, data=args.data, split="test", num=args.index)
-        if len(problems) < args.index:
-            origin = args.data or f"--task {args.task}"
-            raise InputError(f"--index {args.index}: {origin} has {len(problems)} test problems")
-        return problems[-1]
+        return problem_at(task=args.task, data=args.data, place=args.index)
     question = args.question.strip()
     if not question:
         raise InputError(
