@@ -16,13 +16,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from checkpoints import end_of_message_ids, load_pretrained
-from decoding import Decoder, uniforms
+from decoding import Decoder, message_key
 from mas import GRAPHS, MAS
 from runs import (
     HERE,
@@ -250,14 +249,10 @@ class Policy:
 
     def _sample_batch(self, batch: list[PromptJob]) -> None:
         """Sample all messages of a batch and append them to its jobs."""
-        limits, greedy, owners, streams = [], [], [], []
-        num_steps = max(job.max_new_tokens for job in batch)
+        limits, greedy, owners, keys = [], [], [], []
         for job in batch:
             for candidate_index in range(job.num_messages):
-                key = (self.seed, job.problem_id, job.path, candidate_index)
-                stream = np.zeros(num_steps)
-                stream[: job.max_new_tokens] = uniforms(job.max_new_tokens, *key)
-                streams.append(stream)
+                keys.append(message_key(self.seed, job.problem_id, job.path, candidate_index))
                 limits.append(job.max_new_tokens)
                 greedy.append(job.greedy)
                 owners.append(job)
@@ -265,7 +260,7 @@ class Policy:
             [job.prompt_ids for job in batch],
             [job.num_messages for job in batch],
             limits,
-            np.stack(streams),
+            keys,
             greedy,
         )
         for job, (tokens, logprobs) in zip(owners, messages, strict=True):
