@@ -1,6 +1,6 @@
 """Batched decoding: token ids in, token ids out. Knows no agents, problems or trees.
 
-Every message draws its tokens from its own uniforms, so it does not depend on the batch it is
+Every message draws its tokens with its own random numbers, so it does not depend on the batch it is
 decoded in. Messages of one prompt share their computation for as long as their tokens are equal.
 """
 
@@ -15,47 +15,109 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-# ---- Sampling ------------------------------------------------------------------------------------
+# ---- Random numbers ------------------------------------------------------------------------------
+
+
+def _digest(key: tuple, num_bytes: int) -> bytes:
+    return hashlib.blake2b(json.dumps(key).encode(), digest_size=num_bytes).digest()
 
 
 def uniforms(count: int, *key) -> np.ndarray:
     """Return `count` uniforms in [0, 1) from the counter-based stream (Philox) of this key."""
-    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).digest()
-    stream = np.random.Philox(key=int.from_bytes(digest, "big"))
+    stream = np.random.Philox(key=int.from_bytes(_digest(key, 16), "big"))
     return np.random.Generator(stream).random(count)
+
+
+def message_key(*key) -> int:
+    """Return 64 bits, as a signed integer, that stand for a key in `gumbel_noise`."""
+    return int.from_bytes(_digest(key, 8), "big", signed=True)
+
+
+# The constants of SplitMix64, as signed integers. Products wrap around at 64 bits.
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9 - 2**64
+SECOND_MULTIPLIER = 0x94D049BB133111EB - 2**64
+
+
+def gumbel_noise(keys: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor:
+    """Return standard Gumbel noise, float32 [messages, vocabulary], independent in every entry.
+
+    An entry is a function of (key, step, token id) alone. It is computed where `keys` are, from
+    integers that are equal on every device.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014). Every
+    message is a SplitMix64 stream of steps, and every step is one of tokens.
+
+    Args:
+        keys: int64 [messages], see `message_key`.
+        step: index of the token in its message.
+    """
+    step_number = torch.full_like(keys, step + 1)
+    step_keys = _mix_bits(keys + step_number * GOLDEN_GAMMA)
+    token_ids = torch.arange(vocabulary, device=keys.device)
+    return _to_gumbel(_mix_bits(step_keys[:, None] + (token_ids + 1) * GOLDEN_GAMMA))
+
+
+def _mix_bits(numbers: torch.Tensor) -> torch.Tensor:
+    """Apply the output function of SplitMix64 in place: a bijection of 64 bits that mixes them."""
+    numbers ^= _shift_right(numbers, 30)
+    numbers *= FIRST_MULTIPLIER
+    numbers ^= _shift_right(numbers, 27)
+    numbers *= SECOND_MULTIPLIER
+    numbers ^= _shift_right(numbers, 31)
+    return numbers
+
+
+def _to_gumbel(bits: torch.Tensor) -> torch.Tensor:
+    """Return -log(-log(1 - u)), float32 and finite. u: uniform in (0, 1), from the upper 53 bits.
+
+    Small u become the large values on which rare tokens depend, and float32 keeps their precision.
+    """
+    noise = _shift_right(bits, 11).float().mul_(2.0**-53)
+    noise.clamp_(min=2.0**-54, max=1 - 2.0**-24)
+    # In place: with a large vocabulary, new memory takes longer than the logarithms.
+    return noise.neg_().log1p_().neg_().log_().neg_()
+
+
+def _shift_right(numbers: torch.Tensor, places: int) -> torch.Tensor:
+    """Shift and fill with zeros. Torch fills with the sign bit."""
+    shifted = numbers >> places
+    shifted &= 2 ** (64 - places) - 1
+    return shifted
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
 
 
 def sample_tokens(
     logits: torch.Tensor,
-    draws: torch.Tensor,
+    noise: torch.Tensor,
     greedy: torch.Tensor,
     *,
     temperature: float,
     top_k: int,
     top_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample one token per row by inverse CDF, from that row's own uniform.
+    """Sample one token per row: argmax of the filtered logits plus noise (Gumbel-max).
 
-    Because each row has its own uniform, a message does not depend on the rest of the batch.
+    Exact: the token has the probability that the softmax of the filtered logits gives it. Noise per
+    token changes fewer tokens than inverse CDF when logits are rounded differently, as in bfloat16
+    with another batch: only the two best scores matter, not the sum over all tokens before.
 
     Args:
         logits: [rows, vocabulary].
-        draws: float64 [rows], uniforms in [0, 1).
+        noise: [rows, vocabulary], see `gumbel_noise`.
         greedy: bool [rows], rows that take the most likely token instead.
 
     Returns:
         tokens [rows], and log pi(token) [rows] before temperature, top-k and top-p.
     """
     logits = logits.float()
-    logprobs = logits.log_softmax(-1)
     filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    # float64: in float32 the cumulative sum over a large vocabulary loses rare tokens.
-    cdf = filtered.double().softmax(-1).cumsum(-1)
-    thresholds = draws[:, None] * cdf[:, -1:]  # the last entry is 1 only up to rounding
-    sampled = torch.searchsorted(cdf, thresholds, right=True).clamp(max=logits.shape[-1] - 1)
-    most_likely = logprobs.argmax(-1, keepdim=True)
-    tokens = torch.where(greedy[:, None], most_likely, sampled)
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+    scores = torch.where(greedy[:, None], logits, filtered + noise)
+    tokens = scores.argmax(-1, keepdim=True)
+    logprobs = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    return tokens[:, 0], logprobs[:, 0]
 
 
 def filter_logits(
@@ -253,7 +315,7 @@ class Decoder:
         prompts: list[list[int]],
         repeats: list[int],
         limits: list[int],
-        draws: np.ndarray,
+        keys: list[int],
         greedy: list[bool],
     ) -> list[tuple[list[int], list[float]]]:
         """Sample all messages together, from one prefill per prompt.
@@ -262,14 +324,14 @@ class Decoder:
             prompts: token ids of each prompt.
             repeats: number of messages per prompt.
             limits: token limit per message.
-            draws: [messages, longest limit], the uniforms of each message.
+            keys: per message, see `message_key`.
             greedy: per message.
 
         Returns:
             (token ids, log-probabilities) per message.
         """
         device = self.model.device
-        num_messages, num_steps = draws.shape
+        num_messages, num_steps = len(keys), max(limits)
 
         # 1. Prefill each prompt once. All its messages start in its row of the cache.
         with self._timed("model"):
@@ -279,17 +341,19 @@ class Decoder:
 
         # 2. Decode until every message has ended. `live`: indices of those that have not.
         live = torch.arange(num_messages, device=device)
-        draws = torch.from_numpy(draws).to(device)
+        keys = torch.tensor(keys, device=device)
         greedy = torch.tensor(greedy, device=device)
         limits = torch.tensor(limits, device=device)
         eos_ids = torch.tensor(sorted(self.eos_ids), device=device)
-        tokens = torch.zeros(draws.shape, dtype=torch.long, device=device)
-        logprobs = torch.zeros(draws.shape, device=device)
+        tokens = torch.zeros((num_messages, num_steps), dtype=torch.long, device=device)
+        logprobs = torch.zeros((num_messages, num_steps), device=device)
         lengths = torch.zeros(num_messages, dtype=torch.long, device=device)
         for step in range(num_steps):
             with self._timed("sampling"):
+                logits = rows.logits[row_of_message]
+                noise = gumbel_noise(keys[live], step, logits.shape[-1])
                 newest, newest_logprobs = sample_tokens(
-                    rows.logits[row_of_message], draws[live, step], greedy[live], **self.sampling
+                    logits, noise, greedy[live], **self.sampling
                 )
                 tokens[live, step] = newest
                 logprobs[live, step] = newest_logprobs

@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoints import checkpoint_fingerprint, end_of_message_ids, load_pretrained
-from decoding import Decoder, uniforms
+from decoding import Decoder, message_key
 from journal import Journal
 from mas import GRAPHS, MAS
 from runs import (
@@ -323,15 +322,11 @@ class Policy:
 
     def _sample_batch(self, batch: list[Part]) -> None:
         """Sample all messages of a batch, write them down, and add them to their jobs."""
-        # 1. Each message has its own uniforms.
-        places, limits, greedy, streams = [], [], [], []
-        num_steps = max(job.max_new_tokens for job, _ in batch)
+        # 1. Each message has its own key, from which its noise follows.
+        places, limits, greedy, keys = [], [], [], []
         for job, candidate_indices in batch:
             for candidate_index in candidate_indices:
-                key = (self.seed, job.problem_id, job.path, candidate_index)
-                stream = np.zeros(num_steps)
-                stream[: job.max_new_tokens] = uniforms(job.max_new_tokens, *key)
-                streams.append(stream)
+                keys.append(message_key(self.seed, job.problem_id, job.path, candidate_index))
                 limits.append(job.max_new_tokens)
                 greedy.append(job.greedy)
                 places.append((job, candidate_index))
@@ -342,7 +337,7 @@ class Policy:
             [job.prompt_ids for job, _ in batch],
             [len(candidate_indices) for _, candidate_indices in batch],
             limits,
-            np.stack(streams),
+            keys,
             greedy,
         )
 

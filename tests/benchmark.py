@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +32,7 @@ from transformers.cache_utils import DynamicLayer
 
 import decoding
 import generate_rollouts
-from decoding import Decoder, sample_tokens
+from decoding import Decoder, gumbel_noise, message_key, sample_tokens
 from generate_rollouts import make_searches, run, tree_record
 from mas import CHAIN
 from policy import Policy, Sample, make_policy
@@ -64,27 +63,28 @@ class CopyingDecoder(Decoder):
 class UnsharedDecoder(Decoder):
     """Keeps a row of the cache for every message from its prompt on."""
 
-    def decode(self, prompts, repeats, limits, draws, greedy):
+    def decode(self, prompts, repeats, limits, keys, greedy):
         prompts = repeat_prompts(prompts, repeats)
-        return super().decode(prompts, [1] * len(prompts), limits, draws, greedy)
+        return super().decode(prompts, [1] * len(prompts), limits, keys, greedy)
 
 
-class UniformSampler(LogitsProcessor):
-    """Makes `generate` take the tokens that our sampler draws from given uniforms.
+class KeyedSampler(LogitsProcessor):
+    """Makes `generate` take the tokens that our sampler draws with given keys.
 
     Attributes:
         logprobs: of the tokens of each step, [rows] per step.
     """
 
-    def __init__(self, draws: torch.Tensor, greedy: torch.Tensor, sampling: dict):
-        self.draws = draws
+    def __init__(self, keys: torch.Tensor, greedy: torch.Tensor, sampling: dict):
+        self.keys = keys
         self.greedy = greedy
         self.sampling = sampling
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = len(self.logprobs)
-        tokens, logprobs = sample_tokens(scores, self.draws[:, step], self.greedy, **self.sampling)
+        noise = gumbel_noise(self.keys, step, scores.shape[-1])
+        tokens, logprobs = sample_tokens(scores, noise, self.greedy, **self.sampling)
         self.logprobs.append(logprobs)
         only_tokens = torch.full_like(scores, -torch.inf)
         return only_tokens.scatter(-1, tokens[:, None], 0.0)
@@ -96,10 +96,10 @@ class NaiveDecoder(Decoder):
     All its time counts as that of the model.
     """
 
-    def decode(self, prompts, repeats, limits, draws, greedy):
+    def decode(self, prompts, repeats, limits, keys, greedy):
         with self._timed("model"):
             prompts = repeat_prompts(prompts, repeats)
-            tokens, logprobs = self._generate(prompts, draws, greedy)
+            tokens, logprobs = self._generate(prompts, max(limits), keys, greedy)
         messages = []
         for row, limit in enumerate(limits):
             length = self._length(tokens[row], limit)
@@ -107,17 +107,17 @@ class NaiveDecoder(Decoder):
         return messages
 
     def _generate(
-        self, prompts: list[list[int]], draws: np.ndarray, greedy: list[bool]
+        self, prompts: list[list[int]], num_steps: int, keys: list[int], greedy: list[bool]
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Return the new tokens and their log-probabilities, [rows][steps]."""
         device = self.model.device
         token_ids, mask = self._pad(prompts)
-        sampler = UniformSampler(
-            torch.from_numpy(draws).to(device), torch.tensor(greedy, device=device), self.sampling
+        sampler = KeyedSampler(
+            torch.tensor(keys, device=device), torch.tensor(greedy, device=device), self.sampling
         )
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=draws.shape[1],
+            max_new_tokens=num_steps,
             eos_token_id=sorted(self.eos_ids),
             pad_token_id=self.pad_id,
         )
@@ -412,10 +412,10 @@ def seconds_of_decoder(model: PreTrainedModel, prompt: list[int], num_rows: int,
     prompts = [prompt] * len(repeats)
     limits = [args.new] * num_rows
     greedy = [False] * num_rows
-    draws = np.random.default_rng(0).random((num_rows, args.new))
+    keys = [message_key(row) for row in range(num_rows)]
 
     def decode() -> None:
-        decoder.decode(prompts, repeats, limits, draws, greedy)
+        decoder.decode(prompts, repeats, limits, keys, greedy)
 
     return seconds_of(decode, args.device)
 

@@ -1,14 +1,32 @@
-"""Tests of decoding.py: uniforms, sampling, filters, the cache, and messages that share rows."""
+"""Tests of decoding.py: random numbers, sampling, filters, the cache, messages that share rows."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from scipy.stats import chisquare, gumbel_r, kstest
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.cache_utils import DynamicLayer
 
-from decoding import CacheRows, PreallocatedLayer, filter_logits, sample_tokens, uniforms
+from decoding import (
+    GOLDEN_GAMMA,
+    CacheRows,
+    Decoder,
+    PreallocatedLayer,
+    _mix_bits,
+    _to_gumbel,
+    filter_logits,
+    gumbel_noise,
+    message_key,
+    sample_tokens,
+    uniforms,
+)
 from generate_rollouts import make_root
 from policy import Sample
 from tasks import load_problems
@@ -37,16 +55,84 @@ def test_uniforms_of_another_key_are_independent(key):
     assert abs((draws * others).mean() - 0.25) < 0.05
 
 
+# ---- Noise ---------------------------------------------------------------------------------------
+
+
+def keys_of(count):
+    return torch.tensor([message_key(*KEY, index) for index in range(count)])
+
+
+def test_the_bits_are_those_of_splitmix64():
+    """The first outputs of the published generator for the seed 1234567."""
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    counters = torch.arange(1, 6)
+    bits = _mix_bits(1234567 + counters * GOLDEN_GAMMA)
+    assert [number % 2**64 for number in bits.tolist()] == published
+
+
+def test_noise_is_a_function_of_key_step_and_token_alone():
+    keys = keys_of(8)
+    noise = gumbel_noise(keys, 3, 50)
+    assert torch.equal(gumbel_noise(keys[5:6], 3, 50), noise[5:6])
+    assert torch.equal(gumbel_noise(keys.flip(0), 3, 50), noise.flip(0))
+    assert torch.equal(gumbel_noise(keys, 3, 7), noise[:, :7])
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+def test_another_key_has_other_noise(key):
+    keys = torch.tensor([message_key(*KEY), message_key(*key)])
+    noise, other = gumbel_noise(keys, 0, 3000)
+    assert (noise != other).all()
+    assert abs(torch.corrcoef(torch.stack([noise, other]))[0, 1]) < 0.06
+
+
+def noise_along(axis):
+    """Return entries that differ only in their key, their step or their token."""
+    count = 20_000
+    if axis == "key":
+        return gumbel_noise(keys_of(count), 0, 1)[:, 0]
+    if axis == "token":
+        return gumbel_noise(keys_of(1), 0, count)[0]
+    steps = [gumbel_noise(keys_of(1), step, 1)[0] for step in range(count // 10)]
+    return torch.cat(steps)
+
+
+@pytest.mark.parametrize("axis", ["key", "step", "token"])
+def test_noise_is_gumbel_and_independent_along_every_axis(axis):
+    noise = noise_along(axis)
+    assert kstest(noise.numpy(), gumbel_r.cdf).pvalue > 0.01
+    # Neighbours, and entries at other distances, are not correlated.
+    for distance in (1, 2, 16, 256):
+        pairs = torch.stack([noise[:-distance], noise[distance:]])
+        assert abs(torch.corrcoef(pairs)[0, 1]) < 4 / math.sqrt(len(noise))
+
+
+def test_the_noise_is_exact_in_the_tail_and_finite():
+    """A token of probability p is chosen by noise of about log(1 / p): rare tokens need the tail.
+
+    u = 2^-24, 2^-44 and 2^-53 give noise of 24, 44 and 53 times log 2.
+    """
+    bits = torch.tensor([2**40, 2**20, 2**11])
+    by_hand = [24 * math.log(2), 44 * math.log(2), 53 * math.log(2)]
+    assert _to_gumbel(bits).tolist() == pytest.approx(by_hand, abs=1e-5)
+    assert _to_gumbel(torch.tensor([0, -1])).isfinite().all()  # the least and the greatest u
+
+
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
-def sample_evenly(probabilities, *, greedy=False, temperature=1.0, top_k=0):
-    """Sample 1,000 tokens of one distribution, with evenly spaced uniforms."""
-    num = 1000
-    draws = (torch.arange(num).double() + 0.5) / num
+def sample_repeatedly(probabilities, *, greedy=False, temperature=1.0, top_k=0):
+    """Sample 20,000 tokens of one distribution. Returns the tokens and their log-probabilities."""
+    num = 20_000
     return sample_tokens(
         torch.log(torch.tensor([probabilities])).repeat(num, 1),
-        draws,
+        gumbel_noise(keys_of(num), 0, len(probabilities)),
         torch.full((num,), greedy),
         temperature=temperature,
         top_k=top_k,
@@ -55,24 +141,100 @@ def sample_evenly(probabilities, *, greedy=False, temperature=1.0, top_k=0):
 
 
 def test_the_sampler_draws_from_the_distribution():
-    """Inverse CDF: token 0 up to 0.1, token 1 up to 0.3, token 2 up to 0.6, then token 3."""
-    tokens, logprobs = sample_evenly([0.1, 0.2, 0.3, 0.4])
-    assert tokens.bincount().tolist() == [100, 200, 300, 400]
-    assert tokens[:100].eq(0).all()
-    assert tokens[-400:].eq(3).all()
+    tokens, logprobs = sample_repeatedly([0.1, 0.2, 0.3, 0.4])
+    counts = tokens.bincount().numpy()
+    assert chisquare(counts, [2000, 4000, 6000, 8000]).pvalue > 0.01
     assert logprobs[tokens == 1] == pytest.approx(math.log(0.2), abs=1e-6)
 
 
 def test_temperature_and_top_k_change_the_draws_but_not_the_logprobs():
     """At temperature 0.5 the two likeliest have 0.3^2 : 0.4^2 = 0.36 : 0.64."""
-    tokens, logprobs = sample_evenly([0.1, 0.2, 0.3, 0.4], temperature=0.5, top_k=2)
-    assert tokens.bincount(minlength=4).tolist() == [0, 0, 360, 640]
+    tokens, logprobs = sample_repeatedly([0.1, 0.2, 0.3, 0.4], temperature=0.5, top_k=2)
+    counts = tokens.bincount(minlength=4).numpy()
+    assert counts[:2].tolist() == [0, 0]
+    assert chisquare(counts[2:], [7200, 12800]).pvalue > 0.01
     assert logprobs[tokens == 3] == pytest.approx(math.log(0.4), abs=1e-6)
 
 
 def test_greedy_rows_take_the_likeliest_token():
-    tokens, _ = sample_evenly([0.1, 0.2, 0.3, 0.4], greedy=True, temperature=0.5)
+    tokens, _ = sample_repeatedly([0.1, 0.2, 0.3, 0.4], greedy=True, temperature=0.5)
     assert tokens.eq(3).all()
+
+
+# ---- Frequencies of messages ---------------------------------------------------------------------
+
+VOCABULARY = 8
+PROMPT = [3, 1, 4, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    """Return a language model with random weights, whose next tokens are far from uniform."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@torch.inference_mode()
+def probabilities_of_next_token(model, token_ids, *, temperature, top_k, top_p):
+    """Return the distribution by transformers' own filters, [vocabulary]."""
+    logits = model(input_ids=torch.tensor([token_ids])).logits[:, -1]
+    logits = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k > 0:
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    return logits.softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.7, "top_k": 0, "top_p": 1.0},
+        {"temperature": 0.7, "top_k": 0, "top_p": 0.9},
+        {"temperature": 1.7, "top_k": 4, "top_p": 0.8},
+    ],
+    ids=["temperature", "top-p", "top-k and top-p"],
+)
+def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sampling):
+    """p(first) * p(second | first), over 20,000 messages of one prompt."""
+    # 1. Sample.
+    num = 20_000
+    decoder = Decoder(small_model, eos_ids={-1}, pad_id=0, **sampling)
+    keys = keys_of(num).tolist()
+    messages = decoder.decode([PROMPT], [num], [2] * num, keys, [False] * num)
+    counts = torch.zeros((VOCABULARY, VOCABULARY))
+    for (first, second), _ in messages:
+        counts[first, second] += 1
+
+    # 2. The exact probability of every pair.
+    probabilities = torch.zeros((VOCABULARY, VOCABULARY), dtype=torch.float64)
+    of_first = probabilities_of_next_token(small_model, PROMPT, **sampling)
+    for first in range(VOCABULARY):
+        of_second = probabilities_of_next_token(small_model, [*PROMPT, first], **sampling)
+        probabilities[first] = of_first[first].double() * of_second.double()
+
+    # 3. Compare: no pair outside the filters, and the others as often as they should be.
+    is_possible = probabilities > 0
+    assert counts[~is_possible].sum() == 0
+    expected = num * probabilities[is_possible]
+    observed = counts[is_possible].double()
+    is_rare = expected < 5
+    observed = torch.cat([observed[~is_rare], observed[is_rare].sum()[None]])
+    expected = torch.cat([expected[~is_rare], expected[is_rare].sum()[None]])
+    if expected[-1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    assert len(expected) >= 6
+    expected = expected * num / expected.sum()
+    assert chisquare(observed.numpy(), expected.numpy()).pvalue > 0.01
 
 
 # ---- Filters -------------------------------------------------------------------------------------
@@ -193,9 +355,9 @@ def test_a_message_ends_at_its_own_limit_and_its_row_is_removed(policy, monkeypa
     decoder = policy.decoder
     prompts = [[10, 11, 12], [20, 21, 22, 23]]
     limits = [5, 30]
-    draws = np.zeros((2, 30))
+    keys = [0, 1]
     tokens_per_forward = record_forwards(decoder.model, monkeypatch)
-    [(short, _), (long, _)] = decoder.decode(prompts, [1, 1], limits, draws, [True, True])
+    [(short, _), (long, _)] = decoder.decode(prompts, [1, 1], limits, keys, [True, True])
     assert len(short) == 5
     assert 10 < len(long) <= 30
 
@@ -204,5 +366,5 @@ def test_a_message_ends_at_its_own_limit_and_its_row_is_removed(policy, monkeypa
     assert prefill == 2 * 4
     assert steps == [2] * 4 + [1] * (len(long) - 5)
 
-    [(alone, _)] = decoder.decode(prompts[1:], [1], limits[1:], draws[1:], [True])
+    [(alone, _)] = decoder.decode(prompts[1:], [1], limits[1:], keys[1:], [True])
     assert long == alone
