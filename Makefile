@@ -29,17 +29,19 @@ format: .venv/.installed-dev
 
 main: .venv/.installed
 	$(RUN) train_value.py --target outcome
-	$(RUN) evaluate.py --methods greedy vote-4 vote-8 \
-	  best_of-4-policy best_of-4-value best_of-4-outcome \
-	  sbs-2x1.6.1.1-policy sbs-2x1.6.1.1-value \
-	  mcts-8x1.8.1.1-random mcts-8x1.8.1.1-policy mcts-8x1.8.1.1-policy-lam0.5 \
-	  mcts-8x1.8.1.1-value mcts-8x1.8.1.1-value-lam0.5
+	$(RUN) evaluate.py --methods greedy $(foreach num,4 8 16,vote-$(num)) \
+	  $(foreach num,2 4 8 16,best_of-$(num)-value) best_of-8-policy best_of-8-outcome \
+	  $(foreach num,1 2 4,sbs-$(num)x1.6.1.1-value) sbs-2x1.6.1.1-policy \
+	  $(foreach num,2 4 8 16,mcts-$(num)x1.8.1.1-value) mcts-8x1.8.1.1-value-lam0.5 \
+	  $(foreach num,4 8 16,mcts-$(num)x3-value) mcts-8x1.8.1.1-random \
+	  mcts-8x1.8.1.1-policy mcts-8x1.8.1.1-policy-lam0.5
 
 # V is hard to learn here: agents at temperature 1.5, 100 training problems. Every V is measured on
-# the same held-out labels, those of 80 simulations.
-HARD_LABELS := $(RUN) generate_rollouts.py --num-train 100 --temperature 1.5
+# the same held-out labels, those of 80 simulations. The runs share the messages of the agents.
+HARD_AGENTS := --temperature 1.5 --messages runs/hard/messages
+HARD_LABELS := $(RUN) generate_rollouts.py --num-train 100 $(HARD_AGENTS)
 HARD_VALUE := $(RUN) train_value.py --heldout-rollouts runs/n80/rollouts --epochs 4
-HARD_EVALUATE := $(RUN) evaluate.py --temperature 1.5
+HARD_EVALUATE := $(RUN) evaluate.py $(HARD_AGENTS)
 
 hard: .venv/.installed
 	for n in 80 40; do \
@@ -67,8 +69,8 @@ transfer: .venv/.installed
 	$(RUN) generate_rollouts.py --run runs/score --task tiny-score
 	$(RUN) train_value.py --run runs/score
 	$(RUN) evaluate.py --run runs/score --task tiny-score --methods $(TRANSFER_METHODS)
-	$(RUN) evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score \
-	  --by subject level --methods $(TRANSFER_METHODS)
+	$(RUN) evaluate.py --run runs/transfer --messages runs/score/messages \
+	  --value runs/tiny/value --task tiny-score --by subject level --methods $(TRANSFER_METHODS)
 	$(RUN) evaluate.py --compare runs/score runs/transfer
 
 losses: hard
