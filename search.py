@@ -405,19 +405,20 @@ def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Met
     algorithm, parts = _split_name(name)
     num = int(parts.get("num") or 1)
     scorer = parts.get("scorer")
-    if algorithm != "mcts":
-        counts = mas.per_agent(parts.get("per_agent") or "1", f"method {name}:")
-        return Method(name, algorithm, scorer, num, counts, lam=0.0)
+    if algorithm not in ("sbs", "mcts"):
+        return Method(name, algorithm, scorer, num, mas.per_agent("1", name), lam=0.0)
 
-    # The canonical name of an mcts says all its settings.
+    # The canonical name of a search says all its settings, each in one way.
     if parts["per_agent"] is None:
         counts = mas.per_agent(num_candidates, "--num-candidates")
     else:
         counts = mas.per_agent(parts["per_agent"], f"method {name}:")
-    if parts["lam"] is not None:
+    if algorithm == "sbs":
+        lam = 0.0
+    elif parts["lam"] is not None:
         lam = _lam_of_name(name, parts["lam"])
     shown_counts = str(counts[0]) if len(set(counts)) == 1 else ".".join(map(str, counts))
-    canonical_name = f"mcts-{num}x{shown_counts}-{scorer}"
+    canonical_name = f"{algorithm}-{num}x{shown_counts}-{scorer}"
     if lam > 0:
         canonical_name += f"-lam{lam:g}"
     return Method(canonical_name, algorithm, scorer, num, counts, lam)

@@ -431,6 +431,12 @@ def test_methods_are_read_by_name(chain, name, expected):
     assert parse_method(method.name, chain, num_candidates="9", lam=0.0) == method
 
 
+def test_one_method_has_one_name_and_so_one_file_of_records(chain):
+    for name in ("sbs-2x3-value", "mcts-2x3-value"):
+        spelled_out = name.replace("x3", "x3.3.3.3")
+        assert parse_method(spelled_out, chain, num_candidates="1", lam=0.0).name == name
+
+
 MODELS = [  # name, and the trained models that the method queries
     ("greedy", set()),
     ("sbs-2x2-policy", set()),
