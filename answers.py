@@ -284,8 +284,9 @@ _REMARK_ON_ANSWER = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
+# "therefore, " before an answer
 _ADVERB = re.compile(
-    r"^\W*(?:therefore|thus|then|hence|so|indeed|simply|just|clearly|likely|most\s+likely)\b[\s,:]*",
+    r"^\W*(?:therefore|thus|then|hence|so|indeed|simply|just|clearly|(?:most\s+)?likely)\b[\s,:]*",
     re.IGNORECASE,
 )
 

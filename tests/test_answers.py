@@ -1,10 +1,13 @@
 """Tests of answers.py: reading an answer, its canonical form, and equality."""
 
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from answers import Answer, MathVerify, canonical, extract_answer, same_answer
+from answers import RUNGS, Answer, MathVerify, canonical, extract_answer, same_answer
 
 # ---- Reading an answer ---------------------------------------------------------------------------
 
@@ -304,6 +307,87 @@ def test_a_box_over_several_lines_is_told_whole():
     assert same_answer(value, canonical(pmatrix(r"1\\2"), "math"), "math")
 
 
+# ---- Properties of every message -----------------------------------------------------------------
+
+# What messages are made of, so that random messages come near the rules
+FRAGMENTS = [
+    *("Final answer", "final answer is", "#### ", "The answer is", "Answer", "the best option is"),
+    *("The Solver's", "not", "wrong", "therefore", " or ", " and ", " is ", ": ", "\n", ". "),
+    *("\\boxed{", "\\boxed", "\\fbox{", "{", "}", "$", "\\[", "\\(", "\\)", "**", "(", ")"),
+    *("\\frac{", "\\frac", "\\sqrt", "\\text{", "\\overline{", "^", "_", "=", "-", "+", "/", "%"),
+    *("0", "7", "1,234", ".5", "1/0", "9" * 300, "10^{999}", " million", "A", "B", "x", "cm"),
+    *("½", "²", "①", "٣", "−", "\u202f", "\u2028", "\x00", "é", "ﬁ", "数"),
+]
+MESSAGES = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+TOLD = [  # answer type, an answer, its canonical form
+    ("number", "-1,234.5", "-2469/2"),
+    ("letter", "(C)", "C"),
+    ("math", r"\frac{3}{4}", "3/4"),
+    ("math", r"$2\sqrt{x}$", r"2\sqrt{x}"),
+    ("math", r"$\boxed{x+1}$", "x+1"),
+]
+
+
+@PROPERTY
+@given(message=MESSAGES, answer_type=st.sampled_from(["number", "letter", "math"]))
+def test_every_text_is_read_without_an_error(message, answer_type):
+    value, rung = extract_answer(message, answer_type)
+    assert rung in RUNGS
+    assert (value is None) == (rung == "none")
+    if value is not None and answer_type != "math":
+        assert canonical(value, answer_type) == value
+
+
+@PROPERTY
+@given(message=MESSAGES, told=st.sampled_from(TOLD))
+def test_a_final_answer_at_the_end_is_the_answer_of_any_message(message, told):
+    answer_type, answer, value = told
+    text = f"{message}\nFinal answer: {answer}"
+    assert extract_answer(text, answer_type) == Answer(value, "told")
+
+
+def spellings_of(number):
+    """Return ways to write a fraction."""
+    magnitude = abs(number)
+    whole, rest = divmod(magnitude, 1)
+    written = [f"{magnitude.numerator}/{magnitude.denominator}"]
+    written.append(rf"\frac{{{magnitude.numerator}}}{{{magnitude.denominator}}}")
+    if rest:
+        written.append(f"{whole} {rest.numerator}/{rest.denominator}")
+    else:
+        written += [
+            f"{whole}",
+            f"{whole:,}",
+            f"{whole}.00",
+            f"{whole} apples",
+            f"{whole * 1000}/1000",
+        ]
+    if 1000 % magnitude.denominator == 0:
+        written += [f"{float(magnitude):,.3f}", f"{float(magnitude):.4f}%"]
+
+    signed = []
+    for text in written:
+        if number >= 0:
+            signed += [text, f"${text}", f"**{text}**", rf"\boxed{{{text}}}", f"{text}. Done."]
+        else:
+            signed += [f"-{text}", f"−{text}", f"-${text}", f"Minus {text}", rf"\boxed{{-{text}}}"]
+    return signed
+
+
+@PROPERTY
+@given(
+    numerator=st.integers(-(10**7), 10**7),
+    denominator=st.sampled_from([1, 1, 2, 3, 7, 8, 10, 1000]),
+)
+def test_a_number_is_read_back_however_it_is_written(numerator, denominator):
+    number = Fraction(numerator, denominator)
+    for spelling in spellings_of(number):
+        answer = extract_answer(f"I tried 5.\nFinal answer: {spelling}", "number")
+        assert answer == Answer(str(number), "told"), spelling
+
+
 # ---- Equality ------------------------------------------------------------------------------------
 
 
@@ -504,6 +588,15 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
 def test_symbolic_equality_is_right_and_symmetric(a, b, equal):
     a, b = canonical(a, "math"), canonical(b, "math")
     assert same_answer(a, b, "math") == same_answer(b, a, "math") == equal
+
+
+MATH_ANSWERS = [canonical(answer, "math") for answer in sum([[a, b] for a, b, _ in MATH], [])]
+
+
+@settings(PROPERTY, max_examples=50)
+@given(a=st.sampled_from(MATH_ANSWERS), b=st.sampled_from(MATH_ANSWERS))
+def test_equality_is_symmetric(a, b):
+    assert same_answer(a, b, "math") == same_answer(b, a, "math")
 
 
 def test_no_answer_equals_nothing():
