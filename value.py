@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel
 
-from checkpoints import load_pretrained
+from checkpoints import beginning_ids, load_pretrained
 from mas import MAS, State
 from runs import InputError, ignore, read_config
 
@@ -99,6 +99,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
+        self.beginning = beginning_ids(tokenizer)
         self.mas = mas
         self.view = view
         self.loss = loss
@@ -120,9 +121,11 @@ class ValueModel(nn.Module):
     def encode(self, state: State) -> tuple[list[int], list[int]]:
         """Return the token ids of value_text, and the position of the token that ends each segment.
 
+        The ids begin with the BOS token if the backbone's tokenizer adds one (`beginning_ids`).
         Raises InputError if the state does not fit into the backbone. Nothing is ever truncated.
         """
-        ids, ends = [], []
+        ids = list(self.beginning)
+        ends = []
         for segment in self.mas.value_text(state, self.view):
             ids += self.segment_ids(segment)
             ends.append(len(ids) - 1)
