@@ -8,6 +8,8 @@ is sampled in. One problem alone, a resumed run and another batch size give the 
 floating-point rounding.
 """
 
+import argparse
+import json
 import os
 import sys
 import time
@@ -18,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
-from checkpoints import end_of_message_ids, load_pretrained
+from checkpoints import TEMPLATE_DATE, ChatFormat, end_of_message_ids, load_pretrained
 from decoding import Decoder, message_key
 from mas import GRAPHS, MAS
 from runs import (
@@ -47,7 +49,8 @@ class Candidate(NamedTuple):
     """One sampled message.
 
     Attributes:
-        tokens: number of tokens generated, the end-of-message token included.
+        text: without reasoning blocks; other agents, V and the answer see nothing of them.
+        tokens: number of tokens generated, reasoning and the end-of-message token included.
         logprob: sum over the tokens of log pi(token | prefix) in nats, before temperature, top-k
             and top-p.
         truncated: whether the message reached its token limit.
@@ -140,7 +143,7 @@ class Policy:
 
     Args:
         decoder: the language model of all agents.
-        tokenizer: must have a chat template.
+        chat_format: renders their prompts and reads their messages.
         max_new_tokens: limit of a message, in addition to the agent's own.
         batch_tokens: limit of rows x (prompt + message limit) in one batch.
 
@@ -152,7 +155,7 @@ class Policy:
         self,
         mas: MAS,
         decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase,
+        chat_format: ChatFormat,
         *,
         seed: int,
         max_new_tokens: int,
@@ -160,7 +163,7 @@ class Policy:
     ):
         self.mas = mas
         self.decoder = decoder
-        self.tokenizer = tokenizer
+        self.chat_format = chat_format
         self.seed = seed
         self.max_new_tokens = max_new_tokens
         self.batch_tokens = batch_tokens
@@ -218,11 +221,7 @@ class Policy:
                     greedy=request.greedy,
                 )
                 jobs.append(job)
-        texts = self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=False
-        )
-        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for job, prompt_ids in zip(jobs, prompts, strict=True):
+        for job, prompt_ids in zip(jobs, self.chat_format.encode(chats), strict=True):
             job.prompt_ids = prompt_ids
         return jobs
 
@@ -268,8 +267,7 @@ class Policy:
 
     def _make_candidate(self, tokens: list[int], logprobs: list[float]) -> Candidate:
         truncated = tokens[-1] not in self.decoder.eos_ids
-        text_tokens = tokens if truncated else tokens[:-1]
-        text = self.tokenizer.decode(text_tokens, skip_special_tokens=True).strip()
+        text = self.chat_format.message(tokens if truncated else tokens[:-1])
         return Candidate(text, len(tokens), sum(logprobs), truncated)
 
     def _halve_batch_tokens(self, batch: list[PromptJob]) -> None:
@@ -329,6 +327,12 @@ def add_policy_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards"
     )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        default="{}",
+        help='variables of the chat template as JSON, e.g. {"enable_thinking": false}',
+    )
     # how their messages are sampled
     parser.add_argument(
         "--temperature", type=positive_float, default=1.0, help="of every sampled message"
@@ -364,6 +368,17 @@ def add_policy_arguments(parser: Parser) -> None:
     )
 
 
+def json_object(text: str) -> dict:
+    """Parse the value of a flag that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error.msg})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"name": true}}')
+    return value
+
+
 def make_policy(args, mas: MAS) -> Policy:
     """Load the agents that the flags name. Raises InputError if they are not a chat model."""
     torch.set_num_threads(args.num_threads)
@@ -374,9 +389,7 @@ def make_policy(args, mas: MAS) -> Policy:
         quantize=args.quantize_policy,
         device=device_of_this_process(args.device),
     )
-    if tokenizer.chat_template is None:
-        reason = "its tokenizer has no chat template; the agents need a chat model"
-        raise InputError(f"--model {args.model}: {reason}")
+    chat_format = ChatFormat(tokenizer, name=args.model, template_kwargs=args.chat_template_kwargs)
     decoder = Decoder(
         model,
         eos_ids=end_of_message_ids(model, tokenizer),
@@ -388,7 +401,7 @@ def make_policy(args, mas: MAS) -> Policy:
     return Policy(
         mas,
         decoder,
-        tokenizer,
+        chat_format,
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
         batch_tokens=args.batch_tokens,
@@ -406,4 +419,6 @@ def policy_settings(args, mas: MAS) -> dict:
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
         "quantize_policy": args.quantize_policy,
+        "chat_template_kwargs": args.chat_template_kwargs,
+        "template_date": TEMPLATE_DATE,
     }
