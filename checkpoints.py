@@ -25,32 +25,39 @@ from runs import InputError
 # ---- Weights and tokenizer -----------------------------------------------------------------------
 
 
+def resolve_dtype(dtype: str, device: str) -> str:
+    """Return the name of the type that `--dtype` means on a device."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+
+
 def load_pretrained(
-    flag: str, name: str, auto_class, *, quantize: bool, device: str
+    flag: str, name: str, auto_class, *, quantize: bool, device: str, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer by folder or hub name through `from_pretrained`.
 
-    Weights are bfloat16 on a GPU and float32 on a CPU; with `quantize` they are NF4 with double
-    quantisation (needs bitsandbytes), computing in that type.
+    With `quantize`, the weights of linear layers are NF4 with double quantisation (bitsandbytes).
 
     Args:
         flag: the flag that gave `name`, for the messages of errors.
         auto_class: AutoModelForCausalLM, or AutoModel for a backbone without a head.
+        dtype: of all other weights and of the computation, see `resolve_dtype`.
 
     Raises:
         InputError: if the model cannot be loaded or lacks weights or an end-of-message token.
     """
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    options = {"dtype": dtype, "output_loading_info": True}
+    compute_dtype = getattr(torch, resolve_dtype(dtype, device))
+    options = {"dtype": compute_dtype, "output_loading_info": True}
     if quantize:
         options["device_map"] = {"": device}
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=compute_dtype,
         )
     # transformers shows a bar and a report of the weights; the report is checked below instead.
     disable_progress_bar()

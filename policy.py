@@ -22,7 +22,13 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from checkpoints import TEMPLATE_DATE, ChatFormat, end_of_message_ids, load_pretrained
+from checkpoints import (
+    TEMPLATE_DATE,
+    ChatFormat,
+    end_of_message_ids,
+    load_pretrained,
+    resolve_dtype,
+)
 from decoding import Decoder, message_key
 from mas import GRAPHS, MAS
 from runs import (
@@ -388,6 +394,7 @@ def make_policy(args, mas: MAS) -> Policy:
         AutoModelForCausalLM,
         quantize=args.quantize_policy,
         device=device_of_this_process(args.device),
+        dtype=args.dtype,
     )
     chat_format = ChatFormat(tokenizer, name=args.model, template_kwargs=args.chat_template_kwargs)
     decoder = Decoder(
@@ -421,4 +428,5 @@ def policy_settings(args, mas: MAS) -> dict:
         "quantize_policy": args.quantize_policy,
         "chat_template_kwargs": args.chat_template_kwargs,
         "template_date": TEMPLATE_DATE,
+        "dtype": resolve_dtype(args.dtype, args.device),
     }

@@ -22,7 +22,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -233,7 +233,7 @@ class ValueModel(nn.Module):
 
     @classmethod
     def load(
-        cls, folder: Path, mas: MAS, *, device: str, must_be_finished: bool = True
+        cls, folder: Path, mas: MAS, *, device: str, dtype: str, must_be_finished: bool = True
     ) -> "ValueModel":
         """Load a trained value model.
 
@@ -251,7 +251,7 @@ class ValueModel(nn.Module):
             if not (folder / part).is_file():
                 raise InputError(f"{folder}: {part} is missing; train_value.py writes it")
         backbone, tokenizer = load_backbone(
-            settings["backbone"], quantize=settings["quantize"], device=device
+            settings["backbone"], quantize=settings["quantize"], device=device, dtype=dtype
         )
         backbone = PeftModel.from_pretrained(backbone, folder / "adapter")
         model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
@@ -259,19 +259,25 @@ class ValueModel(nn.Module):
         return model.to(device).eval()
 
 
-def load_backbone(name: str, *, quantize: bool, device: str):
-    """Load (backbone without its head, tokenizer). quantize: NF4 weights (QLoRA)."""
+def load_backbone(name: str, *, quantize: bool, device: str, dtype: str):
+    """Load (backbone without its head, tokenizer). quantize: NF4 weights (QLoRA).
+
+    The backbone is frozen and keeps its type: peft's `prepare_model_for_kbit_training` would make
+    embeddings, norms and all hidden states float32, which takes more memory and rules out flash
+    attention. On a GPU, training keeps only the inputs of layers, and computes each layer again for
+    its gradients (gradient checkpointing). This changes no gradient.
+    """
     backbone, tokenizer = load_pretrained(
-        "--backbone", name, AutoModel, quantize=quantize, device=device
+        "--backbone", name, AutoModel, quantize=quantize, device=device, dtype=dtype
     )
-    if quantize:
-        on_gpu = torch.device(device).type == "cuda"
-        backbone = prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=on_gpu)
+    backbone.requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        backbone.activation_checkpointing_enable()
     return backbone, tokenizer
 
 
 def add_lora(backbone, *, rank: int):
-    """Add LoRA to every linear layer; everything else is frozen."""
+    """Add LoRA, in float32, to every linear layer. Nothing else of the backbone is trained."""
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     return get_peft_model(backbone, lora)
 

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import chat_template_utils
 
 import generate_rollouts
-from checkpoints import ChatFormat, without_reasoning
+from checkpoints import ChatFormat, resolve_dtype, without_reasoning
 from decoding import Decoder, message_key
 from generate_rollouts import make_root
 from mas import CHAIN, State
@@ -339,6 +339,31 @@ def test_template_variables_and_date_are_recorded():
     assert policy_settings(generate_rollouts.parse_args([]), CHAIN)["chat_template_kwargs"] == {}
 
 
+# ---- Number types --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag, device, dtype",
+    [
+        ("auto", "cpu", "float32"),
+        ("auto", "cuda", "bfloat16"),
+        ("auto", "cuda:3", "bfloat16"),
+        ("float32", "cuda", "float32"),
+        ("bfloat16", "cpu", "bfloat16"),
+    ],
+)
+def test_the_type_of_numbers_is_resolved_and_recorded(flag, device, dtype):
+    args = generate_rollouts.parse_args(["--dtype", flag, "--device", device])
+    assert resolve_dtype(flag, device) == dtype
+    assert policy_settings(args, CHAIN)["dtype"] == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_agents_are_loaded_in_the_type_that_is_asked_for(dtype):
+    model = make_tiny_policy(CHAIN, dtype=dtype).decoder.model
+    assert {str(parameter.dtype) for parameter in model.parameters()} == {f"torch.{dtype}"}
+
+
 # ---- Reasoning -----------------------------------------------------------------------------------
 
 
@@ -350,6 +375,7 @@ def test_template_variables_and_date_are_recorded():
         ("Is it 5? No.</think>\nFour.", "Four."),
         ("<think>Is it 5? And then", ""),
         ("Four. <think>Or is it 5?", "Four."),
+        ("Four <think>a\nb</think>boxes.", "Four boxes."),
         ("<think>a</think>Four <think>b</think>boxes.", "Four boxes."),
         ("<think>a <think>b</think> Final answer: 5 </think>Four.", "Four."),
         ("<think>\n\n</think>\n\nFour.", "Four."),
@@ -461,7 +487,9 @@ def test_messages_that_share_rows_equal_messages_decoded_one_by_one(policy):
 def value_model(checkpoint):
     """Return a V with random LoRA and head."""
     torch.manual_seed(0)
-    backbone, tokenizer = load_backbone(str(checkpoint), quantize=False, device="cpu")
+    backbone, tokenizer = load_backbone(
+        str(checkpoint), quantize=False, device="cpu", dtype="float32"
+    )
     model = ValueModel(add_lora(backbone, rank=2), tokenizer, CHAIN, "full", "huber")
     for parameter in model.trained_parameters().values():
         torch.nn.init.normal_(parameter, std=0.05)
