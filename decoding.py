@@ -86,6 +86,9 @@ def _shift_right(numbers: torch.Tensor, places: int) -> torch.Tensor:
     return shifted
 
 
+# Recorded with every run: another way of sampling gives other messages.
+SAMPLER = "Gumbel-max, SplitMix64"
+
 # ---- Sampling ------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ is sampled in. One problem alone, a resumed run and another batch size give the 
 floating-point rounding. Messages are kept in a journal (journal.py) and never generated twice.
 """
 
+import argparse
+import json
 import os
 import sys
 import time
@@ -20,10 +22,17 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from checkpoints import checkpoint_fingerprint, end_of_message_ids, load_pretrained
-from decoding import Decoder, message_key
+from checkpoints import (
+    TEMPLATE_DATE,
+    ChatFormat,
+    checkpoint_fingerprint,
+    end_of_message_ids,
+    load_pretrained,
+    resolve_dtype,
+)
+from decoding import SAMPLER, Decoder, message_key
 from journal import Journal
 from mas import GRAPHS, MAS
 from runs import (
@@ -51,7 +60,8 @@ class Candidate(NamedTuple):
     """One sampled message.
 
     Attributes:
-        tokens: number of tokens generated, the end-of-message token included.
+        text: without reasoning blocks; other agents, V and the answer see nothing of them.
+        tokens: number of tokens generated, reasoning and the end-of-message token included.
         logprob: sum over the tokens of log pi(token | prefix) in nats, before temperature, top-k
             and top-p.
         truncated: whether the message reached its token limit.
@@ -177,7 +187,7 @@ class Policy:
 
     Args:
         decoder: the language model of all agents.
-        tokenizer: must have a chat template.
+        chat_format: renders their prompts and reads their messages.
         settings: what determines a message, apart from its key (see `PromptJob.key`).
         max_new_tokens: limit of a message, in addition to the agent's own.
         batch_tokens: limit of rows x (prompt + message limit) in one batch.
@@ -192,7 +202,7 @@ class Policy:
         self,
         mas: MAS,
         decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase,
+        chat_format: ChatFormat,
         *,
         settings: dict,
         seed: int,
@@ -201,7 +211,7 @@ class Policy:
     ):
         self.mas = mas
         self.decoder = decoder
-        self.tokenizer = tokenizer
+        self.chat_format = chat_format
         self.settings = settings
         self.seed = seed
         self.max_new_tokens = max_new_tokens
@@ -264,11 +274,7 @@ class Policy:
                     greedy=request.greedy,
                 )
                 jobs.append(job)
-        texts = self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=False
-        )
-        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for job, prompt_ids in zip(jobs, prompts, strict=True):
+        for job, prompt_ids in zip(jobs, self.chat_format.encode(chats), strict=True):
             job.prompt_ids = prompt_ids
         return jobs
 
@@ -355,8 +361,7 @@ class Policy:
 
     def _make_candidate(self, tokens: list[int], logprobs: list[float]) -> Candidate:
         truncated = tokens[-1] not in self.decoder.eos_ids
-        text_tokens = tokens if truncated else tokens[:-1]
-        text = self.tokenizer.decode(text_tokens, skip_special_tokens=True).strip()
+        text = self.chat_format.message(tokens if truncated else tokens[:-1])
         return Candidate(text, len(tokens), sum(logprobs), truncated)
 
     def _write_down(self, job: PromptJob, candidate_index: int, seconds: float) -> None:
@@ -412,6 +417,12 @@ def add_policy_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards"
     )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        default="{}",
+        help='variables of the chat template as JSON, e.g. {"enable_thinking": false}',
+    )
     # how their messages are sampled
     parser.add_argument(
         "--temperature", type=positive_float, default=1.0, help="of every sampled message"
@@ -453,6 +464,17 @@ def add_policy_arguments(parser: Parser) -> None:
     )
 
 
+def json_object(text: str) -> dict:
+    """Parse the value of a flag that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error.msg})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"name": true}}')
+    return value
+
+
 def make_policy(args, mas: MAS) -> Policy:
     """Load the agents that the flags name. Raises InputError if they are not a chat model."""
     torch.set_num_threads(args.num_threads)
@@ -462,10 +484,9 @@ def make_policy(args, mas: MAS) -> Policy:
         AutoModelForCausalLM,
         quantize=args.quantize_policy,
         device=device_of_this_process(args.device),
+        dtype=args.dtype,
     )
-    if tokenizer.chat_template is None:
-        reason = "its tokenizer has no chat template; the agents need a chat model"
-        raise InputError(f"--model {args.model}: {reason}")
+    chat_format = ChatFormat(tokenizer, name=args.model, template_kwargs=args.chat_template_kwargs)
     decoder = Decoder(
         model,
         eos_ids=end_of_message_ids(model, tokenizer),
@@ -477,7 +498,7 @@ def make_policy(args, mas: MAS) -> Policy:
     return Policy(
         mas,
         decoder,
-        tokenizer,
+        chat_format,
         settings=policy_settings(args, model),
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
@@ -490,10 +511,14 @@ def policy_settings(args, model: PreTrainedModel) -> dict:
     return {
         "model": {"name": args.model, "fingerprint": checkpoint_fingerprint(args.model, model)},
         "quantize_policy": args.quantize_policy,
+        "sampler": SAMPLER,
         "seed": args.seed,
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "dtype": resolve_dtype(args.dtype, args.device),
+        "chat_template_kwargs": args.chat_template_kwargs,
+        "template_date": TEMPLATE_DATE,
     }
 
 

@@ -120,6 +120,12 @@ def add_run_arguments(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
     parser.add_argument("--device", default=_default_device(), help="cpu, cuda or cuda:N")
     parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument(
         "--num-threads",
         type=positive_int,
         default=min(2, os.cpu_count() or 1),

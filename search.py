@@ -461,7 +461,8 @@ def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
         folder = model_folder(args, model)
         if not folder.is_dir():
             raise InputError(f"{folder}: no trained {model} model there; {command} makes it")
-        value_model = ValueModel.load(folder, mas, device=device_of_this_process(args.device))
+        device = device_of_this_process(args.device)
+        value_model = ValueModel.load(folder, mas, device=device, dtype=args.dtype)
         scorers[model] = ModelScorer(value_model, batch_tokens=args.batch_tokens)
     return scorers
 

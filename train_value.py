@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from checkpoints import resolve_dtype
 from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
 from metrics import value_metrics
@@ -459,7 +460,14 @@ def main(args) -> None:
     save_problem_list(folder / "problems.jsonl", labels)
     model.save(folder)
     states = [edge.state for edge in heldout_edges[:64]]
-    verify_saved(model, folder, states, device=device, batch_tokens=args.batch_tokens)
+    verify_saved(
+        model,
+        folder,
+        states,
+        device=device,
+        dtype=args.dtype,
+        batch_tokens=args.batch_tokens,
+    )
     checkpoint.unlink()
     print(value_table(read_jsonl(folder / "metrics.jsonl")[-1]["heldout"]))
 
@@ -533,6 +541,7 @@ def value_settings(args, labels: Labels, model: ValueModel, folder: Path) -> dic
     names = ("target", "view", "loss", "quantize", "lora_rank", "lr", "epochs")
     names += ("huber_delta", "train_batch_tokens", "seed")
     settings = {name: getattr(args, name) for name in names}
+    settings["dtype"] = resolve_dtype(args.dtype, args.device)
     settings["backbone"] = backbone_setting(args.backbone, model.backbone, folder)
     settings["processes"] = process_rank()[1]  # each of them adds a batch to every step
     settings["graph"] = asdict(labels.mas)
@@ -563,7 +572,9 @@ def start_data_parallel(device: str) -> None:
 
 def make_value_model(args, mas: MAS, device: str) -> ValueModel:
     """Build an untrained V: the backbone with LoRA on every linear layer, and a head."""
-    backbone, tokenizer = load_backbone(args.backbone, quantize=args.quantize, device=device)
+    backbone, tokenizer = load_backbone(
+        args.backbone, quantize=args.quantize, device=device, dtype=args.dtype
+    )
     torch.manual_seed(args.seed)  # the same LoRA on every process
     backbone = add_lora(backbone, rank=args.lora_rank)
     return ValueModel(backbone, tokenizer, mas, args.view, args.loss)
@@ -627,13 +638,19 @@ def save_problem_list(path: Path, labels: Labels) -> None:
 
 
 def verify_saved(
-    model: ValueModel, folder: Path, states: list[State], *, device: str, batch_tokens: int
+    model: ValueModel,
+    folder: Path,
+    states: list[State],
+    *,
+    device: str,
+    dtype: str,
+    batch_tokens: int,
 ) -> None:
     """Load the saved model, compare its V with the trained one's, and mark the run as finished.
 
     Raises AssertionError if they differ: a head that was not saved must not go unnoticed.
     """
-    loaded = ValueModel.load(folder, model.mas, device=device, must_be_finished=False)
+    loaded = ValueModel.load(folder, model.mas, device=device, dtype=dtype, must_be_finished=False)
     trained_values, _ = model.score(states, batch_tokens=batch_tokens)
     loaded_values, _ = loaded.score(states, batch_tokens=batch_tokens)
     differences = [abs(a - b) for a, b in zip(trained_values, loaded_values, strict=True)]

@@ -22,13 +22,13 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel
 
-from checkpoints import checkpoint_fingerprint, load_pretrained
+from checkpoints import beginning_ids, checkpoint_fingerprint, load_pretrained
 from mas import MAS, State
 from runs import InputError, fingerprint, ignore, read_config
 
@@ -99,6 +99,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
+        self.beginning = beginning_ids(tokenizer)
         self.mas = mas
         self.view = view
         self.loss = loss
@@ -120,9 +121,11 @@ class ValueModel(nn.Module):
     def encode(self, state: State) -> tuple[list[int], list[int]]:
         """Return the token ids of value_text, and the position of the token that ends each segment.
 
+        The ids begin with the BOS token if the backbone's tokenizer adds one (`beginning_ids`).
         Raises InputError if the state does not fit into the backbone. Nothing is ever truncated.
         """
-        ids, ends = [], []
+        ids = list(self.beginning)
+        ends = []
         for segment in self.mas.value_text(state, self.view):
             ids += self.segment_ids(segment)
             ends.append(len(ids) - 1)
@@ -230,7 +233,7 @@ class ValueModel(nn.Module):
 
     @classmethod
     def load(
-        cls, folder: Path, mas: MAS, *, device: str, must_be_finished: bool = True
+        cls, folder: Path, mas: MAS, *, device: str, dtype: str, must_be_finished: bool = True
     ) -> "ValueModel":
         """Load a trained value model.
 
@@ -248,7 +251,9 @@ class ValueModel(nn.Module):
             if not (folder / part).is_file():
                 raise InputError(f"{folder}: {part} is missing; train_value.py writes it")
         name = _name_from_here(settings["backbone"]["name"], folder)
-        backbone, tokenizer = load_backbone(name, quantize=settings["quantize"], device=device)
+        backbone, tokenizer = load_backbone(
+            name, quantize=settings["quantize"], device=device, dtype=dtype
+        )
         if checkpoint_fingerprint(name, backbone) != settings["backbone"]["fingerprint"]:
             raise InputError(
                 f"{folder}: its backbone {name} has other files than when V was trained; "
@@ -274,19 +279,25 @@ def _name_from_here(name: str, folder: Path) -> str:
     return os.path.relpath(folder / name) if (folder / name).is_dir() else name
 
 
-def load_backbone(name: str, *, quantize: bool, device: str):
-    """Load (backbone without its head, tokenizer). quantize: NF4 weights (QLoRA)."""
+def load_backbone(name: str, *, quantize: bool, device: str, dtype: str):
+    """Load (backbone without its head, tokenizer). quantize: NF4 weights (QLoRA).
+
+    The backbone is frozen and keeps its type: peft's `prepare_model_for_kbit_training` would make
+    embeddings, norms and all hidden states float32, which takes more memory and rules out flash
+    attention. On a GPU, training keeps only the inputs of layers, and computes each layer again for
+    its gradients (gradient checkpointing). This changes no gradient.
+    """
     backbone, tokenizer = load_pretrained(
-        "--backbone", name, AutoModel, quantize=quantize, device=device
+        "--backbone", name, AutoModel, quantize=quantize, device=device, dtype=dtype
     )
-    if quantize:
-        on_gpu = torch.device(device).type == "cuda"
-        backbone = prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=on_gpu)
+    backbone.requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        backbone.activation_checkpointing_enable()
     return backbone, tokenizer
 
 
 def add_lora(backbone, *, rank: int):
-    """Add LoRA to every linear layer; everything else is frozen."""
+    """Add LoRA, in float32, to every linear layer. Nothing else of the backbone is trained."""
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     return get_peft_model(backbone, lora)
 

@@ -304,7 +304,7 @@ def measure_engine(args) -> None:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(labelling_args.model).save_pretrained(folder)
         del model  # make room
-        backbone, tokenizer = load_backbone(folder, quantize=True, device=args.device)
+        backbone, tokenizer = load_backbone(folder, quantize=True, device=args.device, dtype="auto")
     backbone = add_lora(backbone, rank=args.lora_rank)
     value_model = ValueModel(backbone, tokenizer, CHAIN, "full", "huber")
     rows = random_rows(args.states, args.state_tokens, SHAPES[args.shape].vocab_size)

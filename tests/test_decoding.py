@@ -205,9 +205,9 @@ def probabilities_of_next_token(model, token_ids, *, temperature, top_k, top_p):
     ids=["temperature", "top-p", "top-k and top-p"],
 )
 def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sampling):
-    """p(first) * p(second | first), over 20,000 messages of one prompt."""
+    """p(first) * p(second | first), over 10,000 messages of one prompt."""
     # 1. Sample.
-    num = 20_000
+    num = 10_000
     decoder = Decoder(small_model, eos_ids={-1}, pad_id=0, **sampling)
     keys = keys_of(num).tolist()
     messages = decoder.decode([PROMPT], [num], [2] * num, keys, [False] * num)

@@ -159,8 +159,10 @@ def test_children_keep_the_path_of_the_candidate_they_came_from(chain, policy):
 def prompt_ids_of(policy, problem):
     """Return the token ids [1, tokens] of the first prompt of a problem."""
     chat = policy.mas.prompt(make_root(problem.question).state, problem.answer_type)
-    text = policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    tokenized = policy.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    text = policy.chat_format.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=False
+    )
+    tokenized = policy.chat_format.tokenizer(text, add_special_tokens=False, return_tensors="pt")
     return tokenized["input_ids"]
 
 
@@ -169,8 +171,8 @@ def generate_greedily(policy, prompt_ids):
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=128,
-        eos_token_id=policy.tokenizer.eos_token_id,
-        pad_token_id=policy.tokenizer.pad_token_id,
+        eos_token_id=policy.chat_format.tokenizer.eos_token_id,
+        pad_token_id=policy.chat_format.tokenizer.pad_token_id,
     )
     output = policy.decoder.model.generate(
         prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=config
@@ -183,7 +185,7 @@ def test_greedy_is_greedy_and_logprobs_are_those_of_the_model(policy):
     for problem, [message] in zip(PROBLEMS, messages, strict=True):
         prompt_ids = prompt_ids_of(policy, problem)
         tokens = generate_greedily(policy, prompt_ids)
-        assert message.text == policy.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert message.text == policy.chat_format.tokenizer.decode(tokens, skip_special_tokens=True)
         assert message.tokens == len(tokens)
 
         # One forward over the prompt and the message gives the log-probability of each token.

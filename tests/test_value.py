@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_value
+import value
+from checkpoints import load_pretrained
 from decoding import uniforms
 from generate_rollouts import Sample, label_tree, run, tree_paths, tree_record
 from mas import CHAIN, SINGLE, State
@@ -125,10 +127,10 @@ def visited_leaves(records):
     return leaves
 
 
-def make_model(*, quantize=False, view="full", loss="huber"):
+def make_model(*, quantize=False, view="full", loss="huber", dtype="float32"):
     """Return a V whose LoRA and head are random, always the same."""
     torch.manual_seed(0)
-    backbone, tokenizer = load_backbone(AGENTS, quantize=quantize, device="cpu")
+    backbone, tokenizer = load_backbone(AGENTS, quantize=quantize, device="cpu", dtype=dtype)
     model = ValueModel(add_lora(backbone, rank=4), tokenizer, CHAIN, view, loss)
     nn.init.normal_(model.head.weight, std=0.02)
     return model
@@ -315,6 +317,86 @@ def test_token_batches_cover_all_rows_within_the_budget(budget, lengths_of_batch
         assert len(batch) * max(batch_lengths) <= budget or len(batch) == 1
 
 
+# ---- Number types and memory ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_bfloat16_stays_bfloat16_up_to_the_head(quantize):
+    """Embeddings, norms and hidden states too: float32 ones would take twice the memory."""
+    model = make_model(quantize=quantize, dtype="bfloat16")
+    embeddings = model.backbone.get_input_embeddings()
+    assert embeddings.weight.dtype == torch.bfloat16
+    types = set()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            types.add(parameter.dtype)
+        assert parameter.requires_grad == (parameter.dtype == torch.float32), name
+    assert types == {torch.bfloat16}
+
+    ids, ends = model.encode(CHAIN.step(State("q", ()), "facts"))
+    output = model.backbone(input_ids=torch.tensor([ids]), output_hidden_states=True)
+    assert {hidden.dtype for hidden in output.hidden_states} == {torch.bfloat16}
+    value = model([ids], [(0, ends[-1])])
+    assert value.dtype == torch.float32
+    exact = make_model(quantize=quantize)([ids], [(0, ends[-1])])
+    assert value.item() == pytest.approx(exact.item(), abs=0.02)
+
+    value.sum().backward()
+    for name, parameter in model.trained_parameters().items():
+        assert parameter.dtype == torch.float32, name
+        assert parameter.grad is not None, name
+
+
+def gradients_of(model, row):
+    """Return the gradients of one step, and how often its first layer was computed."""
+    num_forwards = 0
+
+    def count(*args):
+        nonlocal num_forwards
+        num_forwards += 1
+
+    first_layer = model.backbone.get_base_model().layers[0]
+    hook = first_layer.mlp.register_forward_pre_hook(count)
+    model.train()
+    outputs = model.outputs([row.ids], [(0, position) for position in row.positions])
+    outputs.square().sum().backward()
+    hook.remove()
+    gradients = {}
+    for name, parameter in model.trained_parameters().items():
+        gradients[name] = parameter.grad
+    return gradients, num_forwards
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_checkpointed_activations_are_computed_twice_and_change_no_gradient(records, quantize):
+    plain, checkpointed = make_model(quantize=quantize), make_model(quantize=quantize)
+    checkpointed.backbone.get_base_model().activation_checkpointing_enable()
+    for model in (plain, checkpointed):
+        for parameter in model.trained_parameters().values():
+            nn.init.constant_(parameter, 0.01)
+    [row] = make_rows(paths_of(records)[:1], plain)
+    expected, num_forwards = gradients_of(plain, row)
+    gradients, num_forwards_checkpointed = gradients_of(checkpointed, row)
+    assert (num_forwards, num_forwards_checkpointed) == (1, 2)
+    assert_close_parameters(gradients, expected, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_activations_are_checkpointed_on_a_gpu_only(monkeypatch, quantize, device):
+    """The model itself is on the CPU here."""
+
+    def load_on_cpu(*args, **options):
+        return load_pretrained(*args, **(options | {"device": "cpu"}))
+
+    monkeypatch.setattr(value, "load_pretrained", load_on_cpu)
+    backbone, _ = load_backbone(AGENTS, quantize=quantize, device=device, dtype="float32")
+    assert backbone.is_gradient_checkpointing == (device == "cuda:1")
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
 # ---- Losses by hand ------------------------------------------------------------------------------
 # Four labels in two trees, and the outputs of the head for them.
 
@@ -440,7 +522,7 @@ def test_the_other_losses_train_save_and_load(records, tmp_path, loss):
     folder = tmp_path / "value"
     save_with_settings(model, folder, quantize=False, loss=loss)
     states = states_of(records[:1])
-    verify_saved(model, folder, states, device="cpu", batch_tokens=4000)
+    verify_saved(model, folder, states, device="cpu", dtype="float32", batch_tokens=4000)
     assert all(-1 <= value <= 1 for value in score(model, states, batch_tokens=4000))
 
 
@@ -567,7 +649,7 @@ from pathlib import Path
 from mas import CHAIN, State
 from value import ValueModel
 
-model = ValueModel.load(Path(sys.argv[1]), CHAIN, device="cpu")
+model = ValueModel.load(Path(sys.argv[1]), CHAIN, device="cpu", dtype="float32")
 state = CHAIN.step(State("a question", ()), "some facts")
 values, _ = model.score([state], batch_tokens=99)
 print(json.dumps(values))
@@ -581,7 +663,7 @@ def test_saved_and_reloaded_v_is_equal_in_a_fresh_process(records, tmp_path, qua
     folder = tmp_path / "value"
     save_with_settings(model, folder, quantize=quantize, loss="huber")
     states = states_of(records[:1])
-    verify_saved(model, folder, states, device="cpu", batch_tokens=4000)
+    verify_saved(model, folder, states, device="cpu", dtype="float32", batch_tokens=4000)
 
     output = run_python("-c", SCORE_IN_A_FRESH_PROCESS, folder)
     values = json.loads(output.splitlines()[-1])
@@ -596,7 +678,7 @@ import sys
 sys.modules["bitsandbytes"] = None  # importing it now raises ImportError
 from value import add_lora, load_backbone
 
-backbone, _ = load_backbone(sys.argv[1], quantize=False, device="cpu")
+backbone, _ = load_backbone(sys.argv[1], quantize=False, device="cpu", dtype="float32")
 add_lora(backbone, rank=2)
 print("fine")
 """
@@ -613,14 +695,16 @@ def saved(request, records, tmp_path):
     model = make_model(quantize=quantize)
     folder = tmp_path / "value"
     save_with_settings(model, folder, quantize=quantize, loss="huber")
-    verify_saved(model, folder, states_of(records[:1]), device="cpu", batch_tokens=4000)
+    verify_saved(
+        model, folder, states_of(records[:1]), device="cpu", dtype="float32", batch_tokens=4000
+    )
     return folder
 
 
 def refusal(folder, mas=CHAIN):
     """Return why a saved V is refused."""
     with pytest.raises(InputError) as error:
-        ValueModel.load(folder, mas, device="cpu")
+        ValueModel.load(folder, mas, device="cpu", dtype="float32")
     return str(error.value)
 
 
@@ -685,7 +769,7 @@ def test_a_head_that_was_not_saved_is_noticed(records, tmp_path):
     nn.init.constant_(model.head.bias, 1.0)
     states = states_of(records[:1])
     with pytest.raises(AssertionError, match="the saved value model is not the trained one"):
-        verify_saved(model, folder, states, device="cpu", batch_tokens=4000)
+        verify_saved(model, folder, states, device="cpu", dtype="float32", batch_tokens=4000)
     assert "not finished" in refusal(folder)
 
 
