@@ -3,14 +3,25 @@ r"""Read the final answer of a message, and decide whether two answers are equal
 These are the rules of grading. A message is the text of one agent. Its answer has one of three
 types: "number", "letter" (an option of a multiple-choice question) or "math" (any formula).
 
-Which part of a message is its answer? The first of these that the message has:
-  1. The content of the last \boxed{...} or \fbox{...}, unless it is empty or never closed.
-  2. The last statement that can be read: "Final answer: 42", "Final answer - 42", a heading
-     "**Final Answer**" with the answer below it, or a short line "#### 42".
-  3. The last mention that can be read: "the final answer is 42".
-  4. For numbers only: the last number of the message. This rule is not used if the message has a
-     statement, or a mention with a digit, that cannot be read.
-A message may have no answer. Such messages are counted, and they are never graded as right.
+Which part of a message is its answer? The first rung of this ladder that the message has:
+  told      What it tells as its final answer: the last statement that can be read, else the last
+            mention. Statements are "Final answer: 42", "Final answer - 42", a heading
+            "**Final Answer**" with the answer below it, and a short line "#### 42". A mention is
+            "the final answer is 42".
+  sentence  "The answer is 42", "The correct option is B", "Answer: 42", or a heading "Answer".
+  box       \boxed{42} or \fbox{42}. If there are sentences and boxes, the last of them counts.
+  option    For letters only: the whole message, if it is nothing but an option, as "(B)" is.
+  number    For numbers only: the last number of the message.
+A message without any of these has no answer. Its rung is "none", and it is never graded as right.
+
+These rules hold on every rung:
+  - A box in a statement or in a sentence is the answer of this statement or sentence.
+  - The answers of others are not told: "The Solver's answer is 7", "The Solver's \boxed{7}", and
+    "\boxed{7} is wrong". Nor are remarks: "the answer is correct", "the answer is found by adding".
+  - A told answer, sentence or box that cannot be read ("5 or 6", "C and D", a box that is never
+    closed) is refused. Nothing before it, and no weaker rung, replaces it. An earlier statement or
+    mention of a final answer does: it may be meant to hold still.
+  - "The answer is not 5" is skipped, but no last number is read from a message that says so.
 
 What is an answer of each type?
   number  An exact fraction. Currency signs, thousands separators, percent signs and units are
@@ -30,11 +41,13 @@ When are two answers equal?
   - Text style and spaces do not count. Words are equal to the same words only, in any case.
   - Differences that math-verify ignores do count: a length is not an area, 52 in base 8 is not 52
     in base 9, a.m. is not p.m., r is not R, a set is not a tuple. "(C)" equals "(C) hyperbola".
-  - If only one of the two is an equation, its right side may equal the other answer.
+  - If only one of the two is an equation, its right side may equal the other answer, provided that
+    the equation names its result: "x = 3", "f(2) = 5", "AB = 4", "3 + 4 = 7", but not "2x + z = 1".
   A missing answer equals nothing, not even another missing answer.
 
-math-verify runs in its own process and has 10 seconds per pair. A pair that takes longer counts as
-unequal, and `MATH_VERIFY.timeouts` counts these pairs. No torch here.
+math-verify runs in its own process and has 10 seconds per pair. Its own time limits are switched
+off, because it reports a timeout as inequality. A pair that takes longer counts as unequal, and
+`MATH_VERIFY.timeouts` counts all of these pairs. No torch here.
 """
 
 import functools
@@ -50,24 +63,242 @@ from typing import NamedTuple
 
 # ---- The answer of a message ---------------------------------------------------------------------
 
-_FINAL_ANSWER = re.compile(
-    r"""
-    final\s+answer\b [ \t]*
-    (?:\([^()\n]*\))? [ \t]*       # a remark: "Final answer (in cm): 42"
-    (?:is\b)?
-    (?P<statement>                 # the sign that makes it a statement and not a mention:
-        [*_`]*\s*[:：=]            #   "**Final answer:** 42"
-      | [-–—][ \t]                 #   "Final answer - 42"
-      | [*_`#]*[ \t]*\n            #   "**Final Answer**" as a heading
-    )?
+RUNGS = ("told", "sentence", "box", "option", "number", "none")
+
+
+class Answer(NamedTuple):
+    """The answer of a message, and how it was read."""
+
+    value: str | None  # in canonical form; None if the message has no answer
+    rung: str  # one of RUNGS; "none" if the message has no answer
+
+
+NO_ANSWER = Answer(None, "none")
+
+
+class _Box(NamedTuple):
+    r"""A \boxed{...} and its place in a message."""
+
+    start: int
+    end: int
+    content: str | None  # None if the box is never closed
+
+
+class _Phrase(NamedTuple):
+    """A place in a message that may give its answer."""
+
+    start: int
+    end: int
+    rung: str  # "told", "sentence" or "box"
+    text: str  # what the phrase names as the answer
+    box: _Box | None  # a box in the phrase, which is then its answer
+    status: str  # "given", "denied" (the answer is not 5) or "remark" (the answer is correct)
+    is_statement: bool  # "Final answer: 42", which counts before "the final answer is 42"
+
+
+def extract_answer(text: str, answer_type: str) -> Answer:
+    """Return the canonical final answer of a message, and the rung on which it was found.
+
+    The module docstring describes the rungs. This never raises, whatever the text.
+    """
+    # 1. told: statements before mentions, and the last one first
+    boxes = _own_boxes(text)
+    statements, mentions = _find_told(text, boxes, answer_type)
+    told = statements + mentions
+    for phrase in told:
+        value = _value_of(phrase, answer_type)
+        if value is not None:
+            return Answer(value, phrase.rung)
+
+    # 2. the last sentence or box, but none before a told answer that was refused
+    refused_until = 0
+    for phrase in told:
+        if _is_refused(phrase, answer_type):
+            refused_until = max(refused_until, phrase.end)
+    sentences = _find_sentences(text, boxes)
+    others = sentences + _free_boxes(boxes, told + sentences)
+    others.sort(key=lambda phrase: phrase.start, reverse=True)
+    for phrase in others:
+        if phrase.start < refused_until:
+            break
+        value = _value_of(phrase, answer_type)
+        if value is not None:
+            return Answer(value, phrase.rung)
+        if _is_refused(phrase, answer_type):
+            return NO_ANSWER
+
+    # 3. the whole message, if it is an option
+    if answer_type == "letter":
+        option = _BARE_OPTION.fullmatch(_plain_text(text))
+        return Answer(option["letter"].upper(), "option") if option else NO_ANSWER
+
+    # 4. the last number, unless a told answer or a sentence speaks against it
+    if answer_type != "number" or any(map(_forbids_last_number, told + others)):
+        return NO_ANSWER
+    numbers = _find_numbers(_plain_text(text))
+    return Answer(str(numbers[-1].value), "number") if numbers else NO_ANSWER
+
+
+def _value_of(phrase: _Phrase, answer_type: str) -> str | None:
+    """Return the canonical answer that a phrase gives; None if it gives none that can be read."""
+    if phrase.status != "given":
+        return None
+    if phrase.box is not None:
+        content = phrase.box.content
+        return None if content is None else canonical(content, answer_type)
+    answer = _ADVERB.sub("", phrase.text)
+    if answer_type == "math":
+        # "the answer is the number of ways to arrange them" describes an answer
+        num_words = len(_WORD_OUTSIDE_LATEX.findall(_FORMULA.sub("", answer)))
+        if num_words > _MAX_WORDS and not phrase.is_statement:
+            return None
+        answer = _only_formula(answer)
+    return canonical(answer, answer_type)
+
+
+def _is_refused(phrase: _Phrase, answer_type: str) -> bool:
+    """Return whether a phrase without a readable answer tries to give one, such as "5 or 6"."""
+    if phrase.status != "given":
+        return False
+    if phrase.box is not None:
+        return True
+    if phrase.is_statement:
+        return phrase.text.strip() != ""
+    if answer_type == "number":
+        return _DIGIT.search(phrase.text) is not None
+    return answer_type == "letter" and _TWO_OPTIONS.search(phrase.text) is not None
+
+
+def _forbids_last_number(phrase: _Phrase) -> bool:
+    """Return whether the last number would be a guess against a phrase: "the answer is not 5"."""
+    if phrase.status == "remark":
+        return False
+    has_content = phrase.box is not None or _DIGIT.search(phrase.text) is not None
+    return phrase.is_statement or has_content
+
+
+# ---- Statements, sentences and boxes -------------------------------------------------------------
+
+# "is", "isn't", "should be", "cannot be". A negation is left to the text after the verb.
+_VERB = r"""
+    (?:
+        (?:is|was|are|equals) (?:\b|(?=n['’]t))
+      | (?:would|should|must|will) \s+ be\b
+      | (?:would|should|must|will|can|could) (?=\s*not\b|n['’]t)
+    )
+"""
+
+# " to the question", " in cm": words between "answer" and its verb
+_ADDITION = r"(?: \s*\b (?:to|for|in|here|I|we)\b [^.:=\n]{0,60}? )?"
+
+# The answer is on this line, or on the next line that has text. "\[" and "$$" open a formula.
+_ANSWER_LINE = r"""
     [ \t*_`]*\s*
-    (?P<answer>[^\n]*)             # on this line, or on the next line that has text
+    (?: (?:\\\[|\$\$) [ \t]*\n\s* )?
+    (?= (?P<answer>[^\n]*) )
+"""
+
+_FINAL_ANSWER = re.compile(
+    rf"""
+    final\s+answer\b [ \t]*
+    (?: \((?!\w\))[^()\n]*\) )? [ \t]*            # a remark: "Final answer (in cm): 42"
+    (?: {_ADDITION} \s* (?P<verb>{_VERB}) )?
+    (?P<statement>                                # the sign of a statement:
+        [*_`]*\s*[:：=]                           #   "**Final answer:** 42"
+      | [-–—][ \t]                                #   "Final answer - 42"
+      | (?<!is) [*_`#]*[ \t]*\n                   #   "**Final Answer**" as a heading
+    )?
+    {_ANSWER_LINE}
     """,
     re.IGNORECASE | re.VERBOSE,
 )
 
+_SENTENCE = re.compile(
+    rf"""
+    (?:
+        \b (?: answers? (?:\s+(?:choice|option))? | (?:correct|right|best)\s+(?:choice|option) ) \b
+        (?: [ \t]*\([^()\n]*\) )?                 # a remark: "The answer (in cm) is 42"
+        (?:
+            {_ADDITION} \s+ {_VERB} (?:[*_`]*\s*[:：])?
+          | [*_`]*\s*[:：=]                       # "**Answer:** 42"
+          | [ \t]+[-–—][ \t]                      # "Answer - 42"
+        )
+      | ^[ \t#*_]* answer [*_]*[ \t]*\n           # "### Answer" as a heading
+    )
+    {_ANSWER_LINE}
+    """,
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
+)
+
 # "#### 42", as GSM8K ends its solutions. Five signs are a heading.
 _HASH_LINE = re.compile(r"^[ \t]*####[ \t]*(?!#)(?P<answer>[^\n]*)", re.MULTILINE)
+
+# ". " before a capital letter or a formula: the end of a sentence, and not of "9:30 p.m. on"
+_SENTENCE_END = re.compile(r"""[.!?][.!?$*"”)\]}]*(?=\s+[A-Z$\\*("“])""")
+
+# "the Solver's ", "your ", "another possible ": before an answer that the message only discusses
+_NOT_OWN = re.compile(
+    r"""
+    \b
+    (?:
+        (?!(?:let|that|it|here|what|there)['’]) \w+['’]s
+      | your | his | her | their
+      | wrong | incorrect | other | another | possible | proposed | previous | partial
+      | not | rather\s+than | instead\s+of
+    )
+    \s+
+    (?: (?:correct|right|final|own|possible|first) \s+ )?
+    [$*]* $
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+# " is wrong" after a box
+_REJECTION = re.compile(
+    r"[$*)\].]*\s*(?:is|was)\s*(?:n['’]t|not\b|wrong\b|incorrect\b)", re.IGNORECASE
+)
+
+# "not 5", "n't 5", "more than 5"
+_DENIAL = re.compile(
+    r"""
+    \W*
+    (?: n['’]t | not | never | neither | (?:more|less|fewer|greater|larger|smaller)\s+than )
+    \b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+# "correct", "it is wrong", "found by adding": remarks on an answer, which do not give it
+_REMARK_ON_ANSWER = re.compile(
+    r"""
+    \W*
+    (?P<pronoun> (?:it|this|that) \s* (?:['’]s|is|was|looks|seems) \s+ )?
+    (?: (?:also|indeed|still|clearly|just|simply|really|now) \s+ )?
+    (?:
+        correct | incorrect | wrong | right (?!\s+(?:tri)?angle) | clear | unclear | obvious
+      | below | above | as\ follows | in | on | based | given | found | shown | seen | written
+      | rounded | obtained | computed | calculated | derived | determined | expressed | asked
+    )
+    \b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+# "therefore, " before an answer
+_ADVERB = re.compile(
+    r"^\W*(?:therefore|thus|then|hence|so|indeed|simply|just|clearly|(?:most\s+)?likely)\b[\s,:]*",
+    re.IGNORECASE,
+)
+
+# The whole message "B", "(B)", "**B**", "Option B."
+_BARE_OPTION = re.compile(
+    r"\W* (?:(?:option|choice|answer)\s+)? \W* (?P<letter>[A-Z]) \W*", re.IGNORECASE | re.VERBOSE
+)
+
+# "C or D", "(C) and (D)"
+_TWO_OPTIONS = re.compile(r"\b[A-Z]\b\)?\s*(?:,|/|\bor\b|\band\b)\s*(?:[Oo]ption\s+)?\(?[A-Z]\b")
+
+_DIGIT = re.compile(r"\d")
 
 # "$1,200 per year": a number and at most two words
 _SHORT_NUMBER = re.compile(
@@ -82,6 +313,7 @@ _SHORT_NUMBER = re.compile(
 
 # "Step", but neither \frac nor \text{cm}
 _WORD_OUTSIDE_LATEX = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
+_MAX_WORDS = 5  # of a formula that is told in a sentence
 
 # "$x+1$", "$$x+1$$", "\(x+1\)"
 _FORMULA = re.compile(
@@ -95,74 +327,87 @@ _FORMULA = re.compile(
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<content>\{|-?\w[\w.]*)")  # "\boxed{" or "\boxed 7"
 
 
-def extract_answer(text: str, answer_type: str) -> str | None:
-    """Return the canonical final answer of a message; None if it has none.
-
-    The module docstring lists where an answer is looked for.
-    """
-    # 1. the last box
-    box = last_box(text)
-    if box is not None and box.strip():
-        return canonical(box, answer_type)
-
-    # 2. statements, then mentions: "Final answer: 12. I checked the final answer."
-    statements, mentions = _find_phrases(text, answer_type)
-    for phrase in statements + mentions:
-        if answer_type == "math":
-            phrase = _only_formula(phrase)
-        answer = canonical(phrase, answer_type)
-        if answer is not None:
-            return answer
-
-    # 3. the last number. It does not replace a final answer that is refused, such as "5 or 6".
-    if answer_type != "number" or statements:
-        return None
-    if any(re.search(r"\d", mention) for mention in mentions):
-        return None
-    numbers = _find_numbers(_plain_text(text))
-    return str(numbers[-1].value) if numbers else None
-
-
-def last_box(text: str) -> str | None:
-    r"""Return the content of the last \boxed{...} or \boxed 7, with inner braces matched.
-
-    Returns None if there is no box, or if the last one is never closed.
-    """
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    if boxes[-1]["content"] != "{":
-        return boxes[-1]["content"]
-    start = boxes[-1].end()
-    depth = 1
-    for position in range(start, len(text)):
-        if text[position] == "{":
-            depth += 1
-        elif text[position] == "}":
-            depth -= 1
-        if depth == 0:
-            return text[start:position]
-    return None
-
-
-def _find_phrases(text: str, answer_type: str) -> tuple[list[str], list[str]]:
+def _find_told(
+    text: str, boxes: list[_Box], answer_type: str
+) -> tuple[list[_Phrase], list[_Phrase]]:
     """Return the statements and the mentions of a final answer, each with the last one first."""
-    statements, mentions = [], []
+    matches, mentions = [], []
     for match in _FINAL_ANSWER.finditer(text):
-        matches = statements if match["statement"] else mentions
-        matches.append(match)
+        if match["statement"]:
+            matches.append(match)
+            continue
+        mention = _sentence(text, match, "told", boxes)
+        if match["verb"] is None and not _is_short(mention.text, answer_type):
+            mention = mention._replace(status="remark")  # "Let's find the final answer to it."
+        mentions.append(mention)
     for match in _HASH_LINE.finditer(text):
-        if _is_short(match["answer"], answer_type):
-            statements.append(match)
-    statements.sort(key=re.Match.start)
-    return (
-        [match["answer"] for match in reversed(statements)],
-        [match["answer"] for match in reversed(mentions)],
-    )
+        line = match["answer"]
+        if _is_short(line, answer_type) or _BOX.match(line.lstrip("$* ")):
+            matches.append(match)
+    matches.sort(key=re.Match.start)
+
+    statements = []
+    section_end = len(text)
+    for match in reversed(matches):
+        statements.append(_statement(text, match, section_end, boxes, answer_type))
+        section_end = match.start()
+    return statements, mentions[::-1]
+
+
+def _statement(
+    text: str, match: re.Match, section_end: int, boxes: list[_Box], answer_type: str
+) -> _Phrase:
+    """Return the statement at a match of _FINAL_ANSWER or _HASH_LINE.
+
+    section_end: the place of the next statement, or the end of the text. A heading with more than
+    a short answer below it begins a section; a box in this section is its answer.
+    """
+    answer = match["answer"]
+    end = match.end("answer")
+    is_heading = "\n" in text[match.start() : match.start("answer")]
+    if is_heading and not _is_short(answer, answer_type):
+        end = section_end
+    box = _last_box_between(match.start("answer"), end, boxes)
+    if box is None:
+        end = match.end("answer")
+
+    status = "given"
+    remark = _REMARK_ON_ANSWER.match(answer)
+    if _DENIAL.match(answer):
+        status = "denied"
+    elif remark and remark["pronoun"] and box is None:  # "I checked the final answer: it is right"
+        status = "remark"
+    return _Phrase(match.start(), end, "told", answer, box, status, is_statement=True)
+
+
+def _find_sentences(text: str, boxes: list[_Box]) -> list[_Phrase]:
+    """Return the sentences such as "the answer is 42", in the order of the message."""
+    return [_sentence(text, match, "sentence", boxes) for match in _SENTENCE.finditer(text)]
+
+
+def _sentence(text: str, match: re.Match, rung: str, boxes: list[_Box]) -> _Phrase:
+    """Return the phrase from a match up to the end of its sentence."""
+    start = match.start("answer")
+    sentence_end = _SENTENCE_END.search(match["answer"])
+    length = sentence_end.end() if sentence_end else len(match["answer"])
+    answer = match["answer"][:length]
+    end = start + length
+    box = _last_box_between(start, end, boxes)
+    if box is not None:
+        end = max(end, box.end)
+
+    status = "given"
+    if _is_discussed(text, match.start()):
+        status = "remark"
+    elif _DENIAL.match(answer):
+        status = "denied"
+    elif box is None and (_REMARK_ON_ANSWER.match(answer) or answer.rstrip().endswith("?")):
+        status = "remark"
+    return _Phrase(match.start(), end, rung, answer, box, status, is_statement=False)
 
 
 def _is_short(line: str, answer_type: str) -> bool:
-    """Return whether a line after #### is an answer, and not a heading ("#### Step 1: add")."""
+    """Return whether a line is an answer and little more, and not a heading or an explanation."""
     if answer_type == "number":
         return _SHORT_NUMBER.fullmatch(line) is not None
     return _WORD_OUTSIDE_LATEX.search(line) is None
@@ -174,6 +419,75 @@ def _only_formula(phrase: str) -> str:
     if len(formulas) != 1:
         return phrase
     return formulas[0]["in_dollars"] or formulas[0]["in_parentheses"]
+
+
+def last_box(text: str) -> str | None:
+    r"""Return the content of the last \boxed{...} or \boxed 7, with inner braces matched.
+
+    Returns None if there is no box, or if the last one is never closed.
+    """
+    boxes = _find_boxes(text)
+    return boxes[-1].content if boxes else None
+
+
+def _find_boxes(text: str) -> list[_Box]:
+    """Return all boxes of a text, in its order."""
+    boxes = []
+    for match in _BOX.finditer(text):
+        if match["content"] != "{":
+            boxes.append(_Box(match.start(), match.end(), match["content"]))
+            continue
+        closing = _closing_brace(text, match.end())
+        content = None if closing is None else text[match.end() : closing]
+        end = len(text) if closing is None else closing + 1
+        boxes.append(_Box(match.start(), end, content))
+    return boxes
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Return the place of the brace that closes the one before `start`; None if there is none."""
+    depth = 1
+    for position in range(start, len(text)):
+        if text[position] == "{":
+            depth += 1
+        elif text[position] == "}":
+            depth -= 1
+        if depth == 0:
+            return position
+    return None
+
+
+def _own_boxes(text: str) -> list[_Box]:
+    r"""Return the boxes that may hold the answer: not empty, not "the Solver's \boxed{7}"."""
+    own = []
+    for box in _find_boxes(text):
+        is_empty = box.content is not None and not box.content.strip()
+        is_rejected = _REJECTION.match(text, box.end) is not None
+        if not is_empty and not is_rejected and not _is_discussed(text, box.start):
+            own.append(box)
+    return own
+
+
+def _is_discussed(text: str, start: int) -> bool:
+    """Return whether the answer that starts at a place of a text is the one of somebody else."""
+    return _NOT_OWN.search(text[max(0, start - 80) : start]) is not None
+
+
+def _last_box_between(start: int, end: int, boxes: list[_Box]) -> _Box | None:
+    """Return the last box that starts at a place from start up to end."""
+    for box in reversed(boxes):
+        if start <= box.start < end:
+            return box
+    return None
+
+
+def _free_boxes(boxes: list[_Box], phrases: list[_Phrase]) -> list[_Phrase]:
+    """Return the boxes that are not part of a phrase, as phrases of their own."""
+    free = []
+    for box in boxes:
+        if not any(phrase.start <= box.start < phrase.end for phrase in phrases):
+            free.append(_Phrase(box.start, box.end, "box", "", box, "given", is_statement=False))
+    return free
 
 
 # ---- The canonical form of an answer -------------------------------------------------------------
@@ -370,7 +684,7 @@ _STYLED = re.compile(
 _MIXED_NUMBER_GAP = re.compile(r"(?<=\d)\s*(?=\\[dtc]?frac\s*[{\d])")
 
 # "minus " in "minus 3"
-_SPELLED_MINUS = re.compile(r"\b(?:minus|negative)\s+(?=\d)")
+_SPELLED_MINUS = re.compile(r"\b(?:minus|negative)\s+(?=\d)", re.IGNORECASE)
 
 # \frac{3}{4}, \frac34, \frac{1,000}{3}
 _NUMERIC_FRACTION = re.compile(
@@ -431,10 +745,10 @@ _NUMBER = re.compile(
     )?
     (?: \s*(?P<multiplier>thousand|million|billion|trillion)\b )?
     """,
-    re.VERBOSE,
+    re.IGNORECASE | re.VERBOSE,
 )
 _MULTIPLIERS = {
-    None: 1,
+    "": 1,
     "thousand": 10**3,
     "million": 10**6,
     "billion": 10**9,
@@ -503,7 +817,8 @@ def _absolute_value(match: re.Match) -> Fraction:
         value += Fraction(int(match["part"]), int(match["denominator"]))
     elif match["denominator"]:
         value /= int(match["denominator"])
-    return value * _MULTIPLIERS[match["multiplier"]]
+    multiplier = (match["multiplier"] or "").lower()
+    return value * _MULTIPLIERS[multiplier]
 
 
 def _is_subtraction(text: str, match: re.Match) -> bool:
@@ -582,7 +897,34 @@ _NUMBER_WITH_BASE = re.compile(  # 52_8, 52_{8}, 52_{\text{8}}
 )
 _OPTION_LABEL = re.compile(r"\(?(?P<letter>[A-Z])\)")  # "(C)" or "C)"
 _TUPLE = re.compile(r"\([^()]*\)")  # "(1,2)"
-_SEVERAL_EQUATIONS = re.compile(r",|;|\\text|\band\b|\bor\b")  # "x=3, y" before the last "="
+_EQUALS = re.compile(r"(?<![<>!\\])=")  # but not ">=" and "!="
+_SEVERAL_EQUATIONS = re.compile(r",|;|\\text\b|\band\b|\bor\b")  # "x=3, y" before the last "="
+_ARGUMENTS = re.compile(r"\([^()]*\)")
+
+# What an equation may define: "x", "x_1", "\theta", "f(2)", "\text{Area}", "AB", "\cos\theta"
+_NAME = re.compile(
+    r"""
+    (?:
+        (?:
+            \\(?:text|mbox|mathrm|mathbf|mathbb|vec|hat|bar|overline|angle)\s*\{[^{}]*\}
+          | m?\s*\\(?:angle|triangle)\s*[A-Z]{1,3}        # an angle, by its points
+          | [A-Z]{2} | [A-Za-z]{4,}                       # a segment "AB"; a word
+          | [A-Za-z] | \\(?!frac|sqrt)[A-Za-z]+           # "x", "\theta"
+        )
+        (?: _(?:\w|\{[^{}]*\}) )?                         # "_1", "_{10}"
+        '*
+      | \\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln) \b [^-+*/,;=]+
+      | (?![abckmnxyz]) [A-Za-z]                          # "f(2)", but x(x+1) is a product
+        (?: _(?:\w|\{[^{}]*\}) )? '* (?: \^\{-1\} )? \s*
+        [(\[] [^()\[\]]* [)\]]
+    )
+    """,
+    re.VERBOSE,
+)
+_NAMES = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")  # "(x, y)"
+
+# Commands of arithmetic: what remains of "\sqrt{49} = 7" has no letters
+_ARITHMETIC = re.compile(r"\\(?:[dtc]?frac|sqrt|[dt]?binom|times|cdot|div|pi|circ)(?![a-zA-Z])")
 
 
 def same_answer(a: str | None, b: str | None, answer_type: str) -> bool:
@@ -614,7 +956,11 @@ def _same_math(a: str, b: str) -> bool:
         if verdict is not None:
             return verdict
 
-    # 2. math-verify. The pair is sorted, so that the result is symmetric and cached once.
+    # 2. An equation equals its right side only if it defines it: y = 2x + 3, but not 2x + z = 1.
+    if _is_equation(a) != _is_equation(b) and not (_may_define(a) and _may_define(b)):
+        return False
+
+    # 3. math-verify. The pair is sorted, so that the result is symmetric and cached once.
     first, second = sorted((a, b))
     if MATH_VERIFY.equal(first, second):
         return True
@@ -695,6 +1041,30 @@ def _is_set_and_tuple(a: str, b: str) -> bool:
     return a.startswith(r"\{") and _TUPLE.fullmatch(b) is not None
 
 
+def _is_equation(answer: str) -> bool:
+    return _EQUALS.search(answer) is not None
+
+
+def _may_define(answer: str) -> bool:
+    """Return False for an equation whose left side is neither a name nor arithmetic.
+
+    Several equations are left to math-verify, and so are answers without an equals sign.
+    """
+    if not _is_equation(answer) or _has_several_equations(answer):
+        return True
+    left = _EQUALS.split(answer)[0].strip()
+    if _NAME.fullmatch(left) or _NAMES.fullmatch(left):
+        return True
+    is_arithmetic = not re.search(r"[A-Za-z]", _ARITHMETIC.sub("", answer))
+    return is_arithmetic
+
+
+def _has_several_equations(answer: str) -> bool:
+    """Return whether a separator stands before the last equals sign, and not among arguments."""
+    left = answer.rpartition("=")[0]
+    return _SEVERAL_EQUATIONS.search(_ARGUMENTS.sub("", left)) is not None
+
+
 def _equation_yields(equation: str, answer: str) -> bool:
     """Return whether the right side of an equation equals an answer that is not an equation."""
     if "=" in answer:
@@ -707,8 +1077,7 @@ def _right_side(answer: str) -> str | None:
     left, equals, right = answer.rpartition("=")
     if not equals or left.endswith(("<", ">", "!", "\\")):
         return None
-    left_without_arguments = re.sub(r"\([^()]*\)", "", left)  # the comma of f(2, 3) does not count
-    if _SEVERAL_EQUATIONS.search(left_without_arguments):
+    if _has_several_equations(answer):
         return None
     return canonical(right, "math")
 
@@ -724,13 +1093,18 @@ import sys
 import math_verify
 
 logging.disable(logging.CRITICAL)
-math_verify.parse("$1$")  # the first call loads sympy
+math_verify.parse("$1$", parsing_timeout=None)  # the first call loads sympy
 print("ready", flush=True)
 for line in sys.stdin:
-    a, b = [math_verify.parse("\\boxed{" + answer + "}") for answer in json.loads(line)]
+    a, b = [
+        math_verify.parse("\\boxed{" + answer + "}", parsing_timeout=None)
+        for answer in json.loads(line)
+    ]
     equal = bool(a and b)
     for gold, answer in ((a, b), (b, a)):
-        equal = equal and math_verify.verify(gold, answer, allow_set_relation_comp=True)
+        equal = equal and math_verify.verify(
+            gold, answer, allow_set_relation_comp=True, timeout_seconds=None
+        )
     print(json.dumps(equal), flush=True)
 """
 

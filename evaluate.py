@@ -75,8 +75,9 @@ def answer_record(problem: Problem, leaf: Node, cost: Cost, scorer: str | None) 
         "level": problem.level,
         "question": problem.question,
         "gold": problem.gold,
-        "answer": answer,
-        "correct": is_correct(problem, answer),
+        "answer": answer.value,
+        "rung": answer.rung,
+        "correct": is_correct(problem, answer.value),
     }
     for name in COSTS:
         record[name] = getattr(cost, name)

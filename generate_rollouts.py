@@ -181,7 +181,7 @@ def label_tree(
 def grade(problem: Problem, leaf: Node) -> float:
     """Return +1 if the answer of a terminal state is right, else -1."""
     answer = extract_answer(leaf.message.text, problem.answer_type)
-    return 1.0 if is_correct(problem, answer) else -1.0
+    return 1.0 if is_correct(problem, answer.value) else -1.0
 
 
 # ---- The driver: sequential searches, batched execution ------------------------------------------
@@ -279,7 +279,7 @@ def tree_record(problem: Problem, root: Node, cost: Cost) -> dict:
         nodes.append({"parent": parent} | _message_fields(node) | {"N": node.N, "W": node.W})
         if node.reward is not None:
             answer = extract_answer(node.message.text, problem.answer_type)
-            nodes[-1] |= {"reward": node.reward, "answer": answer}
+            nodes[-1] |= {"reward": node.reward, "answer": answer.value, "rung": answer.rung}
         stack += reversed(node.children or [])
     return {
         "id": problem.id,

@@ -62,7 +62,7 @@ from runs import (
     positive_int,
     unit_float,
 )
-from tasks import TASKS, Problem, check_task, is_correct, load_problems
+from tasks import TASKS, Problem, check_task, is_correct, problem_at
 from value import ValueModel
 
 # A search yields requests and returns the terminal node whose answer is given.
@@ -105,7 +105,7 @@ def vote(question: str, mas: MAS, answer_type: str, *, num: int) -> Search:
     nodes = yield from sample_passes(question, mas, num=num, greedy=False)
     clusters: list[tuple[str, list[Node]]] = []  # (answer, passes that give it)
     for node in nodes:
-        answer = extract_answer(node.message.text, answer_type)
+        answer = extract_answer(node.message.text, answer_type).value
         if answer is None:
             continue
         for cluster_answer, members in clusters:
@@ -571,11 +571,7 @@ def main(args) -> None:
 def choose_problem(args) -> Problem:
     """Return the user's question, or a test problem of the task."""
     if args.question is None:
-        problems = load_problems(task=args.task, data=args.data, split="test", num=args.index)
-        if len(problems) < args.index:
-            origin = args.data or f"--task {args.task}"
-            raise InputError(f"--index {args.index}: {origin} has {len(problems)} test problems")
-        return problems[-1]
+        return problem_at(task=args.task, data=args.data, place=args.index)
     question = args.question.strip()
     if not question:
         raise InputError(
@@ -601,7 +597,7 @@ def print_solution(problem: Problem, method: Method, leaf: Node, cost: Cost) -> 
         print(f"    {score}{logprob}{truncated}")
 
     # 2. The answer.
-    answer = extract_answer(leaf.message.text, problem.answer_type)
+    answer = extract_answer(leaf.message.text, problem.answer_type).value
     verdict = ""
     if problem.gold:
         right_or_wrong = "right" if is_correct(problem, answer) else "wrong"

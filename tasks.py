@@ -3,13 +3,14 @@
 A task is an embedded family of problems (tiny/problems.py) or a public data set. Public data comes
 from the Hugging Face hub or, with `--data`, from a file in a similar format (see COLUMNS).
 
-The embedded families have their own splits. Those of public data depend on the ids of the problems,
-never on a seed or on the size of a run:
+The embedded families have their own splits; "heldout" and "test" have one problem for each set of
+numbers. Those of public data depend on the questions alone, never on a seed, on the size of a run,
+on the ids of the problems or on their order in the file:
   - "test" is the test split of the hub, or the whole file if a file is given;
-  - one in eight of the other problems, by a hash of its id, is "heldout"; the rest is "train".
+  - one in eight of the others, by a hash of its question, is "heldout"; the rest is "train".
 Problems come in an order that is fixed by a second hash, so that the first `num` are a fair sample
-of a file that is sorted by subject. Problems without an id get one from a hash of their question,
-so that reordering the file changes nothing.
+of a file that is sorted by subject. Problems without an id get one from the hash of their question.
+A question that occurs twice counts once; if its answers differ, the data is refused.
 
 A gold answer that cannot be read is an error that names the problem. No torch here.
 """
@@ -51,6 +52,7 @@ class RawProblem(NamedTuple):
     gold: str  # as in the data
     subject: str | None
     level: str | None
+    place: str  # the file and the line, for error messages
 
 
 def is_correct(problem: Problem, answer: str | None) -> bool:
@@ -59,8 +61,12 @@ def is_correct(problem: Problem, answer: str | None) -> bool:
 
 
 def question_key(question: str) -> str:
-    """Return a short hash of a question. Case, spaces and punctuation do not count."""
-    words = re.findall(r"\w+", question.lower())
+    """Return a hash of a question, the same for all spellings that differ in case or spacing only.
+
+    A question that was reformatted is still found by the checks for leaks. All other characters
+    count, because operators do: 3-5 is not 3+5.
+    """
+    words = question.casefold().split()
     return hashlib.blake2b(" ".join(words).encode(), digest_size=8).hexdigest()
 
 
@@ -142,17 +148,38 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
     Raises:
         InputError: if the task is unknown, or its data cannot be loaded or used.
     """
+    problems = _first_problems(task, data, split, num)
+    if len(problems) < num:
+        print(
+            f"{data or task}: {num} {split} problems were requested, "
+            f"but there are only {len(problems)}",
+            file=sys.stderr,
+        )
+    return problems
+
+
+def problem_at(*, task: str, data: str | None, place: int) -> Problem:
+    """Return the test problem at a place of the fixed order, counted from 1 (--index).
+
+    Raises InputError if there are fewer problems, or for the reasons of `load_problems`.
+    """
+    problems = _first_problems(task, data, "test", place)
+    if len(problems) < place:
+        origin = data or f"--task {task}"
+        raise InputError(f"--index {place}: {origin} has {len(problems)} test problems")
+    return problems[-1]
+
+
+def _first_problems(task: str, data: str | None, split: str, num: int) -> list[Problem]:
+    """Return the first `num` problems of a split, or all of them if there are fewer."""
     if task in EMBEDDED and data is None:
         return _embedded_problems(EMBEDDED[task], split, num)
     check_task(task)
 
-    # 1. Read all problems of the data, and give an id to each that has none.
+    # 1. Read all problems of the data.
     origin = data or task
     rows = _read_file(data) if data else _read_hub(task, split)
     raw_problems = [read_row(row, f"{origin}, line {line}") for line, row in enumerate(rows, 1)]
-    id_prefix = Path(origin).stem if task in EMBEDDED else task
-    raw_problems = _with_ids(raw_problems, id_prefix)
-    _check_ids_are_unique(raw_problems, origin)
 
     # 2. Find the answer type, from the whole file, so that all splits have the same.
     if task in TASKS:
@@ -160,13 +187,14 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
     else:
         answer_type = _narrowest_answer_type([raw.gold for raw in raw_problems])
 
-    # 3. Choose the problems of the split, and bring their gold answers into canonical form.
+    # 3. Keep each question once, and give an id to each that has none.
+    raw_problems = _without_duplicates(raw_problems, answer_type, origin)
+    id_prefix = Path(origin).stem if task in EMBEDDED else task
+    raw_problems = _with_ids(raw_problems, id_prefix)
+    _check_ids_are_unique(raw_problems, origin)
+
+    # 4. Choose the problems of the split, and bring their gold answers into canonical form.
     chosen = _first_of_split(raw_problems, split, num)
-    if len(chosen) < num:
-        print(
-            f"{origin}: {num} {split} problems were requested, but there are only {len(chosen)}",
-            file=sys.stderr,
-        )
     return [_to_problem(raw, answer_type, split, origin) for raw in chosen]
 
 
@@ -183,13 +211,13 @@ def _first_of_split(raw_problems: list[RawProblem], split: str, num: int) -> lis
     """Return the first `num` problems of a split, in the fixed order."""
     if split != "test":
         wanted = split == "heldout"
-        raw_problems = [raw for raw in raw_problems if _is_heldout(raw.id) == wanted]
-    return sorted(raw_problems, key=lambda raw: _hash(raw.id, "order"))[:num]
+        raw_problems = [raw for raw in raw_problems if _is_heldout(raw.question) == wanted]
+    return sorted(raw_problems, key=lambda raw: _hash(raw.question, "order"))[:num]
 
 
 def _embedded_problems(family: str, split: str, num: int) -> list[Problem]:
     problems = []
-    for index in range(num):
+    for index in range(min(num, tiny_problems.size_of(family, split))):
         puzzle = tiny_problems.make_puzzle(family, split, index)
         gold, level = str(puzzle.answer), str(puzzle.n)
         problem = Problem(puzzle.id, split, puzzle.question, gold, "number", puzzle.story, level)
@@ -197,16 +225,43 @@ def _embedded_problems(family: str, split: str, num: int) -> list[Problem]:
     return problems
 
 
+def _without_duplicates(
+    raw_problems: list[RawProblem], answer_type: str, origin: str
+) -> list[RawProblem]:
+    """Keep one problem for each question, and print how many were left out.
+
+    Raises InputError if the answers to one question differ.
+    """
+    kept: dict[str, RawProblem] = {}
+    for raw in raw_problems:
+        other = kept.setdefault(question_key(raw.question), raw)
+        if not _have_same_gold(raw, other, answer_type):
+            raise InputError(
+                f"{other.place} and {raw.place}: one question, but the answers {other.gold!r} and "
+                f"{raw.gold!r}; remove one of them"
+            )
+        # The order of the file must not matter, so the one that sorts first stays, not the first.
+        kept[question_key(raw.question)] = min(raw, other, key=repr)
+
+    num_left_out = len(raw_problems) - len(kept)
+    if num_left_out > 0:
+        print(f"{origin}: {num_left_out} duplicates of questions were left out", file=sys.stderr)
+    return list(kept.values())
+
+
+def _have_same_gold(raw: RawProblem, other: RawProblem, answer_type: str) -> bool:
+    if raw.gold == other.gold:
+        return True
+    gold, other_gold = canonical(raw.gold, answer_type), canonical(other.gold, answer_type)
+    return same_answer(gold, other_gold, answer_type)
+
+
 def _with_ids(raw_problems: list[RawProblem], prefix: str) -> list[RawProblem]:
-    """Give an id to each problem that has none: a hash of its question, numbered if it repeats."""
-    occurrences = Counter()
+    """Give an id to each problem that has none, from the hash of its question."""
     with_ids = []
     for raw in raw_problems:
-        key = f"{prefix}-{question_key(raw.question)}"
-        occurrences[key] += 1
         if raw.id is None:
-            count = occurrences[key]
-            raw = raw._replace(id=key if count == 1 else f"{key}-{count}")
+            raw = raw._replace(id=f"{prefix}-{question_key(raw.question)}")
         with_ids.append(raw)
     return with_ids
 
@@ -233,12 +288,14 @@ def _is_only_a_number(gold: str) -> bool:
     return number is not None and number == canonical(gold, "math")
 
 
-def _is_heldout(problem_id: str) -> bool:
-    return _hash(problem_id, "split")[0] % HELDOUT_ONE_IN == 0
+def _is_heldout(question: str) -> bool:
+    return _hash(question, "split")[0] % HELDOUT_ONE_IN == 0
 
 
-def _hash(problem_id: str, purpose: str) -> bytes:
-    return hashlib.blake2b(f"{purpose} {problem_id}".encode(), digest_size=8).digest()
+def _hash(question: str, purpose: str) -> bytes:
+    """Return a hash of a question, a different one for each purpose."""
+    text = f"{purpose} {question_key(question)}"
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _to_problem(raw: RawProblem, answer_type: str, split: str, origin: str) -> Problem:
@@ -298,6 +355,7 @@ def read_row(row: dict, place: str) -> RawProblem:
         gold=gold,
         subject=_optional_text(fields["subject"]),
         level=_optional_text(fields["level"]),
+        place=place,
     )
 
 

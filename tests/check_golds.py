@@ -130,14 +130,15 @@ def check_problem(problem: Problem, gold: str, counts: Counter, failures: list[s
     """Check one gold answer as it is in the data; add to the counts and to the failures."""
     counts["golds that parse"] += 1
     for message in messages_with(gold):
-        accepted = is_correct(problem, extract_answer(message, problem.answer_type))
+        answer = extract_answer(message, problem.answer_type)
+        accepted = is_correct(problem, answer.value)
         counts["equal to themselves"] += accepted
         if not accepted:
             failures.append(f"{problem.id}: {message!r} is not counted as {gold!r}")
 
     for change, wrong in changed_versions(gold).items():
         answer = extract_answer(f"So we get \\boxed{{{wrong}}}", problem.answer_type)
-        refused = not is_correct(problem, answer)
+        refused = not is_correct(problem, answer.value)
         counts[f"refused, {change}"] += refused
         if not refused:
             failures.append(f"{problem.id}: {wrong!r} ({change}) is counted as {gold!r}")

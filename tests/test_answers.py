@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from answers import MathVerify, canonical, extract_answer, same_answer
+from answers import Answer, MathVerify, canonical, extract_answer, same_answer
 
 # ---- Reading an answer ---------------------------------------------------------------------------
 
@@ -27,6 +27,9 @@ NUMBERS = [  # (message, the number that is read from it)
     ("Final answer: 3 and 1/2", "7/2"),
     ("Final answer: minus 3", "-3"),
     ("Final answer: $1.45 million", "1450000"),
+    ("Final answer: 1.45 Million", "1450000"),
+    ("Final answer: Minus 3", "-3"),
+    ("It is Negative 3", "-3"),
     ("Final answer: 1,23,456", "123456"),
     (r"\boxed{1\,234}", "1234"),
     (r"\boxed{\frac{1,000}{3}}", "1000/3"),
@@ -154,23 +157,151 @@ FORMULAS = [  # (message, the formula that is read from it)
 
 @pytest.mark.parametrize("text, answer", NUMBERS)
 def test_numbers_are_read_from_the_final_answer(text, answer):
-    assert extract_answer(text, "number") == answer
+    assert extract_answer(text, "number").value == answer
 
 
 @pytest.mark.parametrize("text, letter", LETTERS)
 def test_letters_are_read_only_where_an_answer_is_given(text, letter):
-    assert extract_answer(text, "letter") == letter
+    assert extract_answer(text, "letter").value == letter
 
 
 @pytest.mark.parametrize("text, answer", FORMULAS)
 def test_formulas_are_read_from_the_final_answer(text, answer):
-    assert extract_answer(text, "math") == answer
+    assert extract_answer(text, "math").value == answer
 
 
 def test_boxes_with_inner_braces_are_read_whole():
-    assert extract_answer(r"thus \boxed{2\sqrt{3}}", "math") == r"2\sqrt{3}"
-    assert extract_answer(r"thus \boxed{\frac{3}{4}}", "math") == "3/4"
-    assert extract_answer(r"thus \boxed{\frac{3}{4}", "math") is None  # never closed
+    assert extract_answer(r"thus \boxed{2\sqrt{3}}", "math").value == r"2\sqrt{3}"
+    assert extract_answer(r"thus \boxed{\frac{3}{4}}", "math").value == "3/4"
+    assert extract_answer(r"thus \boxed{\frac{3}{4}", "math").value is None  # never closed
+
+
+# ---- The ladder ----------------------------------------------------------------------------------
+
+LADDER = [  # (message, answer type, the answer, the rung on which it is read)
+    # told
+    ("The Solver's \\boxed{7} is wrong.\nFinal answer: 9", "number", "9", "told"),
+    ("Final answer: 9\nThe Solver's \\boxed{7} is wrong.", "number", "9", "told"),
+    ("Final answer: 9\nThe Solver wrote \\boxed{7}.", "number", "9", "told"),
+    ("The final answer is 9. The Solver wrote \\boxed{7}.", "number", "9", "told"),
+    ("Final answer: 9\nSo the answer is 7.", "number", "9", "told"),
+    ("The final answer is 9, not \\boxed{7}.", "number", "9", "told"),
+    ("#### 9\nThe answer is 7.", "number", "9", "told"),
+    ("#### \\boxed{9}\nThe answer is 7.", "number", "9", "told"),
+    ("\\boxed{7}\nFinal answer: $\\boxed{\\frac{3}{4}}$.", "math", "3/4", "told"),
+    ("**Final Answer**\n\\[\n\\boxed{12}\n\\]", "number", "12", "told"),
+    ("**Final Answer**\n$$\nx + 1\n$$", "math", "x + 1", "told"),
+    ("**Final Answer**\n\nThere are 3 ways, so\n\\boxed{12}", "number", "12", "told"),
+    ("**Final Answer**\n\nThe number of ways is\n\\boxed{12}", "math", "12", "told"),
+    ("**Final Answer**\n12\n\nThe Solver had \\boxed{7}.", "number", "12", "told"),
+    ("**Final Answer**\n9\n**Final Answer**\nIt must be\n\\boxed{12}", "number", "12", "told"),
+    ("The final answer should be (C).", "letter", "C", "told"),
+    ("The final answer to the question is C.", "letter", "C", "told"),
+    ("Final answer (C)", "letter", "C", "told"),
+    ("Final answer: therefore C", "letter", "C", "told"),
+    # sentences
+    ("The correct answer is C.", "letter", "C", "sentence"),
+    ("The answer is (B)", "letter", "B", "sentence"),
+    ("Answer: D", "letter", "D", "sentence"),
+    ("the correct option is B", "letter", "B", "sentence"),
+    ("The best choice is (B).", "letter", "B", "sentence"),
+    ("The answer choice is **B**.", "letter", "B", "sentence"),
+    ("**Answer:** 5", "number", "5", "sentence"),
+    ("**Answer**: 5 apples in 2 bags", "number", "5", "sentence"),
+    ("Answer:\n\n5\n\nI used step 3.", "number", "5", "sentence"),
+    ("### Answer\n5\n\nI used step 3.", "number", "5", "sentence"),
+    ("Answer - 5 (see step 3)", "number", "5", "sentence"),
+    ("Thus the answer is 12. I used rule 3.", "number", "12", "sentence"),
+    ("The answer is therefore B, as A fails.", "letter", "B", "sentence"),
+    ("The answer should be 9, not 7.", "number", "9", "sentence"),
+    ("The answer to the question is 5, by rule 3.", "number", "5", "sentence"),
+    ("The answer (in cm) is 5, by rule 3.", "number", "5", "sentence"),
+    ("The answer is $\\frac{3}{4}$.", "math", "3/4", "sentence"),
+    ("The answer is $\\frac{3}{4}.$ So we are done with $n = 3$.", "math", "3/4", "sentence"),
+    ("The answer is east.", "math", "east", "sentence"),
+    ("The answer is:\n\\[\nx + 1\n\\]", "math", "x + 1", "sentence"),
+    ("That's the answer: C", "letter", "C", "sentence"),
+    # whichever comes last; a box in a sentence is its answer
+    ("The answer is 5. No: \\boxed{6}.", "number", "6", "box"),
+    ("\\boxed{6}. No, the answer is 5.", "number", "5", "sentence"),
+    ("By rule 3 the answer is $\\boxed{6}$ in 7 steps.", "number", "6", "sentence"),
+    ("The answer is found by adding: \\boxed{6}, see 7.", "number", "6", "sentence"),
+    ("The answer is B. The answer is not A, because A is hot.", "letter", "B", "sentence"),
+    ("The answer is not A; the answer is B.", "letter", "B", "sentence"),
+    ("\\boxed{120}. The answer is the number of all ways to arrange them.", "math", "120", "box"),
+    # a bare option
+    ("B", "letter", "B", "option"),
+    ("(B)", "letter", "B", "option"),
+    ("**B**", "letter", "B", "option"),
+    ("B.", "letter", "B", "option"),
+    (" option b\n", "letter", "B", "option"),
+    ("$\\text{(B)}$", "letter", "B", "option"),
+    ("A", "letter", "A", "option"),
+    ("B", "math", None, "none"),
+    # options that are only discussed
+    ("Option A is wrong because it is hot.", "letter", None, "none"),
+    ("A is tempting, but B is too.", "letter", None, "none"),
+    ("A train leaves. The answer is a train.", "letter", None, "none"),
+    ("The answer is A train.", "letter", None, "none"),
+    ("The wrong answer is A.", "letter", None, "none"),
+    ("Is it A? Perhaps the answer is A?", "letter", None, "none"),
+    ("A) The first\nB) The second", "letter", None, "none"),
+    # the answers of others, and remarks on an answer
+    ("The Solver's answer is 7, but it should be 9", "number", "9", "number"),
+    ("The Solver's answer is C, which is wrong.", "letter", None, "none"),
+    ("The Solver's final answer is C, which is wrong.", "letter", None, "none"),
+    ("The Solver's \\boxed{C} is close.", "letter", None, "none"),
+    ("\\boxed{C} is wrong.", "letter", None, "none"),
+    ("I checked the answer: it is right", "math", None, "none"),
+    ("\\boxed{7}\nI checked the final answer: it is right.", "math", "7", "box"),
+    ("\\boxed{7}\nThe Solver's final answer is correct.", "math", "7", "box"),
+    ("\\boxed{7}\nThe final answer is rounded to 2 decimals.", "number", "7", "box"),
+    ("\\boxed{7}\nThe answer is wrong.", "math", "7", "box"),
+    ("7\nThe answer is correct: 3 + 4 = 7", "number", "7", "number"),
+    ("What is the final answer if x is 5? It is 7.", "number", "7", "number"),
+    # the answer is not 5
+    ("The answer is not 5.", "number", None, "none"),
+    ("The answer isn't 5.", "number", None, "none"),
+    ("The answer cannot be 5.", "number", None, "none"),
+    ("The answer is more than 5.", "number", None, "none"),
+    ("The final answer is not 5.", "number", None, "none"),
+    ("Final answer: not 5", "number", None, "none"),
+    ("Final answer: not sure, 4 or so", "number", None, "none"),
+    ("\\boxed{7}, as the answer is not 5.", "number", "7", "box"),
+    ("The answer is not \\boxed{5}.", "number", None, "none"),
+    # refused answers are not replaced by a worse guess
+    ("The answer is 5 or 6. I took 3 steps.", "number", None, "none"),
+    ("\\boxed{7}\nThe answer is 5 or 6.", "number", None, "none"),
+    ("\\boxed{7}\nFinal answer: 5 or 6", "number", None, "none"),
+    ("The answer is 7.\nFinal answer: 5 or 6", "number", None, "none"),
+    ("The answer is 7.\nThe final answer is 5 or 6.", "number", None, "none"),
+    ("The answer is B. The answer is C or D.", "letter", None, "none"),
+    ("The answer is 7, but \\boxed{2 \\times 3}", "number", None, "none"),
+    ("The answer is 7. \\boxed{12", "number", None, "none"),
+    ("The answer is B. \\boxed{", "letter", None, "none"),
+    # ... but by a later one, and an earlier statement holds still
+    ("Final answer: 5 or 6\nSo \\boxed{6}", "number", "6", "box"),
+    ("Final answer: see below.\nThe answer is 6.", "number", "6", "sentence"),
+    ("Final answer: 4\nFinal answer: 5 or 6", "number", "4", "told"),
+    ("\\boxed{7}\nFinal answer:", "number", "7", "box"),
+    ("We took 3 steps.\nFinal answer:", "number", None, "none"),
+    # the last number
+    ("5 + 8 = 13", "number", "13", "number"),
+    ("I do not know", "number", None, "none"),
+    ("5 + 8 = 13", "math", None, "none"),
+]
+
+
+@pytest.mark.parametrize("text, answer_type, value, rung", LADDER)
+def test_the_ladder_reads_the_answer_on_the_right_rung(text, answer_type, value, rung):
+    assert extract_answer(text, answer_type) == Answer(value, rung)
+
+
+def test_a_box_over_several_lines_is_told_whole():
+    text = "Final answer: \\boxed{\\begin{pmatrix}1\\\\\n2\\end{pmatrix}}"
+    value, rung = extract_answer(text, "math")
+    assert rung == "told"
+    assert same_answer(value, canonical(pmatrix(r"1\\2"), "math"), "math")
 
 
 # ---- Equality ------------------------------------------------------------------------------------
@@ -302,6 +433,34 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     ("5", "f(2)=5", True),
     ("5", "f(5)=2", False),
     ("4", "x=3, y=4", False),
+    ("x=1, x=2", "1,2", True),
+    ("x=1,y=2", "(1,2)", True),
+    ("(x,y)=(1,2)", "(1,2)", True),
+    # only an equation that names its result equals its right side
+    ("x = 3", "3", True),
+    ("x_1 = 4", "4", True),
+    (r"\theta = \pi/2", r"\pi/2", True),
+    (r"\overline{AB} = 4", "4", True),
+    ("AB = 4", "4", True),
+    (r"\text{Area} = 4", "4", True),
+    ("y=2x+3", "2x+3", True),
+    ("f^{-1}(3) = 7", "7", True),
+    ("f(2, x+1) = 7", "7", True),
+    (r"\cos\theta = \frac12", r"\frac12", True),
+    (r"P(A \cup B) = \frac12", r"\frac12", True),
+    ("x = 3+4 = 7", "7", True),
+    ("3+4 = 7", "7", True),
+    (r"\sqrt{49} = 7", "7", True),
+    ("2x+z=1", "1", False),
+    ("a^2+b=0", "0", False),
+    ("x^2 = 4", "4", False),
+    ("2x = 6", "6", False),
+    ("xy = 6", "6", False),
+    ("x(x+1) = 6", "6", False),
+    ("x + y = 3+4 = 7", "7", False),
+    ("|x| = 3", "3", False),
+    ("5 = 2x+1", "2x+1", False),
+    (r"\frac{x}{2} = 3", "3", False),
     (r"x\in[-2,7]", r"-2 \le x \le 7", True),
     ("(3,4]", r"3<x\le4", True),
     ("(3,4]", "3<x<4", False),
@@ -353,6 +512,15 @@ def test_no_answer_equals_nothing():
     assert same_answer("0", "0", "number")
 
 
+# The start of a program in which every alarm ends the process
+WITHOUT_ALARM = """
+import os
+import signal
+
+signal.alarm = lambda seconds: os._exit(1)
+"""
+
+
 def test_a_comparison_that_takes_forever_is_given_up_and_counted(monkeypatch, capsys):
     program = "import time; print('ready', flush=True); input(); time.sleep(60)"
     math_verify = MathVerify()
@@ -362,8 +530,11 @@ def test_a_comparison_that_takes_forever_is_given_up_and_counted(monkeypatch, ca
     assert math_verify.timeouts == 1
     assert "took more than 1 s; counted as unequal" in capsys.readouterr().err
 
+    # A fresh process answers the next one. It must not set an alarm: a comparison that math-verify
+    # gives up by itself is reported as unequal, and nobody would count it.
     monkeypatch.undo()
-    assert math_verify.equal("x+y", "y+x")  # a fresh process answers the next one
+    monkeypatch.setattr(MathVerify, "PROGRAM", WITHOUT_ALARM + MathVerify.PROGRAM)
+    assert math_verify.equal("x+y", "y+x")
     math_verify.process.kill()
 
 

@@ -84,7 +84,7 @@ def test_an_answer_in_the_form_that_the_last_prompt_shows_is_read_back(
         state = graph.step(state, "The check holds.")
     shown_line = system["content"].rsplit("Your last line is: ")[-1]
     last_line = shown_line.replace(form, answer)
-    assert extract_answer(last_line, answer_type) == canonical
+    assert extract_answer(last_line, answer_type).value == canonical
 
 
 def test_value_text_of_a_state_is_a_prefix_of_its_childrens(chain):

@@ -19,6 +19,7 @@ import evaluate
 import generate_rollouts
 import search
 import train_value
+from answers import extract_answer
 from mas import REFINE
 from runs import cli
 
@@ -167,6 +168,8 @@ def test_evaluation_records_hold_answer_and_cost(finished):
         for record in records:
             assert record.keys() >= RECORD_KEYS
             assert record["correct"] == (record["answer"] == record["gold"])
+            last_message = record["transcript"][-1]["message"]
+            assert extract_answer(last_message, "number") == (record["answer"], record["rung"])
             assert record["prompt_tokens"] > 0
             assert record["generated_tokens"] > 0
             assert len(record["transcript"]) == 4

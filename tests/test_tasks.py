@@ -6,7 +6,9 @@ import pytest
 
 from answers import extract_answer
 from runs import InputError
-from tasks import TASKS, Problem, is_correct, load_problems
+from tasks import EMBEDDED, TASKS, Problem, is_correct, load_problems, problem_at, question_key
+from tiny import problems as tiny_problems
+from tiny.problems import make_puzzle, size_of
 
 
 def write_rows(path, rows):
@@ -25,7 +27,7 @@ def load_one(folder, task, row):
 def test_neither_of_two_numbers_will_do():
     problem = Problem("p", "test", "q", "16", "number")
     answer = extract_answer("16 − 3 = 13. Final answer: 13", "number")
-    assert not is_correct(problem, answer)
+    assert not is_correct(problem, answer.value)
 
 
 def test_an_unknown_task_is_named():
@@ -101,7 +103,7 @@ def test_columns_of_logiqa_are_understood(tmp_path):
 # ---- Splits, ids and answer types ----------------------------------------------------------------
 
 
-def test_own_data_is_split_by_id(tmp_path):
+def test_own_data_is_split_into_train_and_heldout(tmp_path):
     rows = []
     for number in range(0, 4000, 40):
         answer = f"reasoning #### {number:,}"
@@ -128,9 +130,76 @@ def test_the_answer_type_of_own_data_is_found(tmp_path):
     assert [problem.answer_type for problem in problems] == ["letter", "letter"]
 
 
+SAME_QUESTION = [  # two questions, and whether they are the same one
+    ("How much is 3-5?", "How much is 3+5?", False),
+    ("How much is 3-5?", "How much is 35?", False),
+    ("How much is 3 5?", "How much is 35?", False),
+    ("How much is 1.5?", "How much is 15?", False),
+    ("How much is (1+2)*3?", "How much is 1+2*3?", False),
+    ("How much is 3-5?", " how much  is\n3-5? ", True),
+]
+
+
+@pytest.mark.parametrize("a, b, equal", SAME_QUESTION)
+def test_the_key_of_a_question_ignores_nothing_but_case_and_spacing(a, b, equal):
+    assert (question_key(a) == question_key(b)) == equal
+
+
+def problems_of(path, split, num):
+    return load_problems(task="gsm8k", data=path, split=split, num=num)
+
+
+def test_no_question_is_on_both_sides_of_the_split(tmp_path, capsys):
+    rows = []
+    for number in range(100):
+        row = {"question": f"How much is {number}+1?", "answer": str(number + 1)}
+        rows.append(row | {"id": f"a{number}"})
+        rows.append(row | {"id": f"b{number}", "answer": f"{number + 1}.0"})
+    data = write_rows(tmp_path / "d.jsonl", rows)
+
+    train, heldout = problems_of(data, "train", 200), problems_of(data, "heldout", 200)
+    questions = [problem.question for problem in train + heldout]
+    assert len(questions) == len(set(questions)) == 100
+    assert len(heldout) > 2
+    assert "100 duplicates of questions were left out" in capsys.readouterr().err
+
+    backwards = write_rows(tmp_path / "e.jsonl", rows[::-1])
+    assert problems_of(backwards, "heldout", 200) == heldout
+
+
+def test_one_question_with_two_answers_is_refused(tmp_path):
+    rows = [
+        {"question": "How much is 1+1?", "answer": "2"},
+        {"question": "How much is 1+2?", "answer": "3"},
+        {"question": "how much is  1+1?", "answer": "3"},
+    ]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    complaint = r"d.jsonl, line 1 and .*d.jsonl, line 3: one question.*'2' and '3'"
+    with pytest.raises(InputError, match=complaint) as error:
+        problems_of(data, "test", 3)
+    assert "\n" not in str(error.value)
+
+
+def test_split_and_order_depend_on_the_questions_alone(tmp_path):
+    rows = []
+    for number in range(80):
+        row = {"question": f"How much is {number}+1?", "answer": str(number + 1)}
+        rows.append(row | {"id": f"a{number}"})
+    renamed = [row | {"id": f"b{number}"} for number, row in enumerate(rows)]
+    nameless = [{"question": row["question"], "answer": row["answer"]} for row in rows]
+
+    questions = {}
+    for split in ("train", "heldout", "test"):
+        for name, variant in (("a", rows), ("b", renamed[::-1]), ("c", nameless)):
+            data = write_rows(tmp_path / f"{name}.jsonl", variant)
+            questions[name] = [problem.question for problem in problems_of(data, split, 80)]
+        assert questions["a"] == questions["b"] == questions["c"]
+
+
 def test_rows_without_ids_keep_theirs_when_the_file_is_reordered(tmp_path):
     rows = [{"question": f"How much is {i}+1?", "answer": str(i + 1)} for i in range(40)]
-    rows += [{"question": "twice", "answer": "1"}] * 2
+    rows += [{"question": "How much is 5-3?", "answer": "2"}]
+    rows += [{"question": "How much is 5+3?", "answer": "8"}]
     forwards = write_rows(tmp_path / "a.jsonl", rows)
     backwards = write_rows(tmp_path / "b.jsonl", rows[::-1])
 
@@ -145,12 +214,56 @@ def test_rows_without_ids_keep_theirs_when_the_file_is_reordered(tmp_path):
     assert [problem.id for problem in first_five] == ids[:5]
 
 
+# ---- Embedded problems ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["heldout", "test"])
+@pytest.mark.parametrize("task", EMBEDDED)
+def test_embedded_problems_to_measure_on_are_independent(capsys, task, split):
+    family = EMBEDDED[task]
+    problems = load_problems(task=task, data=None, split=split, num=99_999_999)
+    assert len(problems) == size_of(family, split)
+    sets = set()
+    for index, problem in enumerate(problems):
+        puzzle = make_puzzle(family, split, index)
+        assert problem.question == puzzle.question
+        pair = (puzzle.a, puzzle.b)
+        if family == "packs":  # swapping the items changes only their names
+            pair = tuple(sorted(pair))
+        sets.add((*pair, puzzle.n, puzzle.t))
+    assert len(sets) == len(problems)
+
+    warning = f"{task}: 99999999 {split} problems were requested, but there are only {len(sets)}"
+    assert warning in capsys.readouterr().err
+
+
+def test_embedded_training_problems_end(monkeypatch):
+    """The split `train` repeats numbers in other words, but not for ever."""
+    assert size_of("packs", "train") == 100_000
+    monkeypatch.setattr(tiny_problems, "MAX_TRAIN", 500)
+    problems = load_problems(task="tiny", data=None, split="train", num=99_999_999)
+    assert len(problems) == 500
+    assert len({problem.id for problem in problems}) == 500
+
+
+def test_one_test_problem_is_found_by_its_place(tmp_path, capsys):
+    problems = load_problems(task="tiny", data=None, split="test", num=3)
+    assert problem_at(task="tiny", data=None, place=3) == problems[2]
+    with pytest.raises(InputError, match="--index 99999999: --task tiny has 178 test problems"):
+        problem_at(task="tiny", data=None, place=99_999_999)
+
+    data = write_rows(tmp_path / "d.jsonl", [{"question": "q", "answer": "1"}])
+    with pytest.raises(InputError, match="--index 2: .*d.jsonl has 1 test problems"):
+        problem_at(task="tiny", data=data, place=2)
+    assert capsys.readouterr().err == ""  # the error is the only line
+
+
 # ---- Files and the hub ---------------------------------------------------------------------------
 
 BAD_ROWS = [  # rows, and the complaint about them
     ([{"question": "q"}], "line 1: no `answer`"),
     ([{"question": "", "answer": "1"}], "line 1: no `question`"),
-    ([{"id": "a", "question": "q", "answer": "1"}] * 2, "id a occurs twice"),
+    ([{"id": "a", "question": q, "answer": "1"} for q in "qr"], "id a occurs twice"),
     ([{"id": "a", "question": "q", "answer": "$$"}], "problem a cannot be read as a"),
 ]
 

@@ -350,7 +350,11 @@ MESSAGE_FIELDS = {"parent", "agent", "message", "tokens", "logprob", "truncated"
 
 
 def test_a_tree_record_holds_all_that_is_needed_to_label_again(chain):
-    policy = ScriptedPolicy(lambda path: f"Final answer: {sum(path)}")
+    def text_of(path):
+        is_told = path[-1] == 0
+        return f"Final answer: {sum(path)}" if is_told else f"The answer is {sum(path)}."
+
+    policy = ScriptedPolicy(text_of)
     searches = label_searches(chain, 1)
     [(problem, root, cost)] = run(searches, {Sample: policy}, max_active=1, progress=NoProgress())
     record = json.loads(json.dumps(tree_record(problem, root, cost)))
@@ -366,3 +370,5 @@ def test_a_tree_record_holds_all_that_is_needed_to_label_again(chain):
     for leaf in leaves:
         is_right = leaf["answer"] == record["gold"]
         assert leaf["reward"] == (1.0 if is_right else -1.0)
+        assert leaf["rung"] == ("told" if leaf["message"].startswith("Final") else "sentence")
+    assert {leaf["rung"] for leaf in leaves} == {"told", "sentence"}

@@ -802,7 +802,7 @@ def _are_correct(puzzles: list[Puzzle], states: list[State]) -> list[bool]:
     correct = []
     for puzzle, state in zip(puzzles, states, strict=True):
         answer = extract_answer(state.messages[-1].text, "number")
-        correct.append(answer == str(puzzle.answer))
+        correct.append(answer.value == str(puzzle.answer))
     return correct
 
 

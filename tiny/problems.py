@@ -39,6 +39,9 @@ RANGES = {
 # This limit sets how hard the problems are: a larger n has more pairs (x, y) to guess from.
 MAX_COUNT = {"packs": 6, "score": 8}
 
+# The split `train` repeats numbers in other words up to this size: ids have five digits.
+MAX_TRAIN = 100_000
+
 # The smallest and the largest total: totals have two digits.
 MIN_TOTAL = 10
 MAX_TOTAL = 99
@@ -165,6 +168,18 @@ def numbers_of(family: str, split: str) -> list[tuple[int, int, int, int]]:
     return numbers
 
 
+def size_of(family: str, split: str) -> int:
+    """Return how many problems there are to train on or to measure on.
+
+    `heldout` and `test` have one problem for each set of numbers. Problems with equal numbers are
+    solved or missed together, so a second one in other words would not be an independent
+    measurement. `train` repeats numbers. The split `agents` belongs to make_tiny.py.
+    """
+    if split == "train":
+        return MAX_TRAIN
+    return len(numbers_of(family, split))
+
+
 def _percentile(family: str, a: int, b: int, n: int, t: int) -> int:
     """Hash the numbers that a question states to 0..99.
 
@@ -213,7 +228,8 @@ class Puzzle:
 def make_puzzle(family: str, split: str, index: int) -> Puzzle:
     """Return problem number `index` of a split. Equal arguments give equal problems.
 
-    Numbers are repeated, in other words, only after all numbers of the split have been used.
+    Numbers are repeated, in other words, only after all numbers of the split have been used; see
+    `size_of`.
     """
     rng = random.Random(f"{family}/{split}/{index}")
 
