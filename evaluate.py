@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from answers import extract_answer
+from answers import MATH_VERIFY, extract_answer
 from generate_rollouts import Node, run
 from mas import MAS, load_graph
 from metrics import paired, wilson
@@ -535,6 +535,12 @@ def write_report(
     (folder / "table.md").write_text(table + "\n", "utf-8")
     plot_accuracy(summary, folder / "em_vs_calls.png")
     print("\n\n".join(["", screen(summary), *breakdowns]))
+    if MATH_VERIFY.timeouts > 0:
+        # Those of other processes, and of earlier ones that were resumed, are in their own output.
+        print(
+            f"{MATH_VERIFY.timeouts} comparisons of answers by this process took more than "
+            f"{MATH_VERIFY.SECONDS:g} s each and count as unequal."
+        )
     print(f"\n{folder} holds the records, summary.json, table.md and em_vs_calls.png")
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import evaluate
+from answers import MATH_VERIFY
 from mas import CHAIN
 from search import parse_method
 
@@ -73,11 +74,10 @@ def collect(folder):
 
 @pytest.fixture
 def summary(folder):
-    """The summary.json of these records."""
+    """The summary of these records."""
     records, num_missing = collect(folder)
     assert num_missing == 0
-    evaluate.write_report(make_methods(RIGHT), records, folder, [])
-    return json.loads((folder / "summary.json").read_text())
+    return evaluate.summarise(make_methods(RIGHT), records)
 
 
 # ---- Summaries -----------------------------------------------------------------------------------
@@ -130,11 +130,22 @@ def test_every_pair_of_the_summary_has_its_reason(summary):
     ]
 
 
-def test_the_table_and_the_picture_are_derived_from_the_summary(folder, summary):
+def test_the_report_is_derived_from_the_records(folder, summary, monkeypatch, capsys):
+    """Comparisons that timed out are reported by the process that made them."""
+    records, _ = collect(folder)
+    for timeouts in (0, 2):
+        monkeypatch.setattr(MATH_VERIFY, "timeouts", timeouts)
+        evaluate.write_report(make_methods(RIGHT), records, folder, ["level"])
+        out = capsys.readouterr().out
+        assert ("2 comparisons of answers by this process" in out) == (timeouts == 2)
+    assert "| hard | 2 | 50.0 | 100.0 | 50.0 | 0.0 |" in out
+
+    assert json.loads((folder / "summary.json").read_text()) == summary
     table = (folder / "table.md").read_text()
     assert "| mcts-2x3-value | 5 | 80.0 | 37.6 to 96.4 | 12.6 |" in table
     assert "| told 3, number 1, none 1 | Solver 3, Planner 1 |" in table
     assert "| +60.0 | -24.1 to +100.0 | 4 : 1 |" in table
+    assert "| hard | 2 | 50.0 | 100.0 | 50.0 | 0.0 |" in table
     assert (folder / "em_vs_calls.png").stat().st_size > 0
 
 
