@@ -494,6 +494,7 @@ def mean_gradient(model, rows, folder, monkeypatch, *, batch_tokens):
     gradients = []
 
     def remember_gradients(parameters, max_norm):
+        assert max_norm == 1
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", remember_gradients)
