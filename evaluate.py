@@ -11,11 +11,10 @@ problem; tables and the picture are derived from them. search.py lists the metho
 
 import hashlib
 import json
-import math
 from collections import Counter
 from pathlib import Path
 
-from answers import extract_answer
+from answers import MATH_VERIFY, extract_answer
 from generate_rollouts import Node, run
 from mas import MAS, load_graph
 from metrics import paired, wilson
@@ -186,8 +185,15 @@ def refuse_leaks(problems: list[Problem], methods: list[Method], args) -> None:
 
 
 def summarise(methods: list[Method], records: dict[str, list[dict]]) -> dict:
-    """Return EM and mean cost per method, and the paired comparisons, from the records alone."""
-    rows = {method.name: summarise_method(records[method.name]) for method in methods}
+    """Return EM and mean cost per method, and the paired comparisons, from the records alone.
+
+    Intervals and tests take the problems as independent of each other. If problems are variants of
+    one another, their n is too large and the intervals are too narrow.
+    """
+    rows = {}
+    for method in methods:
+        rows[method.name] = summarise_method(records[method.name])
+        rows[method.name]["rungs"] = count_rungs(records[method.name])
     comparisons = []
     for method in methods:
         for other, why in opponents(method, methods, rows):
@@ -214,9 +220,14 @@ def summarise_method(records: list[dict]) -> dict:
     truncated = Counter()
     for record in records:
         truncated += Counter(record["truncated"])
-    row["no_answer"] = sum(record["answer"] is None for record in records)
     row["truncated"] = dict(truncated)
     return row
+
+
+def count_rungs(records: list[dict]) -> dict[str, int]:
+    """Return how the answers were read, the most frequent way first (`Answer.rung`)."""
+    counts = Counter(record["rung"] for record in records)
+    return dict(counts.most_common())
 
 
 def lost_problems(records: list[dict], records_against: list[dict]) -> list[str]:
@@ -240,50 +251,71 @@ def opponents(
 ) -> list[tuple[Method, str]]:
     """Return the methods that a method is compared with, and why.
 
-    Every method meets greedy, and the vote that is nearest in agent calls. A search meets the
-    nearest best-of-N by the same scorer, and itself with another scorer or lambda.
+    Every method meets greedy, and the nearest vote. A search meets best-of-N by the same scorer:
+    the nearest, and all that cost more. It also meets itself with another scorer or lambda.
     """
     if method.algorithm == "greedy":
         return []
     pairs = [(other, "greedy") for other in methods if other.algorithm == "greedy"]
     if method.algorithm != "vote":
         votes = [other for other in methods if other.algorithm == "vote"]
-        pairs += _nearest_in_calls(method, votes, rows, "nearest vote")
+        if votes:
+            pairs.append((_nearest_in_calls(method, votes, rows), "nearest vote"))
     if method.algorithm in ("sbs", "mcts"):
-        best_of_methods = []
-        for other in methods:
-            if other.algorithm == "best_of" and other.scorer == method.scorer:
-                best_of_methods.append(other)
-        pairs += _nearest_in_calls(method, best_of_methods, rows, "nearest best-of-N")
+        pairs += _best_of_opponents(method, methods, rows)
     return pairs + _variants(method, methods)
 
 
-def _nearest_in_calls(
-    method: Method, others: list[Method], rows: dict[str, dict], why: str
+def _best_of_opponents(
+    method: Method, methods: list[Method], rows: dict[str, dict]
 ) -> list[tuple[Method, str]]:
-    """Return the method whose number of agent calls differs by the smallest factor, if any."""
-    if not others:
+    """Return the nearest best-of-N by the same scorer, and all others that need more calls."""
+    same_scorer = []
+    for other in methods:
+        if other.algorithm == "best_of" and other.scorer == method.scorer:
+            same_scorer.append(other)
+    if not same_scorer:
         return []
+    nearest = _nearest_in_calls(method, same_scorer, rows)
+    pairs = [(nearest, "nearest best-of-N")]
+    for other in same_scorer:
+        costs_more = rows[other.name]["agent_calls"] > rows[method.name]["agent_calls"]
+        if other is not nearest and costs_more:
+            pairs.append((other, "costlier best-of-N"))
+    return pairs
+
+
+def _nearest_in_calls(method: Method, others: list[Method], rows: dict[str, dict]) -> Method:
+    """Return the nearest of the methods that need at least as many agent calls.
+
+    A baseline must not lose because it was given less. If all need fewer calls, return the one that
+    needs most.
+    """
     calls = rows[method.name]["agent_calls"]
 
-    def distance(other: Method) -> float:
-        return abs(math.log(rows[other.name]["agent_calls"] / calls))
+    def calls_of(other: Method) -> float:
+        return rows[other.name]["agent_calls"]
 
-    return [(min(others, key=distance), why)]
+    at_least_as_many = [other for other in others if calls_of(other) >= calls]
+    if at_least_as_many:
+        return min(at_least_as_many, key=calls_of)
+    return max(others, key=calls_of)
 
 
 def _variants(method: Method, methods: list[Method]) -> list[tuple[Method, str]]:
-    """Return the same search by the policy's likelihood and by chance, and with lambda = 0."""
-    same_search = [other for other in methods if _is_same_search(other, method)]
+    """Return the same search by the policy's likelihood and by chance, and with lambda = 0.
+
+    Only one thing differs: a search by another scorer has the same lambda.
+    """
     pairs = []
-    if method.scorer in ("value", "outcome"):
-        for other in same_search:
-            if other.scorer in ("policy", "random"):
-                pairs.append((other, f"same, by {other.scorer}"))
-    if method.lam > 0:
-        for other in same_search:
-            if other.lam == 0 and other.scorer == method.scorer:
-                pairs.append((other, "same, lambda = 0"))
+    for other in methods:
+        if not _is_same_search(other, method):
+            continue
+        is_guided = method.scorer in ("value", "outcome")
+        if is_guided and other.scorer in ("policy", "random") and other.lam == method.lam:
+            pairs.append((other, f"same, by {other.scorer}"))
+        if other.scorer == method.scorer and other.lam == 0 < method.lam:
+            pairs.append((other, "same, lambda = 0"))
     return pairs
 
 
@@ -308,7 +340,7 @@ def breakdown(methods: list[Method], records: dict[str, list[dict]], key: str) -
                     verdicts.append(record["correct"])
             shares.append(f"{100 * sum(verdicts) / len(verdicts):.1f}")
         rows.append([group, str(num_problems), *shares])
-    return markdown_table([key, "n", *(method.name for method in methods)], rows)
+    return markdown_table([key, "problems", *(method.name for method in methods)], rows)
 
 
 # ---- Runs side by side ---------------------------------------------------------------------------
@@ -357,7 +389,7 @@ def _compare_values(folders: list[Path]) -> str:
 
 def _compare_answers(folders: list[Path]) -> str:
     """Return a table of the methods that all runs have, each run paired with the first."""
-    header = ["method", "run", "n", "EM %", "95 % interval", "agent calls"]
+    header = ["method", "run", "problems", "EM %", "95 % interval", "agent calls"]
     header += ["against the first", "95 % interval"]
     rows = []
     for name in _common_methods(folders):
@@ -405,8 +437,10 @@ DEFAULT_METHODS = [
     "greedy",
     "vote-4",
     "best_of-4-value",
+    "best_of-8-value",
     "sbs-2x1.6.1.1-value",
     "sbs-2x1.6.1.1-policy",
+    "mcts-8x3-value",
     "mcts-8x1.8.1.1-value",
     "mcts-8x1.8.1.1-policy",
     "mcts-8x1.8.1.1-random",
@@ -518,6 +552,12 @@ def write_report(
     (folder / "table.md").write_text(table + "\n", "utf-8")
     plot_accuracy(summary, folder / "em_vs_calls.png")
     print("\n\n".join(["", screen(summary), *breakdowns]))
+    if MATH_VERIFY.timeouts > 0:
+        # Those of other processes, and of earlier ones that were resumed, are in their own output.
+        print(
+            f"{MATH_VERIFY.timeouts} comparisons of answers by this process took more than "
+            f"{MATH_VERIFY.SECONDS:g} s each and count as unequal."
+        )
     print(f"\n{folder} holds the records, summary.json, table.md and em_vs_calls.png")
 
 

@@ -1,6 +1,7 @@
 """How good V is, and how good answers are: pure functions of labels, values and verdicts.
 
-Intervals are 95 %. Nothing here knows a model.
+Intervals are 95 %, over problems, which are taken as independent of each other: with problems that
+are variants of one another, intervals are too narrow. Nothing here knows a model.
 """
 
 import math
@@ -131,7 +132,7 @@ def sibling_choices(edges: list[Edge], values: list[float]) -> tuple[list[float]
 
 
 def wilson(num_right: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a proportion."""
+    """Return the 95 % Wilson interval of the share of right answers among n problems."""
     test = scipy.stats.binomtest(num_right, n)
     interval = test.proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
@@ -159,8 +160,8 @@ def paired(a: list[bool], b: list[bool]) -> dict:
         p = float(scipy.stats.binomtest(wins, wins + losses).pvalue)
     return {
         "difference": (wins - losses) / n,
-        "low": difference - half_width,
-        "high": difference + half_width,
+        "low": max(-1.0, difference - half_width),
+        "high": min(1.0, difference + half_width),
         "wins": wins,
         "losses": losses,
         "p": p,

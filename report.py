@@ -3,7 +3,9 @@
 Two kinds of tables: for the terminal, at most 80 columns wide, and for GitHub (table.md).
 """
 
+import itertools
 import math
+import re
 from pathlib import Path
 
 # ---- V on held-out problems ----------------------------------------------------------------------
@@ -14,6 +16,7 @@ def value_table(report: dict[str, dict]) -> str:
 
     report: agent -> metrics, as in metrics.jsonl.
     """
+    num_problems = [row["auc_problems"] for row in report.values()]
     lines = ["held-out    edges   RMSE  of mean  calib.    AUC   95 % interval  top-1  chance"]
     for agent, row in report.items():
         low, high = row["auc_95"] or (None, None)
@@ -23,6 +26,10 @@ def value_table(report: dict[str, dict]) -> str:
             f"{row['ece']:7.3f} {number_or_dash(row['auc']):>6s}  {interval:14s} "
             f"{number_or_dash(row['top1']):>6s} {number_or_dash(row['chance']):>7s}"
         )
+    lines.append(
+        f"AUC is a mean over the {min(num_problems)} to {max(num_problems)} problems "
+        f"with right and wrong states."
+    )
     return "\n".join(lines)
 
 
@@ -53,7 +60,7 @@ def _method_lines(summary: dict) -> str:
             f"{row['generated_tokens']:10.0f} {row['scored_tokens']:7.0f} {row['seconds']:8.3f}"
         )
     n = next(iter(summary["methods"].values()))["n"]
-    lines.append(f"n = {n}. Calls (sampled messages), tokens and seconds are means per problem.")
+    lines.append(f"n = {n} problems. Calls (sampled messages), tokens and seconds are means.")
     return "\n".join(lines)
 
 
@@ -72,7 +79,7 @@ def _comparison_lines(summary: dict) -> str:
 
 
 def headline_comparisons(comparisons: list[dict]) -> list[dict]:
-    """Choose at most six comparisons, by a rule that does not look at results.
+    """Choose at most eight comparisons, by a rule that does not look at results.
 
     For each search guided by V or by the ORM alone, they show whether it beats a vote of similar
     cost, best-of-N with the same model, and the same search guided by the policy's likelihood.
@@ -84,7 +91,7 @@ def headline_comparisons(comparisons: list[dict]) -> list[dict]:
         is_guided = row["method"].endswith(("-value", "-outcome"))
         if is_search and is_guided and row["why"] in reasons:
             chosen.append(row)
-    return chosen[:6]
+    return chosen[:8]
 
 
 # ---- Tables for GitHub ---------------------------------------------------------------------------
@@ -99,11 +106,10 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def method_table(summary: dict) -> str:
     """Return two tables: the methods, and all comparisons on the same problems."""
-    header = ["method", "n", "EM %", "95 % interval", "agent calls", "prompt tokens", "generated"]
-    header += ["scored", "seconds", "no answer", "cut"]
+    header = ["method", "problems", "EM %", "95 % interval", "agent calls", "prompt tokens"]
+    header += ["generated", "scored", "seconds", "answers read", "cut"]
     rows = []
     for name, row in summary["methods"].items():
-        cut = [f"{agent} {num}" for agent, num in row["truncated"].items()]
         cells = [
             name,
             str(row["n"]),
@@ -114,15 +120,21 @@ def method_table(summary: dict) -> str:
             f"{row['generated_tokens']:.0f}",
             f"{row['scored_tokens']:.0f}",
             f"{row['seconds']:.3f}",
-            str(row["no_answer"]),
-            ", ".join(cut) or "0",
+            counts_text(row["rungs"]),
+            counts_text(row["truncated"]) or "0",
         ]
         rows.append(cells)
     note = (
-        "Costs are means per problem; `cut` counts messages that ran into their token limit, "
-        "per agent."
+        "Intervals take the problems as independent. Costs are means per problem. `answers read` "
+        "counts how the answers were found (answers.py), `none` those that hold no answer; `cut` "
+        "counts messages that ran into their token limit, per agent."
     )
     return "\n".join([markdown_table(header, rows), "", note, "", comparison_table(summary)])
+
+
+def counts_text(counts: dict[str, int]) -> str:
+    """Show counts: "told 170, number 8"."""
+    return ", ".join(f"{name} {num}" for name, num in counts.items())
 
 
 def comparison_table(summary: dict) -> str:
@@ -145,52 +157,80 @@ def comparison_table(summary: dict) -> str:
 
 # ---- The picture ---------------------------------------------------------------------------------
 
-# Colours of Okabe and Ito, which colour-blind readers can tell apart.
-COLOURS = {
-    None: "#000000",
-    "value": "#D55E00",
-    "policy": "#0072B2",
-    "random": "#777777",
-    "outcome": "#009E73",
-}
+# The colours of Okabe and Ito, which colour-blind readers can tell apart, without their yellow, and
+# grey and wine. Families of methods take them in this order.
+COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00")
+COLOURS += ("#777777", "#882255")
 MARKERS = {"greedy": "*", "vote": "o", "best_of": "s", "sbs": "^", "mcts": "D"}
 
 
+def family_of(name: str) -> str:
+    """Return the name of a method without its N: "mcts-Nx3-value" for "mcts-8x3-value".
+
+    N is the number of passes, beams or simulations. The methods of a family differ in it alone.
+    """
+    return re.sub(r"-\d+", "-N", name, count=1)
+
+
+def families_of(rows: dict[str, dict]) -> list[list[str]]:
+    """Return the names of the methods of each family, in the order of their agent calls."""
+    families: dict[str, list[str]] = {}
+    for name in sorted(rows, key=lambda name: rows[name]["agent_calls"]):
+        families.setdefault(family_of(name), []).append(name)
+    first_names = list(rows)
+    return sorted(families.values(), key=lambda names: min(map(first_names.index, names)))
+
+
 def plot_accuracy(summary: dict, path: Path) -> None:
-    """Draw exact match against agent calls, with 95 % intervals and a name at each point."""
+    """Draw exact match against agent calls, with 95 % intervals.
+
+    The methods of a family are one line. Its point with the most calls bears the name, the others
+    their N.
+    """
     import matplotlib  # imported late: it takes a second, and only the picture needs it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    for name, row in summary["methods"].items():
-        algorithm = name.split("-")[0]
-        em = 100 * row["em"]
-        axes.errorbar(
-            row["agent_calls"],
-            em,
-            yerr=[[em - 100 * row["low"]], [100 * row["high"] - em]],
-            color=colour_of(name),
-            marker=MARKERS.get(algorithm, "P"),
-            markersize=10 if algorithm == "greedy" else 7,
-            elinewidth=1,
-            capsize=2,
-        )
+    rows = summary["methods"]
+    families = families_of(rows)
+    colour_of = {}
+    for index, names in enumerate(families):
+        for name in names:
+            colour_of[name] = COLOURS[index % len(COLOURS)]
+    for name, row in rows.items():
+        _draw_point(axes, name, row, colour_of[name])
+    for names in families:
+        _draw_line(axes, [rows[name] for name in names], colour_of[names[0]])
     set_axes(axes, summary)
     figure.canvas.draw()  # the layout must be final before there is room to measure
-    place_names(axes, summary)
+    place_names(axes, rows, families, colour_of)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def colour_of(name: str) -> str:
-    """Return the colour of a method: that of its scorer."""
-    parts = name.split("-")
-    for scorer, colour in COLOURS.items():
-        if scorer in parts:
-            return colour
-    return COLOURS[None]
+def _draw_point(axes, name: str, row: dict, colour: str) -> None:
+    """Draw a method with its interval."""
+    algorithm = name.split("-")[0]
+    em = 100 * row["em"]
+    axes.errorbar(
+        row["agent_calls"],
+        em,
+        yerr=[[em - 100 * row["low"]], [100 * row["high"] - em]],
+        color=colour,
+        marker=MARKERS[algorithm],
+        markersize=10 if algorithm == "greedy" else 7,
+        elinewidth=1,
+        capsize=2,
+    )
+
+
+def _draw_line(axes, rows: list[dict], colour: str) -> None:
+    """Connect the points of a family."""
+    calls = [row["agent_calls"] for row in rows]
+    accuracies = [100 * row["em"] for row in rows]
+    axes.plot(calls, accuracies, color=colour, linewidth=1.2)
 
 
 def set_axes(axes, summary: dict) -> None:
@@ -208,7 +248,7 @@ def set_axes(axes, summary: dict) -> None:
         ylim=y_limits,
         xlabel="agent calls (sampled messages) per problem, mean",
         ylabel="exact match, %",
-        title=f"n = {rows[0]['n']} test problems, 95 % intervals",
+        title=f"{rows[0]['n']} test problems, 95 % intervals",
     )
     first = math.ceil(math.log2(x_limits[0]))
     last = math.floor(math.log2(x_limits[1]))
@@ -237,27 +277,46 @@ NAME_PLACES = (
 )
 
 
-def place_names(axes, summary: dict) -> None:
+def place_names(axes, rows: dict[str, dict], families: list[list[str]], colour_of: dict) -> None:
     """Write each name at the first of its places that is free, or else at the least crowded.
 
-    Points with their intervals and the names already written take up room.
+    Points with their intervals, lines and the names already written take up room.
     """
-    occupied = [_box_of_point(axes, row) for row in summary["methods"].values()]
+    # 1. The room that is taken.
+    occupied = [_box_of_point(axes, row) for row in rows.values()]
+    for names in families:
+        for left, right in itertools.pairwise(names):
+            occupied += _boxes_of_line(axes, rows[left], rows[right])
+
+    # 2. The names first, because they need more room; then the N of the other points.
+    texts = {}
+    for names in families:
+        texts[names[-1]] = names[-1]
+    for names in families:
+        for name in names[:-1]:
+            texts[name] = _number_of(name)
+
+    # 3. Their places.
     inside = axes.get_window_extent()
-    for name, row in summary["methods"].items():
-        best_text, fewest = None, math.inf
+    for name, text in texts.items():
+        best, fewest = None, math.inf
         for place in NAME_PLACES:
-            text = _write_name(axes, name, row, place)
-            box = text.get_window_extent()
+            written = _write(axes, text, rows[name], place, colour_of[name])
+            box = written.get_window_extent()
             is_cut_off = not (inside.x0 < box.x0 and box.x1 < inside.x1)
-            num_overlaps = sum(box.overlaps(other) for other in occupied) + 10 * is_cut_off
+            num_overlaps = sum(box.overlaps(other) for other in occupied) + 100 * is_cut_off
             if num_overlaps < fewest:
-                if best_text is not None:
-                    best_text.remove()
-                best_text, fewest = text, num_overlaps
+                if best is not None:
+                    best.remove()
+                best, fewest = written, num_overlaps
             else:
-                text.remove()
-        occupied.append(best_text.get_window_extent())
+                written.remove()
+        occupied.append(best.get_window_extent())
+
+
+def _number_of(name: str) -> str:
+    """Return N of a method's name: "8" for "mcts-8x3-value"."""
+    return re.search(r"-(\d+)", name)[1]
 
 
 def _box_of_point(axes, row: dict):
@@ -269,16 +328,32 @@ def _box_of_point(axes, row: dict):
     return Bbox.from_extents(x - 6, bottom, x + 6, top)
 
 
-def _write_name(axes, name: str, row: dict, place: tuple[int, int, str]):
-    """Write a name at a place relative to its point. Returns the text."""
+def _boxes_of_line(axes, row: dict, next_row: dict) -> list:
+    """Return small boxes, in pixels, that cover the line between two points."""
+    from matplotlib.transforms import Bbox
+
+    ends = []
+    for end in (row, next_row):
+        ends.append((end["agent_calls"], 100 * end["em"]))
+    (x0, y0), (x1, y1) = axes.transData.transform(ends)
+    boxes = []
+    for step in range(21):
+        x = x0 + (x1 - x0) * step / 20
+        y = y0 + (y1 - y0) * step / 20
+        boxes.append(Bbox.from_extents(x - 2, y - 2, x + 2, y + 2))
+    return boxes
+
+
+def _write(axes, text: str, row: dict, place: tuple[int, int, str], colour: str):
+    """Write a text at a place relative to a point. Returns it."""
     dx, dy, alignment = place
     return axes.annotate(
-        name,
+        text,
         (row["agent_calls"], 100 * row["em"]),
         xytext=(dx, dy),
         textcoords="offset points",
         ha=alignment,
         va="center",
         fontsize=9,
-        color=colour_of(name),
+        color=colour,
     )

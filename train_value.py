@@ -17,12 +17,14 @@ paths, and each edge of the tree is labelled in exactly one of them.
 import argparse
 import datetime
 import itertools
+import math
 import os
 import random
 import resource
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,10 +92,44 @@ def make_rows(paths: list[list[Edge]], model: ValueModel) -> list[Row]:
                 positions = [ends[len(edge.state.messages)] for edge in edges]
             else:
                 positions = [ends[-1]]
-            targets = [edge.y for edge in edges]
-            groups = [(edge.problem_id, edge.agent) for edge in edges]
-            rows.append(Row(ids, positions, targets, groups))
+            row = Row(
+                ids,
+                positions,
+                targets=[edge.y for edge in edges],
+                groups=[(edge.problem_id, edge.agent) for edge in edges],
+                visits=[edge.visits for edge in edges],
+                weights=[1.0] * len(edges),
+            )
+            rows.append(row)
     return rows
+
+
+def training_rows(paths: list[list[Edge]], model: ValueModel, label_weights: str) -> list[Row]:
+    """Return the rows to train on, with the weights of their labels: "equal" or "visits".
+
+    Raises InputError for weights of the `rank` loss, which compares pairs of labels.
+    """
+    rows = make_rows(paths, model)
+    if label_weights == "equal":
+        return rows
+    if model.loss == "rank":
+        raise InputError("--label-weights visits: --loss rank compares pairs, give another --loss")
+    return weigh_by_visits(rows)
+
+
+def weigh_by_visits(rows: list[Row]) -> list[Row]:
+    """Return the rows with the weight of each label proportional to N(s, a), with mean 1.
+
+    Not in the paper, where all labels count the same. y is a mean of N(s, a) rewards, and most
+    labels are of a single one.
+    """
+    num_labels = sum(len(row.visits) for row in rows)
+    mean_visits = sum(sum(row.visits) for row in rows) / num_labels
+    weighted = []
+    for row in rows:
+        weights = [visits / mean_visits for visits in row.visits]
+        weighted.append(replace(row, weights=weights))
+    return weighted
 
 
 def distinct_tokens(rows: list[Row]) -> int:
@@ -116,80 +152,148 @@ def epoch_batches(
     the batches are shuffled.
 
     Args:
-        by_tree: keep the rows of a tree together instead, because the `rank` loss compares them.
+        by_tree: keep the rows of a tree in one batch instead, because the `rank` loss compares
+            them. Only a tree that is larger than a batch is cut.
     """
     lengths = [len(row.ids) for row in rows]
-    order = []
     if by_tree:
-        rows_of_problem = defaultdict(list)
-        for index, row in enumerate(rows):
-            problem_id, _ = row.groups[0]
-            rows_of_problem[problem_id].append(index)
-        for tree_rows in rng.sample(list(rows_of_problem.values()), len(rows_of_problem)):
-            order += tree_rows
+        batches = whole_tree_batches(rows, lengths, batch_tokens, rng)
     else:
         shuffled = rng.sample(range(len(rows)), len(rows))
+        order = []
         for start in range(0, len(rows), 512):
             order += sorted(shuffled[start : start + 512], key=lengths.__getitem__)
-    batches = list(token_batches(lengths, order, batch_tokens))
+        batches = list(token_batches(lengths, order, batch_tokens))
     rng.shuffle(batches)
+    return batches
+
+
+def whole_tree_batches(
+    rows: list[Row], lengths: list[int], batch_tokens: int, rng: random.Random
+) -> list[list[int]]:
+    """Return batches of whole trees in random order, each as large as `batch_tokens` allows."""
+    rows_of_problem = defaultdict(list)
+    for index, row in enumerate(rows):
+        problem_id, _ = row.groups[0]
+        rows_of_problem[problem_id].append(index)
+    trees = list(rows_of_problem.values())
+    rng.shuffle(trees)
+
+    # 1. Put trees together while they fit.
+    packed = [[]]
+    for tree in trees:
+        together = packed[-1] + tree
+        longest = max(lengths[index] for index in together)
+        if len(together) * longest <= batch_tokens:
+            packed[-1] = together
+        else:
+            packed.append(tree)
+
+    # 2. Cut a tree that does not fit alone.
+    batches = []
+    for batch in packed:
+        batches += token_batches(lengths, batch, batch_tokens)
     return batches
 
 
 # ---- The training loop ---------------------------------------------------------------------------
 
 
+def learning_rate_factor(step: int, total_steps: int) -> float:
+    """Return the share of the peak learning rate at a step, counted from 0.
+
+    Linear warm-up over the first 5 % of the steps, then cosine decay to 0.
+    """
+    warmup_steps = total_steps // 20
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
 def training_loss(
     model: ValueModel,
     outputs: torch.Tensor,
     targets: torch.Tensor,
+    weights: torch.Tensor,
     groups: list[tuple[str, str]],
     *,
     huber_delta: float,
 ) -> torch.Tensor:
-    """Return the mean loss over the labels of a batch.
+    """Return the weighted sum of the losses of the labels in a batch; for `rank`, of the pairs.
+
+    It is a sum, because a mean would make a label count more in a smaller batch.
 
     Args:
         outputs: [n, outputs of the head].
         targets: y, [n].
+        weights: [n], unused by `rank`.
         groups: (problem, agent) per label, for the `rank` loss.
     """
+    if model.loss == "rank":
+        return ranking_loss(outputs[:, 0], targets, groups)
     if model.loss == "huber":  # section 4.2: Huber in tanh space
-        return nn.functional.huber_loss(model.value(outputs), targets, delta=huber_delta)
-    if model.loss == "mse":
-        return nn.functional.mse_loss(model.value(outputs), targets)
-    if model.loss == "dist":
-        return distributional_loss(outputs, targets)
-    return ranking_loss(outputs[:, 0], targets, groups)
+        values = model.value(outputs)
+        losses = nn.functional.huber_loss(values, targets, delta=huber_delta, reduction="none")
+    elif model.loss == "mse":
+        losses = (model.value(outputs) - targets) ** 2
+    else:
+        losses = distributional_losses(outputs, targets)
+    return (weights * losses).sum()
 
 
-def distributional_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy over bins. y is split between its two nearest bins, so that their mean is y."""
+def distributional_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy over bins per label, [n].
+
+    y is split between its two nearest bins, so that their mean is y.
+    """
     num_bins = outputs.shape[-1]
     fractional_bin = (targets + 1) / 2 * (num_bins - 1)
     lower_bin = fractional_bin.floor().long().clamp(max=num_bins - 2)
-    upper_weight = (fractional_bin - lower_bin)[:, None]
+    upper_weight = fractional_bin - lower_bin
     logprobs = outputs.log_softmax(-1)
-    lower_logprob = logprobs.gather(1, lower_bin[:, None])
-    upper_logprob = logprobs.gather(1, lower_bin[:, None] + 1)
-    return -((1 - upper_weight) * lower_logprob + upper_weight * upper_logprob).mean()
+    lower_logprob = logprobs.gather(1, lower_bin[:, None])[:, 0]
+    upper_logprob = logprobs.gather(1, lower_bin[:, None] + 1)[:, 0]
+    return -((1 - upper_weight) * lower_logprob + upper_weight * upper_logprob)
 
 
 def ranking_loss(
     logits: torch.Tensor, targets: torch.Tensor, groups: list[tuple[str, str]]
 ) -> torch.Tensor:
-    """Bradley-Terry: -log sigmoid(difference of w.h + b), over pairs with different y.
+    """Bradley-Terry: the sum over pairs of -log sigmoid(difference of w.h + b).
 
-    Pairs are states of one agent in one tree. Siblings are among them; siblings alone would leave
-    out an agent whose candidates are always equally good.
+    Every pair counts the same, as in the likelihood of all comparisons.
+    """
+    better, worse = comparable_pairs(targets, groups)
+    return nn.functional.softplus(logits[worse] - logits[better]).sum()
+
+
+def comparable_pairs(
+    targets: torch.Tensor, groups: list[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices (better, worse) of all pairs with different y in one group.
+
+    A group is the states of one agent in one tree. Siblings are among its pairs; siblings alone
+    would leave out an agent whose candidates are always equally good.
     """
     index_of_group = {group: index for index, group in enumerate(dict.fromkeys(groups))}
     group_ids = torch.tensor([index_of_group[group] for group in groups], device=targets.device)
     same_group = group_ids[:, None] == group_ids
     is_better = targets[:, None] > targets
     better, worse = (same_group & is_better).nonzero(as_tuple=True)
-    losses = nn.functional.softplus(logits[worse] - logits[better])
-    return losses.sum() / max(1, len(better))
+    return better, worse
+
+
+def num_terms(rows: list[Row], loss: str) -> int:
+    """Return how many terms the loss of these rows sums: labels, or pairs for `rank`."""
+    targets, groups = [], []
+    for row in rows:
+        targets += row.targets
+        groups += row.groups
+    if loss != "rank":
+        return len(targets)
+    better, _ = comparable_pairs(torch.tensor(targets), groups)
+    return len(better)
 
 
 def train(
@@ -206,14 +310,20 @@ def train(
 ) -> None:
     """Train with AdamW, warm-up and cosine decay. Every label counts once per epoch.
 
+    Labels of equal weight count the same in whatever batch they are, before gradients are clipped.
+    For the `rank` loss this holds for pairs.
+
     With several processes, each takes one batch of every step. The order of an epoch is a function
     of (seed, epoch), so a run that was killed resumes after its last whole epoch.
 
     Args:
+        lr: peak learning rate, see `learning_rate_factor`.
         batch_tokens: padded size of a batch, see `token_batches`.
         checkpoint: file that is written after every epoch.
         after_epoch: called on the first process with the epoch and the mean training loss of that
             process's batches.
+
+    Raises InputError if the `rank` loss has nothing to compare.
     """
     rank, world_size = process_rank()
 
@@ -226,11 +336,11 @@ def train(
         schedule.append([batches[start : start + world_size] for start in starts])
     total_steps = sum(map(len, schedule))
 
-    # 2. Optimizer, as it was when the last epoch ended.
+    # 2. Optimizer, as it was when the last epoch ended. Only the learning rate changes.
     trained = model.trained_parameters()
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=total_steps + 1, pct_start=0.05
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(learning_rate_factor, total_steps=total_steps)
     )
     first_epoch = 0
     if checkpoint.is_file():
@@ -240,55 +350,79 @@ def train(
     # 3. Train epoch by epoch.
     for epoch in range(first_epoch, epochs):
         model.train()
-        loss_sum, num_labels = 0.0, 0
+        terms_per_step = mean_terms_per_step(rows, schedule[epoch], model.loss)
+        epoch_loss, epoch_terms = 0.0, 0
         description = f"epoch {epoch + 1}/{epochs}"
         progress = Progress(len(schedule[epoch]), description=description, shown=rank == 0)
         with progress:
             for batches in schedule[epoch]:
-                loss, num_batch_labels = training_step(
-                    model, rows, batches, huber_delta=huber_delta
+                loss, terms = training_step(
+                    model, rows, batches, terms_per_step, huber_delta=huber_delta
                 )
                 nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
-                loss_sum += loss * num_batch_labels
-                num_labels += num_batch_labels
-                progress.advance(1, f"loss {loss:.3f}")
+                epoch_loss += loss
+                epoch_terms += terms
+                progress.advance(1, f"loss {loss / max(1, terms):.3f}")
         if rank == 0:
-            after_epoch(epoch, loss_sum / num_labels)
+            after_epoch(epoch, epoch_loss / max(1, epoch_terms))
             save_checkpoint(checkpoint, epoch, model, optimizer, scheduler)
 
 
+def mean_terms_per_step(rows: list[Row], steps: list[list[list[int]]], loss: str) -> float:
+    """Return how many terms a step of an epoch has on average (see `num_terms`).
+
+    The summed loss of every step is divided by this constant, not by the step's own number.
+    Raises InputError if there is no term at all.
+    """
+    total = 0
+    for batches in steps:
+        for batch in batches:
+            total += num_terms([rows[index] for index in batch], loss)
+    if total == 0:
+        raise InputError(
+            "--loss rank: no two states of one agent in one tree have different labels; "
+            "label more problems, or take another --loss"
+        )
+    return total / len(steps)
+
+
 def training_step(
-    model: ValueModel, rows: list[Row], batches: list[list[int]], *, huber_delta: float
+    model: ValueModel,
+    rows: list[Row],
+    batches: list[list[int]],
+    terms_per_step: float,
+    *,
+    huber_delta: float,
 ) -> tuple[float, int]:
     """Compute the gradients of one step, each of whose batches belongs to one process.
 
-    Returns the mean loss of this process's batch, and how many labels it has.
+    terms_per_step: see `mean_terms_per_step`.
+
+    Returns the summed loss of this process's batch, and its number of terms.
     """
     rank, world_size = process_rank()
-    labels_per_batch = []
-    for batch in batches:
-        labels_per_batch.append(sum(len(rows[index].targets) for index in batch))
     loss = torch.zeros(())
-    num_labels = 0
+    terms = 0
     # The last step of an epoch may have fewer batches than there are processes.
     if rank < len(batches):
         batch = [rows[index] for index in batches[rank]]
-        num_labels = labels_per_batch[rank]
-        targets, groups = [], []
+        targets, weights, groups = [], [], []
         for row in batch:
             targets += row.targets
+            weights += row.weights
             groups += row.groups
         outputs = model.outputs([row.ids for row in batch], label_positions(batch))
         targets = torch.tensor(targets, device=outputs.device)
-        loss = training_loss(model, outputs, targets, groups, huber_delta=huber_delta)
-        # Weighted by its labels, so that the sum over processes is the mean over all labels.
-        (loss * num_labels / sum(labels_per_batch)).backward()
+        weights = torch.tensor(weights, device=outputs.device)
+        loss = training_loss(model, outputs, targets, weights, groups, huber_delta=huber_delta)
+        (loss / terms_per_step).backward()
+        terms = num_terms(batch, model.loss)
     if world_size > 1:
         sum_gradients(model.trained_parameters())
-    return loss.item(), num_labels
+    return loss.item(), terms
 
 
 def sum_gradients(trained: dict[str, nn.Parameter]) -> None:
@@ -386,6 +520,12 @@ def parse_args(argv=None):
         help="huber (paper), squared error, Bradley-Terry ranking, or a distribution over bins",
     )
     parser.add_argument(
+        "--label-weights",
+        choices=("equal", "visits"),
+        default="equal",
+        help="equal (paper), or proportional to N(s, a): see weigh_by_visits",
+    )
+    parser.add_argument(
         "--huber-delta",
         type=positive_float,
         default=1.0,
@@ -425,7 +565,7 @@ def main(args) -> None:
     # 3. Build the training rows.
     if world_size > 1:
         start_data_parallel(device)
-    rows = make_rows(labels.paths["train"], model)
+    rows = training_rows(labels.paths["train"], model, args.label_weights)
     heldout_rows = make_rows(labels.paths["heldout"], model)
     heldout_edges = [edge for path in labels.paths["heldout"] for edge in path]
     print(describe_training(model, rows, labels, heldout_edges))
@@ -539,7 +679,7 @@ def value_settings(args, labels: Labels, model: ValueModel, folder: Path) -> dic
     folder: where V will be saved.
     """
     names = ("target", "view", "loss", "quantize", "lora_rank", "lr", "epochs")
-    names += ("huber_delta", "train_batch_tokens", "seed")
+    names += ("label_weights", "huber_delta", "train_batch_tokens", "seed")
     settings = {name: getattr(args, name) for name in names}
     settings["dtype"] = resolve_dtype(args.dtype, args.device)
     settings["backbone"] = backbone_setting(args.backbone, model.backbone, folder)

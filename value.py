@@ -44,12 +44,16 @@ class Row:
         positions: of the tokens that end the messages of these states.
         targets: y of each state, for training.
         groups: (problem, agent) of each state; the `rank` loss compares within a group.
+        visits: N(s, a) of each label.
+        weights: of each label in the loss.
     """
 
     ids: list[int]
     positions: list[int]
     targets: list[float] = field(default_factory=list)
     groups: list[tuple[str, str]] = field(default_factory=list)
+    visits: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
 
 def label_positions(rows: list[Row]) -> list[tuple[int, int]]:

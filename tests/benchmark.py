@@ -451,6 +451,7 @@ def measure_training_step(model: ValueModel, rows: list[Row], args) -> None:
     """Measure forward and backward of one batch of at most 8,192 tokens."""
     batch = rows[: max(1, 8192 // args.state_tokens)]
     targets = torch.full((len(batch),), 0.5, device=args.device)
+    weights = torch.ones_like(targets)
     groups = [("p", "a")] * len(batch)
     if on_gpu(args.device):
         torch.cuda.reset_peak_memory_stats()
@@ -458,7 +459,7 @@ def measure_training_step(model: ValueModel, rows: list[Row], args) -> None:
     def step() -> None:
         model.train()
         outputs = model.outputs([row.ids for row in batch], label_positions(batch))
-        training_loss(model, outputs, targets, groups, huber_delta=1.0).backward()
+        training_loss(model, outputs, targets, weights, groups, huber_delta=1.0).backward()
 
     tokens_per_second = len(batch) * args.state_tokens / seconds_of(step, args.device)
     print(

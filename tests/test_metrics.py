@@ -85,6 +85,25 @@ def test_calibration_error_by_hand():
     assert solver_metrics(LABELS, VALUES)["ece"] == pytest.approx(by_hand)
 
 
+def test_v_of_1_is_in_the_last_bin():
+    """[0.8, 1] holds both states. In bins of their own, their errors would not cancel."""
+    error = calibration_error(np.array([1.0, 0.9]), np.array([0.8, 1.0]))
+    assert error == pytest.approx(0.05)
+
+
+def test_correlation_and_the_error_of_the_best_constant_by_hand():
+    """The mean of y is 0.25: deviations 0.75, -1.25, 0.25 and 0.25. That of V is 0."""
+    labels = [("a", 0, 1.0), ("a", 1, -1.0), ("b", 2, 0.5), ("b", 3, 0.5)]
+    metrics = solver_metrics(labels, [0.5, -0.5, 0.25, -0.25])
+    assert metrics["rmse_of_mean"] == pytest.approx((2.25 / 4) ** 0.5)
+    assert metrics["pearson"] == pytest.approx(1 / (2.25 * 0.625) ** 0.5)
+
+
+def test_a_state_is_right_if_its_label_is_positive_and_0_is_neither():
+    labels = [("a", 0, 0.25), ("a", 0, -0.25), ("a", 0, 0.0)]
+    assert solver_metrics(labels, [0.2, 0.1, 0.9])["auc"] == 1.0
+
+
 def test_a_v_that_only_knows_the_problem_scores_chance():
     """Problem d is the easiest and has the largest V. Over all problems, AUC would be 0.75."""
     right_of_five = {"a": 1, "b": 2, "c": 3, "d": 4}
@@ -136,6 +155,11 @@ def test_metrics_that_do_not_exist_are_none():
         assert metrics[name] is None
     assert metrics["auc_problems"] == 0
     assert metrics["sibling_groups"] == 0
+
+    # Equal labels have no correlation with V, and a constant V has none with the labels.
+    equal_labels = [("a", 0, 1.0), ("a", 1, 1.0)]
+    assert solver_metrics(equal_labels, [0.3, 0.4])["pearson"] is None
+    assert solver_metrics(LABELS, [0.3] * len(LABELS))["pearson"] is None
 
 
 def test_the_bootstrap_interval_by_hand():

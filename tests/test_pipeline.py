@@ -24,9 +24,7 @@ import train_value
 from answers import extract_answer
 from decoding import Decoder
 from mas import REFINE
-from report import method_table
 from runs import HERE, cli, open_to_append
-from search import parse_method
 
 ROLLOUTS = ["--num-train", 10, "--num-heldout", 4, "--num-simulations", 6]
 ROLLOUTS += ["--num-candidates", 2, "--max-active", 5]
@@ -181,45 +179,6 @@ def test_evaluation_records_hold_answer_and_cost(finished):
             assert (record["scored_tokens"] > 0) == ("value" in path.stem)
             if path.stem in calls_of_method:
                 assert record["agent_calls"] == calls_of_method[path.stem]
-
-
-def test_a_summary_can_be_derived_again_from_the_records(finished):
-    folder = finished.run / "eval"
-    summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary["methods"]) == METHODS
-
-    # 1. each method
-    records_of = {}
-    for method in METHODS:
-        records = sorted(read_lines(folder / f"{method}.jsonl"), key=lambda record: record["id"])
-        records_of[method] = records
-        row = summary["methods"][method]
-        num_right = sum(record["answer"] == record["gold"] for record in records)
-        calls = [record["agent_calls"] for record in records]
-        assert row["n"] == len(records) == 6
-        assert row["right"] == num_right
-        assert row["em"] == pytest.approx(num_right / 6)
-        assert row["agent_calls"] == pytest.approx(sum(calls) / 6)
-
-    # 2. each pair of methods
-    for comparison in summary["comparisons"]:
-        records = records_of[comparison["method"]]
-        records_against = records_of[comparison["against"]]
-        wins, lost = 0, []
-        for record, against in zip(records, records_against, strict=True):
-            assert record["id"] == against["id"]
-            if record["correct"] and not against["correct"]:
-                wins += 1
-            if against["correct"] and not record["correct"]:
-                lost.append(record["id"])
-        assert comparison["wins"] == wins
-        assert comparison["losses"] == len(lost)
-        assert comparison["lost"] == lost
-        assert comparison["difference"] == pytest.approx((wins - len(lost)) / 6)
-    assert len(summary["comparisons"]) > len(METHODS)
-
-    # 3. the table
-    assert method_table(summary) + "\n" == (folder / "table.md").read_text()
 
 
 @pytest.fixture
@@ -744,32 +703,3 @@ def test_answers_by_another_value_model_are_not_mixed_in(finished):
     other_value = finished.run / "orm"  # any other trained model will do
     error = error_of(evaluate, "--run", finished.run, *EVALUATE, "--value", other_value)
     assert "made with the scorer value#" in error
-
-
-# ---- Which methods are compared ------------------------------------------------------------------
-
-
-def test_opponents_are_the_nearest_in_calls(chain):
-    calls = {
-        "greedy": 4,
-        "vote-3": 12,
-        "vote-8": 32,
-        "best_of-3-value": 12,
-        "best_of-8-value": 32,
-        "best_of-7-policy": 28,  # nearer, but by another scorer
-        "mcts-4x3-value": 29,
-        "mcts-4x3-policy": 29,
-        "mcts-4x3-random": 29,
-        "mcts-9x3-policy": 50,
-    }
-    methods = [parse_method(name, chain, num_candidates="3", lam=0.0) for name in calls]
-    rows = {name: {"agent_calls": num} for name, num in calls.items()}
-    [mcts] = [method for method in methods if method.name == "mcts-4x3-value"]
-    pairs = evaluate.opponents(mcts, methods, rows)
-    assert [(other.name, why) for other, why in pairs] == [
-        ("greedy", "greedy"),
-        ("vote-8", "nearest vote"),
-        ("best_of-8-value", "nearest best-of-N"),
-        ("mcts-4x3-policy", "same, by policy"),
-        ("mcts-4x3-random", "same, by random"),
-    ]

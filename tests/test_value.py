@@ -16,6 +16,7 @@ import torch
 from conftest import AGENTS, NoProgress, ScriptedPolicy
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_value
 import value
@@ -23,14 +24,17 @@ from checkpoints import load_pretrained
 from decoding import uniforms
 from generate_rollouts import Sample, label_tree, run, tree_paths, tree_record
 from mas import CHAIN, SINGLE, State
-from runs import HERE, InputError, ignore, open_run, seeded
+from runs import HERE, InputError, append_jsonl, ignore, open_run, read_jsonl, seeded
 from tasks import Problem
 from train_value import (
     distinct_tokens,
     epoch_batches,
+    learning_rate_factor,
     make_rows,
+    num_terms,
     train,
     training_loss,
+    training_rows,
     verify_saved,
 )
 from value import (
@@ -405,19 +409,39 @@ GROUPS = [("p", "Solver"), ("p", "Solver"), ("p", "Planner"), ("q", "Solver")]
 OUTPUTS = torch.tensor([[0.3], [0.8], [-0.2], [0.1]])
 
 
-def loss_of(model, outputs, targets=TARGETS, groups=GROUPS):
-    return training_loss(model, outputs, targets, groups, huber_delta=1.0).item()
+def loss_of(model, outputs, targets=TARGETS, groups=GROUPS, *, weights=None, huber_delta=1.0):
+    if weights is None:
+        weights = torch.ones(len(targets))
+    loss = training_loss(model, outputs, targets, weights, groups, huber_delta=huber_delta)
+    return loss.item()
 
 
-def huber(error):
-    """Return the mean Huber loss with delta = 1."""
-    return torch.where(error <= 1, error**2 / 2, error - 0.5).mean().item()
+def huber(error, delta=1.0):
+    """Return the Huber loss of each absolute error."""
+    return torch.where(error <= delta, error**2 / 2, delta * (error - delta / 2))
 
 
 def test_huber_and_squared_error_by_hand():
+    """The loss of a batch is a sum over its labels. One of the four errors is above delta."""
     error = (torch.tanh(OUTPUTS)[:, 0] - TARGETS).abs()
-    assert loss_of(make_model(loss="huber"), OUTPUTS) == pytest.approx(huber(error))
-    assert loss_of(make_model(loss="mse"), OUTPUTS) == pytest.approx((error**2).mean().item())
+    model = make_model(loss="huber")
+    assert loss_of(model, OUTPUTS) == pytest.approx(huber(error).sum().item())
+    by_hand = huber(error, delta=0.3).sum().item()
+    assert loss_of(model, OUTPUTS, huber_delta=0.3) == pytest.approx(by_hand)
+    assert loss_of(make_model(loss="mse"), OUTPUTS) == pytest.approx((error**2).sum().item())
+
+
+@pytest.mark.parametrize("loss", ["huber", "mse", "dist"])
+def test_the_loss_of_a_label_is_multiplied_by_its_weight(loss):
+    model = make_model(loss=loss)
+    outputs = OUTPUTS.repeat(1, ValueModel.NUM_BINS) if loss == "dist" else OUTPUTS
+    loss_of_label = []
+    for index in range(4):
+        label = slice(index, index + 1)
+        loss_of_label.append(loss_of(model, outputs[label], TARGETS[label], GROUPS[label]))
+    weights = torch.tensor([2.0, 0.5, 0.0, 1.0])
+    by_hand = 2 * loss_of_label[0] + loss_of_label[1] / 2 + loss_of_label[3]
+    assert loss_of(model, outputs, weights=weights) == pytest.approx(by_hand)
 
 
 def test_the_ranking_loss_by_hand():
@@ -428,12 +452,22 @@ def test_the_ranking_loss_by_hand():
     assert loss_of(model, OUTPUTS[2:], TARGETS[2:], GROUPS[2:]) == 0.0  # no pair at all
 
 
+def test_the_ranking_loss_sums_over_all_pairs_of_a_group():
+    """Targets 1, -1 and 0 are three pairs; equal targets are none."""
+    targets = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    by_hand = 0.0
+    for better, worse in [(0.3, 0.8), (0.3, -0.2), (0.3, 0.1), (-0.2, 0.8), (0.1, 0.8)]:
+        by_hand += math.log(1 + math.exp(worse - better))
+    groups = [("p", "Solver")] * 4
+    assert loss_of(make_model(loss="rank"), OUTPUTS, targets, groups) == pytest.approx(by_hand)
+
+
 def test_the_distributional_loss_by_hand():
     """21 bins lie at -1, -0.9, ..., 1, so that 1, -1, 0.5 and 0 are bins 20, 0, 15 and 10."""
     model = make_model(loss="dist")
     num_bins = ValueModel.NUM_BINS
     uniform = torch.zeros(4, num_bins)
-    assert loss_of(model, uniform) == pytest.approx(math.log(num_bins))
+    assert loss_of(model, uniform) == pytest.approx(4 * math.log(num_bins))
 
     exact = torch.full((4, num_bins), -50.0)
     for row, bin_of_target in enumerate((20, 0, 15, 10)):
@@ -442,10 +476,19 @@ def test_the_distributional_loss_by_hand():
     assert model.value(exact).tolist() == pytest.approx(TARGETS.tolist(), abs=1e-6)
 
 
+def test_the_distributional_loss_splits_a_target_between_its_two_nearest_bins():
+    """y = 0.525 is a quarter of the way from bin 15 (0.5) to bin 16 (0.6)."""
+    target, group = torch.tensor([0.525]), GROUPS[:1]
+    outputs = torch.linspace(-1, 1, ValueModel.NUM_BINS)[None]
+    logprobs = outputs.log_softmax(-1)[0]
+    by_hand = -(0.75 * logprobs[15] + 0.25 * logprobs[16]).item()
+    assert loss_of(make_model(loss="dist"), outputs, target, group) == pytest.approx(by_hand)
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def fit(model, rows, folder, *, epochs=2, batch_tokens=1500, after_epoch=None):
+def fit(model, rows, folder, *, epochs=2, batch_tokens=1500, lr=3e-3, after_epoch=None):
     """Train a model with the checkpoint in `folder`. Returns the training loss of each epoch."""
     losses = []
 
@@ -458,7 +501,7 @@ def fit(model, rows, folder, *, epochs=2, batch_tokens=1500, after_epoch=None):
         model,
         rows,
         epochs=epochs,
-        lr=3e-3,
+        lr=lr,
         batch_tokens=batch_tokens,
         huber_delta=1.0,
         seed=0,
@@ -495,7 +538,159 @@ def test_the_loss_is_huber_in_tanh_space(records, tmp_path):
     [values] = model.predict([row], batch_tokens=999)
     error = (torch.tensor(values) - torch.tensor(row.targets)).abs()
     losses = fit(model, [row], tmp_path, epochs=1)
-    assert losses == [pytest.approx(huber(error), abs=1e-5)]
+    assert losses == [pytest.approx(huber(error).mean().item(), abs=1e-5)]
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero():
+    """Of 40 steps, two are warm-up: 1/3, 2/3, then the cosine from 1 at step 2 to 0 at step 40."""
+    factors = [learning_rate_factor(step, 40) for step in range(41)]
+    assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert factors[21] == pytest.approx(1 / 2)
+    assert factors[2 + 38 // 4] == pytest.approx((1 + math.cos(math.pi * 9 / 38)) / 2)
+    assert factors[40] == pytest.approx(0, abs=1e-12)
+    assert learning_rate_factor(0, 1) == 1  # a single step is not lost
+
+
+def test_only_the_learning_rate_changes_from_step_to_step(records, tmp_path):
+    """In particular, the betas of Adam do not."""
+    steps = []
+
+    def remember_step(optimizer, args, kwargs):
+        [group] = optimizer.param_groups
+        steps.append({name: value for name, value in group.items() if name != "params"})
+
+    hook = register_optimizer_step_pre_hook(remember_step)
+    model = make_model()
+    rows = make_rows(paths_of(records), model)[:20]
+    fit(model, rows, tmp_path, batch_tokens=1, epochs=2)  # a step per row
+    hook.remove()
+
+    assert len(steps) == 40
+    for index, step in enumerate(steps):
+        assert step["lr"] == pytest.approx(3e-3 * learning_rate_factor(index, len(steps)))
+        assert step["betas"] == (0.9, 0.999)
+        assert step["weight_decay"] == 0
+
+
+def mean_gradient(model, rows, folder, monkeypatch, *, batch_tokens):
+    """Return the mean gradient of the steps of one epoch, before clipping, and their number.
+
+    The learning rate is so small that the model stays what it is.
+    """
+    gradients = []
+
+    def remember_gradients(parameters, max_norm):
+        assert max_norm == 1
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", remember_gradients)
+    folder.mkdir()
+    fit(model, rows, folder, epochs=1, batch_tokens=batch_tokens, lr=1e-12)
+    return torch.stack(gradients).mean(0), len(gradients)
+
+
+@pytest.mark.parametrize("loss", ["huber", "rank"])
+def test_a_label_counts_the_same_in_a_small_and_in_a_large_batch(
+    records, tmp_path, monkeypatch, loss
+):
+    """However an epoch is cut into batches, its mean step is the gradient of the mean loss.
+
+    The trees have different sizes, and `rank` batches of one tree lose none of its pairs.
+    """
+    rows = make_rows(paths_of(records[:3]), make_model())
+    trees = [rows_of_tree(rows, record["id"]) for record in records[:3]]
+    largest_tree = max(len(tree) * max(len(row.ids) for row in tree) for tree in trees)
+    together, num_steps = mean_gradient(
+        make_model(loss=loss), rows, tmp_path / "one", monkeypatch, batch_tokens=10**9
+    )
+    assert num_steps == 1
+    apart, num_steps = mean_gradient(
+        make_model(loss=loss), rows, tmp_path / "more", monkeypatch, batch_tokens=largest_tree
+    )
+    assert num_steps > 1
+    assert torch.allclose(apart, together, rtol=1e-3, atol=1e-5 * together.abs().max())
+
+
+def rows_of_tree(rows, problem_id):
+    return [row for row in rows if row.groups[0][0] == problem_id]
+
+
+def test_weights_by_visits_are_proportional_to_n_and_have_mean_1(records):
+    model = make_model()
+    paths = paths_of(records)
+    edges = edges_of(paths)
+    rows = training_rows(paths, model, "visits")
+    weights = [weight for row in rows for weight in row.weights]
+    mean_visits = sum(edge.visits for edge in edges) / len(edges)
+    assert weights == pytest.approx([edge.visits / mean_visits for edge in edges])
+    assert sum(weights) / len(weights) == pytest.approx(1)
+    assert len(set(weights)) > 3
+
+    for row in training_rows(paths, model, "equal"):
+        assert row.weights == [1.0] * len(row.targets)
+
+
+def test_weights_of_labels_reach_the_gradient(records, tmp_path, monkeypatch):
+    """Rows of weight 0 might as well not be there, except that a step is a mean over all labels."""
+    rows = make_rows(paths_of(records[:2]), make_model())
+    rows = [
+        replace(row, weights=[float(index % 2)] * len(row.weights))
+        for index, row in enumerate(rows)
+    ]
+    weighted_rows = [row for row in rows if row.weights[0] == 1]
+    options = {"batch_tokens": 10**9}
+    all_rows, _ = mean_gradient(make_model(), rows, tmp_path / "all", monkeypatch, **options)
+    few_rows, _ = mean_gradient(
+        make_model(), weighted_rows, tmp_path / "few", monkeypatch, **options
+    )
+    share = num_terms(weighted_rows, "huber") / num_terms(rows, "huber")
+    assert torch.allclose(all_rows, share * few_rows, rtol=1e-3, atol=1e-6)
+
+
+def test_what_the_ranking_loss_cannot_use_is_refused(records, tmp_path):
+    model = make_model(loss="rank")
+    paths = paths_of(records[:1])
+    with pytest.raises(InputError, match="--label-weights visits: --loss rank compares pairs"):
+        training_rows(paths, model, "visits")
+    equal_labels = []
+    for row in make_rows(paths, model):
+        equal_labels.append(replace(row, targets=[1.0] * len(row.targets)))
+    with pytest.raises(InputError, match="no two states of one agent in one tree"):
+        fit(model, equal_labels, tmp_path)
+
+
+def test_v_is_trained_on_the_training_problems_and_measured_on_the_others(
+    records, tmp_path, monkeypatch
+):
+    """The whole script, with a training loop that only looks at what it is given."""
+    folder = tmp_path / "rollouts"
+    open_run(folder, {"graph": asdict(CHAIN)}, overwrite=False)
+    with open(folder / "trees.jsonl", "w", encoding="utf-8") as file:
+        for record in records:
+            append_jsonl(file, record)
+    problems_trained_on = set()
+
+    def look_at_the_rows(model, rows, *, after_epoch, **options):
+        for row in rows:
+            problems_trained_on.update(problem_id for problem_id, _ in row.groups)
+        after_epoch(0, 0.0)
+
+    class SavedNothing(Exception): ...
+
+    def stop(*args):
+        raise SavedNothing
+
+    monkeypatch.setattr(train_value, "train", look_at_the_rows)
+    monkeypatch.setattr(ValueModel, "save", stop)
+    argv = ["--run", str(tmp_path), "--no-quantize", "--device", "cpu", "--num-threads", "1"]
+    with pytest.raises(SavedNothing):
+        train_value.main(train_value.parse_args(argv))
+
+    assert problems_trained_on == {"p0", "p1", "p2", "p3"}
+    [epoch] = read_jsonl(tmp_path / "value" / "metrics.jsonl")
+    num_measured = sum(row["n"] for row in epoch["heldout"].values())
+    heldout = [record for record in records if record["split"] == "heldout"]
+    assert num_measured == len(edges_of(paths_of(heldout)))
 
 
 def save_with_settings(model, folder, *, quantize, loss, backbone=AGENTS):
@@ -526,17 +721,59 @@ def test_the_other_losses_train_save_and_load(records, tmp_path, loss):
     assert all(-1 <= value <= 1 for value in score(model, states, batch_tokens=4000))
 
 
-def test_rank_batches_hold_whole_trees(records, model):
+def test_an_epoch_is_every_row_once_within_the_budget_and_in_an_order_of_its_own(records, model):
     rows = make_rows(paths_of(records), model)
-    batches = epoch_batches(rows, 10**9, seeded(0), by_tree=True)
-    order = [index for batch in batches for index in batch]
-    assert sorted(order) == list(range(len(rows)))
+    lengths = [len(row.ids) for row in rows]
+    budget = 3 * max(lengths)
+    epochs = []
+    for seed in (0, 0, 1):
+        batches = epoch_batches(rows, budget, seeded(seed), by_tree=False)
+        order = [index for batch in batches for index in batch]
+        assert sorted(order) == list(range(len(rows)))
+        for batch in batches:
+            assert len(batch) * max(lengths[index] for index in batch) <= budget
+        epochs.append(batches)
+    assert epochs[0] == epochs[1]
+    assert epochs[0] != epochs[2]
 
-    trees = [rows[index].groups[0][0] for index in order]
-    num_changes = 0
-    for tree, next_tree in pairwise(trees):
-        num_changes += tree != next_tree
-    assert num_changes == len(set(trees)) - 1
+    # Rows of similar lengths are together, so that little is padding, but long batches do not
+    # always come last.
+    batches = epochs[0]
+    num_padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+    assert num_padded < 1.1 * sum(lengths)
+    longest = [max(lengths[index] for index in batch) for batch in batches]
+    assert longest != sorted(longest)
+
+
+def test_rank_batches_hold_whole_trees(records, model):
+    """The loss compares states of one tree, so no tree that fits into a batch is cut."""
+    rows = make_rows(paths_of(records), model)
+    lengths = [len(row.ids) for row in rows]
+    largest_tree = 0
+    for record in records:
+        tree = [index for index, row in enumerate(rows) if row.groups[0][0] == record["id"]]
+        largest_tree = max(largest_tree, len(tree) * max(lengths[index] for index in tree))
+
+    num_batches = []
+    for budget in (10**9, 2 * largest_tree, largest_tree):
+        batches = epoch_batches(rows, budget, seeded(0), by_tree=True)
+        trees_of_batches = []
+        for batch in batches:
+            assert len(batch) * max(lengths[index] for index in batch) <= budget
+            trees_of_batches.append({rows[index].groups[0][0] for index in batch})
+        order = [index for batch in batches for index in batch]
+        assert sorted(order) == list(range(len(rows)))
+        assert sum(map(len, trees_of_batches)) == len(records)  # each tree is in one batch
+        num_batches.append(len(batches))
+    assert 1 == num_batches[0] < num_batches[1] < num_batches[2]  # trees share a batch if they fit
+
+
+def test_a_rank_batch_is_cut_only_if_its_tree_is_larger(records, model):
+    rows = make_rows(paths_of(records[:1]), model)
+    longest = max(len(row.ids) for row in rows)
+    batches = epoch_batches(rows, 2 * longest, seeded(0), by_tree=True)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+    assert max(map(len, batches)) <= 2 < len(rows)
 
 
 def assert_close_parameters(trained, expected, *, atol):
