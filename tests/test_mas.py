@@ -171,6 +171,7 @@ BAD_GRAPHS = [  # agents, and the complaint about them
     ([make_agent("A", "Q", "Q")], "A sees Q, Q; name each of them once"),
     ([make_agent("A")], "A sees nothing; it must see the question"),
     ([make_agent("A", "Q"), make_agent("B", "Q")], "nobody sees A"),
+    ([make_agent("A", "Q"), make_agent("B", "Q"), make_agent("C", "A")], "nobody sees B"),
     (
         [make_agent("A", "Q", when=("B", "x")), make_agent("B", "Q")],
         "A speaks when B says 'x'; it can wait for words of nobody",
@@ -188,6 +189,14 @@ BAD_GRAPHS = [  # agents, and the complaint about them
 def test_a_graph_that_cannot_answer_a_question_is_refused(agents, complaint):
     with pytest.raises(InputError, match=complaint):
         MAS("bad", tuple(agents))
+
+
+def test_an_agent_that_nobody_sees_may_be_the_last_to_speak():
+    """B speaks only sometimes. If it does not, the answer is A's."""
+    waiting = make_agent("B", "Q", when=("A", "x"))
+    MAS("good", (make_agent("A", "Q"), waiting))
+    with pytest.raises(InputError, match="nobody sees A"):
+        MAS("bad", (make_agent("A", "Q"), waiting, make_agent("C", "Q")))
 
 
 # ---- Graphs by name and from files ---------------------------------------------------------------
@@ -227,9 +236,9 @@ when = ["Writer", "not sure"]
 
 
 def test_a_graph_from_a_file(tmp_path):
-    path = tmp_path / "pair.toml"
-    path.write_text(TOML)
-    writer = Agent("Writer", sees=("Q",), prompt="Write an answer.", max_new_tokens=32)
+    path = tmp_path / "file.toml"
+    path.write_text(TOML.replace("32", "1"))
+    writer = Agent("Writer", sees=("Q",), prompt="Write an answer.", max_new_tokens=1)
     editor = Agent(
         name="Editor",
         sees=("Q", "Writer"),
@@ -238,6 +247,10 @@ def test_a_graph_from_a_file(tmp_path):
         when=("Writer", "not sure"),
     )
     assert load_graph(str(path)) == MAS("pair", (writer, editor))
+
+    # Without a name, it has that of its file.
+    path.write_text(TOML.replace("32", "1").replace('name = "pair"', ""))
+    assert load_graph(str(path)) == MAS("file", (writer, editor))
 
 
 MISTAKES = [  # a part of TOML, its replacement, and the complaint
@@ -285,5 +298,10 @@ BAD_COUNTS = ["0", "-1", "1.2", "x", "Plumber=2", "1.0.1.1", "Reader=", ""]
 
 @pytest.mark.parametrize("spec", BAD_COUNTS)
 def test_bad_counts_per_agent_are_refused(chain, spec):
-    with pytest.raises(InputError, match="--num-candidates"):
+    with pytest.raises(InputError, match=f"--num-candidates {spec}: "):
         chain.per_agent(spec, "--num-candidates")
+
+
+def test_a_count_for_an_agent_that_is_not_there_names_it(chain):
+    with pytest.raises(InputError, match="no agent Plumber in graph chain; it has Reader, Planner"):
+        chain.per_agent("Plumber=2", "--num-candidates")

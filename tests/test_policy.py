@@ -6,14 +6,17 @@ the checkpoint, and costs add up.
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import AGENTS, NoProgress, make_tiny_policy
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+import generate_rollouts
+from decoding import uniforms
 from generate_rollouts import expand, label_tree, make_root, run, tree_record
-from policy import Sample
+from policy import Candidate, Sample, make_policy, policy_settings
 from runs import InputError, seeded
 from tasks import Problem, load_problems
 
@@ -77,6 +80,68 @@ def test_another_seed_gives_other_messages(chain, policy):
     assert texts_of(candidates) != texts_of(others)
 
 
+def record_draws(policy, monkeypatch):
+    """Let the decoder say one token per message. Returns a list of the draws of every batch."""
+    batches = []
+
+    def decode(prompts, repeats, limits, draws, greedy):
+        batches.append((draws, limits, greedy))
+        [end, *_] = policy.decoder.eos_ids
+        return [([end], [0.0])] * sum(repeats)
+
+    monkeypatch.setattr(policy.decoder, "decode", decode)
+    return batches
+
+
+def test_the_uniforms_of_a_message_are_those_of_seed_problem_path_and_candidate(chain, monkeypatch):
+    """A stream per message, and in it one uniform per token. No two messages share any."""
+    policy = make_tiny_policy(chain, seed=5, max_new_tokens=40)
+    batches = record_draws(policy, monkeypatch)
+    keys = []
+    for problem in PROBLEMS[:2]:
+        root = make_root(problem.question)
+        candidates = [Candidate(text, 1, 0.0, False) for text in "xy"]
+        children = expand(chain, root, candidates)
+        for node in [root, *children]:
+            policy([(problem, Sample([node], 3))])
+            keys += [(5, problem.id, node.path, candidate) for candidate in range(3)]
+
+    streams = np.concatenate([draws for draws, _, _ in batches])
+    assert streams.shape == (len(keys), 40)
+    for key, stream in zip(keys, streams, strict=True):
+        assert (stream == uniforms(40, *key)).all()
+    assert len(np.unique(streams)) == streams.size
+
+
+def test_a_message_uses_no_more_uniforms_than_its_own_limit(chain, monkeypatch):
+    """The Solver's own limit is 512, the Planner's is 256."""
+    limits_by_flag = {}
+    for max_new_tokens in (300, 20):
+        policy = make_tiny_policy(chain, max_new_tokens=max_new_tokens)
+        batches = record_draws(policy, monkeypatch)
+        [problem] = PROBLEMS[:1]
+        root = make_root(problem.question)
+        [for_planner] = expand(chain, root, [Candidate("facts", 1, 0.0, False)])
+        [for_solver] = expand(chain, for_planner, [Candidate("plan", 1, 0.0, False)])
+        policy([(problem, Sample([for_planner, for_solver], 1))])
+        [(draws, limits, _)] = batches
+        limits_by_flag[max_new_tokens] = sorted(limits)
+        for stream, limit in zip(draws, limits, strict=True):
+            assert len(stream) == max(limits)
+            assert (stream[limit:] == 0).all()
+            assert (stream[:limit] > 0).all()
+    assert limits_by_flag == {300: [256, 300], 20: [20, 20]}
+
+
+def test_a_request_is_answered_without_the_gold_answer(policy):
+    """The agents are given the question and the answer type."""
+    [problem] = PROBLEMS[:1]
+    other = Problem(problem.id, "train", problem.question, "-1", problem.answer_type, "x", "y")
+    candidates, _ = first_messages(policy, [problem])
+    others, _ = first_messages(policy, [other])
+    assert candidates == others
+
+
 def test_greedy_and_sampled_messages_can_share_a_batch(policy):
     sampled_problem, greedy_problem = PROBLEMS[:2]
     mixed = policy(
@@ -120,7 +185,7 @@ def comparable_trees(chain, policy, problems, max_active):
         search = label_tree(
             problem,
             chain,
-            num_simulations=6,
+            num_simulations=4,
             num_candidates=(2, 2, 2, 2),
             c_uct=1.0,
             rng=seeded(0, problem.id),
@@ -138,9 +203,9 @@ def comparable_trees(chain, policy, problems, max_active):
 
 
 def test_a_tree_alone_equals_its_tree_in_a_full_run(chain, policy):
-    full_run = comparable_trees(chain, policy, PROBLEMS, max_active=100)
-    assert len(full_run) == len(PROBLEMS)
-    for problem in PROBLEMS[:3]:
+    full_run = comparable_trees(chain, policy, PROBLEMS[:4], max_active=100)
+    assert len(full_run) == 4
+    for problem in PROBLEMS[:2]:
         alone = comparable_trees(chain, policy, [problem], max_active=1)
         assert alone == {problem.id: full_run[problem.id]}
 
@@ -194,6 +259,107 @@ def test_greedy_is_greedy_and_logprobs_are_those_of_the_model(policy):
         logits_of_message = logits[prompt_ids.shape[1] - 1 : -1]
         logprobs = logits_of_message.log_softmax(-1).gather(1, tokens[:, None])
         assert message.logprob == pytest.approx(logprobs.sum().item(), abs=1e-3)
+
+
+def sample_by_hand(policy, prompt_ids, key, temperature):
+    """Sample one message token by token: a forward over everything, then inverse CDF.
+
+    Returns its token ids and the log-probabilities before temperature.
+    """
+    tokens, logprobs = [], []
+    for uniform in uniforms(128, *key):
+        all_ids = torch.cat([prompt_ids, torch.tensor([tokens], dtype=torch.long)], dim=1)
+        with torch.inference_mode():
+            logits = policy.decoder.model(input_ids=all_ids).logits[0, -1].double()
+        cdf = (logits / temperature).softmax(-1).cumsum(-1)
+        token = int((cdf <= uniform * cdf[-1]).sum())
+        tokens.append(token)
+        logprobs.append(logits.log_softmax(-1)[token].item())
+        if token == policy.tokenizer.eos_token_id:
+            break
+    return tokens, logprobs
+
+
+def test_a_sampled_message_is_drawn_from_the_model_at_its_temperature(chain):
+    """Two candidates of the Planner, whose path is not empty, at temperature 1.7."""
+    policy = make_tiny_policy(chain, temperature=1.7, seed=3)
+    [problem] = PROBLEMS[:1]
+    root = make_root(problem.question)
+    [_, reader] = expand(chain, root, [Candidate(text, 1, 0.0, False) for text in ("x", "y")])
+    [([candidates], _)] = policy([(problem, Sample([reader], 2))])
+
+    chat = chain.prompt(reader.state, problem.answer_type)
+    text = policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    tokenized = policy.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    for index, candidate in enumerate(candidates):
+        key = (3, problem.id, (1,), index)
+        tokens, logprobs = sample_by_hand(policy, tokenized["input_ids"], key, temperature=1.7)
+        assert candidate.tokens == len(tokens) > 5
+        text = policy.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert candidate.text == text.strip()
+        assert candidate.logprob == pytest.approx(sum(logprobs), abs=1e-3)
+    assert candidates[0].text != candidates[1].text
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+FLAGS = {  # flag -> a value that is not its default
+    "seed": 1,
+    "temperature": 0.5,
+    "top_k": 7,
+    "top_p": 0.8,
+    "max_new_tokens": 64,
+}
+
+
+def test_the_flags_reach_the_decoder(chain):
+    policy = make_tiny_policy(chain, batch_tokens=999, **FLAGS)
+    assert policy.decoder.sampling == {"temperature": 0.5, "top_k": 7, "top_p": 0.8}
+    assert (policy.seed, policy.max_new_tokens, policy.batch_tokens) == (1, 64, 999)
+
+
+def settings_with(mas, *flags):
+    return policy_settings(generate_rollouts.parse_args(list(map(str, flags))), mas)
+
+
+@pytest.mark.parametrize("name", [*FLAGS, "model", "quantize_policy", "graph"])
+def test_a_setting_that_changes_messages_is_recorded(chain, duo, name):
+    """Messages with and without NF4, say, must not end up in one folder."""
+    before = settings_with(chain)
+    if name == "graph":
+        after = settings_with(duo)
+    elif name == "quantize_policy":
+        after = settings_with(chain, "--quantize-policy")
+    elif name == "model":
+        after = settings_with(chain, "--model", "another")
+    else:
+        after = settings_with(chain, "--" + name.replace("_", "-"), FLAGS[name])
+    assert after != before
+    assert settings_with(chain) == before
+
+
+def test_quantized_agents_have_nf4_weights(chain):
+    """NF4 with double quantisation, in all linear layers but the output layer."""
+    args = generate_rollouts.parse_args(["--model", AGENTS, "--device", "cpu", "--quantize-policy"])
+    args.num_threads = 1
+    layers = {}
+    for name, module in make_policy(args, chain).decoder.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            layers[name] = module
+    assert layers
+    for name, layer in layers.items():
+        if name == "lm_head":
+            continue
+        assert type(layer).__name__ == "Linear4bit", name
+        assert layer.weight.quant_state.quant_type == "nf4"
+        assert layer.weight.quant_state.nested
+        assert not layer.support_avx512bf16_for_cpu
+    [unquantized] = [
+        module
+        for name, module in make_tiny_policy(chain).decoder.model.named_modules()
+        if name == "model.layers.0.self_attn.q_proj"
+    ]
+    assert type(unquantized) is torch.nn.Linear
 
 
 # ---- Costs and progress --------------------------------------------------------------------------

@@ -5,24 +5,33 @@ The trees are small enough to work out by hand.
 
 import inspect
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
-from conftest import ScriptedPolicy, drive
+from conftest import NoProgress, ScriptedPolicy, drive
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import search
 from answers import extract_answer
-from generate_rollouts import expand, make_root
+from decoding import uniforms
+from generate_rollouts import expand, make_root, run
+from mas import CHAIN, MAS, Agent
 from policy import Candidate, Cost, Outcome, Sample, Score
 from runs import InputError
 from search import (
     Method,
+    ModelScorer,
     RandomScorer,
     best_of_n,
     decide,
     greedy,
+    load_scorers,
     make_handlers,
     mcts,
     parse_method,
+    path_to,
     policy_scorer,
     sbs,
     vote,
@@ -238,6 +247,72 @@ def test_the_decision_is_terminal_whatever_the_budget(chain, num_simulations):
     assert decide(root, chain) is leaf
 
 
+RANDOM_SEARCHES = settings(derandomize=True, deadline=None, database=None, max_examples=25)
+COUNTS = st.tuples(*[st.integers(1, 3)] * 4)
+
+
+def nodes_of(root):
+    """Return all nodes of a tree, parents before their children."""
+    nodes = [root]
+    for node in nodes:
+        nodes += node.children or []
+    return nodes
+
+
+def terminal_nodes_below(node, mas):
+    return [other for other in nodes_of(node) if mas.is_terminal(other.state)]
+
+
+@RANDOM_SEARCHES
+@given(
+    seed=st.integers(0, 999),
+    num_simulations=st.integers(1, 12),
+    num_candidates=COUNTS,
+    c_uct=st.sampled_from([0.0, 0.5, 3.0]),
+    lam=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_the_statistics_of_mcts_are_virtual_visits_and_terminal_values(
+    seed, num_simulations, num_candidates, c_uct, lam
+):
+    """Every simulation passes from the root to one terminal state, and is counted on its way."""
+    handlers = scripted_handlers(
+        partial(random_value, "value", seed), outcome=partial(random_value, "outcome", seed)
+    )
+    leaf, root = explore(
+        CHAIN,
+        handlers,
+        num_simulations=num_simulations,
+        num_candidates=num_candidates,
+        c_uct=c_uct,
+        lam=lam,
+    )
+    for node in nodes_of(root):
+        # 1. Visits: the virtual one, and one per simulation that has passed through.
+        virtual_visits = 0 if node is root else 1
+        num_passed = node.N - virtual_visits
+        if node is root:
+            assert num_passed == num_simulations
+        if node.children is not None:
+            assert num_passed == sum(child.N - 1 for child in node.children)
+
+        # 2. Values: the virtual one, and the terminal value of each of these simulations.
+        total = virtual_visits * (node.V or 0.0)
+        for terminal in terminal_nodes_below(node, CHAIN):
+            if terminal.N > 1:
+                outcome = random_value("outcome", seed, terminal.path)
+                terminal_value = (1 - lam) * terminal.V + lam * outcome
+                total += (terminal.N - 1) * terminal_value
+        assert pytest.approx(total) == node.W
+        assert -1 <= node.Q <= 1
+
+    # 3. The decision: at every step the best Q of those that a simulation has passed through.
+    assert CHAIN.is_terminal(leaf.state)
+    for node in path_to(leaf):
+        assert node.N > 1
+        rivals = [child.Q for child in node.parent.children if child.N > 1]
+        assert max(rivals) == node.Q
+
+
 # ---- Every search --------------------------------------------------------------------------------
 
 PLANTED_PATH = (1, 2, 0, 1)
@@ -272,11 +347,59 @@ def test_best_of_n_finds_the_best_pass(chain):
     assert drive(best_of_n("q", chain, num=6), handlers).path == (4, 0, 0, 0)
 
 
-def test_no_search_is_given_the_gold_answer():
-    for name in ("greedy", "vote", "best_of_n", "sbs", "mcts", "sample_passes"):
-        parameters = inspect.signature(getattr(search, name)).parameters
-        assert "problem" not in parameters
-        assert "gold" not in parameters
+class WithoutGold:
+    """A problem whose gold answer nobody may read: it has a question, an id and an answer type."""
+
+    id, question, answer_type = "p", "q", "number"
+
+    def __getattr__(self, name):
+        raise AssertionError(f"a search has read the {name} of its problem")
+
+
+EVERY_METHOD = [
+    "greedy",
+    "vote-3",
+    "best_of-3-value",
+    "best_of-3-outcome",
+    "sbs-2x2-value",
+    "sbs-2x3.2.1.2-policy",
+    "mcts-5x2-value",
+    "mcts-5x2-random",
+    "mcts-5x2-value-lam0.5",
+]
+
+
+def random_value(*key):
+    """Return a value in [-1, 1], a function of the key."""
+    [uniform] = uniforms(1, *key)
+    return 2 * float(uniform) - 1
+
+
+def solve(name, problem, mas):
+    """Run a method by `run`. Returns all that it asks and its answer."""
+    method = parse_method(name, mas, num_candidates="3", lam=0.0)
+    scorers = {
+        "value": ScriptedScorer(partial(random_value, "value")),
+        "outcome": ScriptedScorer(partial(random_value, "outcome")),
+        "policy": policy_scorer,
+        "random": RandomScorer(0),
+    }
+    policy = RecordedPolicy(lambda path: f"Final answer: {sum(path)} {path}")
+    handlers = make_handlers(method, scorers, policy)
+    searches = [(problem, method.search(problem, mas, c_uct=1.0))]
+    [(_, leaf, cost)] = run(searches, handlers, max_active=1, progress=NoProgress())
+    scored = [scorers[model].scored_paths for model in ("value", "outcome")]
+    return leaf.path, leaf.state, cost, policy.requests, scored
+
+
+@pytest.mark.parametrize("name", EVERY_METHOD)
+def test_no_search_is_given_the_gold_answer(chain, name):
+    """Problems that differ in everything but question, id and answer type are solved alike."""
+    first = Problem("p", "test", "q", gold="1", answer_type="number", subject="x", level="1")
+    other = Problem("p", "train", "q", gold="2", answer_type="number", subject="y", level="2")
+    solution = solve(name, first, chain)
+    assert solve(name, other, chain) == solution
+    assert solve(name, WithoutGold(), chain) == solution
 
 
 # ---- Step-level beam search ----------------------------------------------------------------------
@@ -308,6 +431,65 @@ def test_sbs_keeps_the_best_b1_of_all_beams_and_breaks_ties_by_order(duo):
     assert drive(sbs("q", duo, beam_width=2, num_candidates=(3, 2)), ties).path == (0, 0)
 
 
+@RANDOM_SEARCHES
+@given(seed=st.integers(0, 999), beam_width=st.integers(1, 4), num_candidates=COUNTS)
+def test_the_beams_are_the_best_of_all_candidates(seed, beam_width, num_candidates):
+    """By brute force. The last score of a path decides, not the sum of its scores."""
+    value = partial(random_value, seed)
+    beams = [()]
+    scored = []
+    for num in num_candidates:
+        paths = [(*beam, index) for beam in beams for index in range(num)]
+        scored += paths
+        paths.sort(key=value, reverse=True)
+        beams = paths[:beam_width]
+
+    handlers = scripted_handlers(value)
+    search_beams = sbs("q", CHAIN, beam_width=beam_width, num_candidates=num_candidates)
+    assert drive(search_beams, handlers).path == beams[0]
+    assert handlers[Score].scored_paths == scored
+
+
+def conditional_graph():
+    """A, then B if A says "go", and C if A says "on"."""
+    a = Agent("A", sees=("Q",), prompt="", max_new_tokens=1)
+    b = Agent("B", sees=("A",), prompt="", max_new_tokens=1, when=("A", "go"))
+    c = Agent("C", sees=("A",), prompt="", max_new_tokens=1, when=("A", "on"))
+    return MAS("conditional", (a, b, c))
+
+
+def test_a_finished_transcript_competes_with_its_last_score():
+    """A says "stop" (V 0.6) or "go" (V 0.7). After B, the other transcript is worth 0.5 only."""
+    values = {(0,): 0.6, (1,): 0.7, (1, 0): 0.5}
+    handlers = {
+        Score: ScriptedScorer(values.__getitem__),
+        Sample: ScriptedPolicy(lambda path: ["stop", "go"][path[0]]),
+    }
+    beams = sbs("q", conditional_graph(), beam_width=2, num_candidates=(2, 1, 1))
+    assert drive(beams, handlers).path == (0,)
+    # The finished one is not scored again.
+    assert handlers[Score].scored_paths == [(0,), (1,), (1, 0)]
+
+    # It wins a tie, and it can lose.
+    values[1, 0] = 0.6
+    beams = sbs("q", conditional_graph(), beam_width=2, num_candidates=(2, 1, 1))
+    assert drive(beams, handlers).path == (0,)
+    values[1, 0] = 0.61
+    beams = sbs("q", conditional_graph(), beam_width=2, num_candidates=(2, 1, 1))
+    assert drive(beams, handlers).path == (1, 0)
+
+
+def test_beams_that_wait_for_different_agents_get_the_candidates_of_their_agent():
+    """After A, one beam waits for B (3 candidates) and two wait for C (2 candidates)."""
+    policy = RecordedPolicy(lambda path: ["go", "on", "on too"][path[0]] + str(path[1:]))
+    handlers = {Score: ScriptedScorer(lambda path: path[-1] / 10), Sample: policy}
+    beams = sbs("q", conditional_graph(), beam_width=3, num_candidates=(3, 3, 2))
+    leaf = drive(beams, handlers)
+    assert policy.requests == [(3, False), (2, False), (3, False)]
+    assert policy.calls == 3 + 2 * 2 + 3
+    assert leaf.path == (0, 2)
+
+
 # ---- Passes --------------------------------------------------------------------------------------
 
 
@@ -333,7 +515,8 @@ def test_greedy_asks_for_greedy_messages_only(chain):
 VOTES = [  # answer type, the answers of the passes, and the answers that may win
     ("number", ["1", "2.0", "2", "4/2"], {"2"}),
     ("letter", ["A", "(b)", "B.", "C"], {"B"}),
-    ("math", [r"$\sqrt{12}$", "3", r"$2\sqrt{3}$"], {r"\sqrt{12}", r"2\sqrt{3}"}),
+    # By their texts, these three answers would tie, and 3 would win.
+    ("math", ["3", r"$\sqrt{12}$", r"$2\sqrt{3}$"], {r"\sqrt{12}", r"2\sqrt{3}"}),
     # A tie goes to the answer seen first.
     ("number", ["1", "2"], {"1"}),
     # A pass without an answer has no vote.
@@ -400,10 +583,81 @@ def test_scorers_change_handlers_not_searches():
             assert f'"{scorer}"' not in source
 
 
-def test_no_handler_of_the_orm_is_made_at_lambda_0():
-    method = Method("m", "mcts", "value", 2, (1, 1, 1, 1), lam=0.0)
-    handlers = make_handlers(method, {"value": 1}, 2)
-    assert list(handlers) == [Score, Sample]
+def test_each_request_is_answered_by_its_own_model():
+    """V answers Score, the ORM answers Outcome, and no ORM is there at lambda = 0."""
+    scorers = {"value": "V", "outcome": "ORM", "policy": "likelihood"}
+
+    def handlers(scorer, lam):
+        method = Method("m", "mcts", scorer, 2, (1, 1, 1, 1), lam=lam)
+        return list(make_handlers(method, scorers, "agents").items())
+
+    # The cheapest comes first.
+    assert handlers("value", 0.0) == [(Score, "V"), (Sample, "agents")]
+    assert handlers("value", 0.5) == [(Score, "V"), (Outcome, "ORM"), (Sample, "agents")]
+    assert handlers("policy", 0.5) == [(Score, "likelihood"), (Outcome, "ORM"), (Sample, "agents")]
+    assert handlers("outcome", 0.0) == [(Score, "ORM"), (Sample, "agents")]
+    assert handlers(None, 0.0) == [(Sample, "agents")]
+
+
+def load_scorers_of(names, mas, tmp_path, monkeypatch, **flags):
+    """Load the scorers of methods; instead of a model, each folder's name is loaded."""
+    for name in ("value", "orm", "another"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    monkeypatch.setattr(
+        search.ValueModel, "load", lambda folder, mas, *, device: (folder.name, mas.name, device)
+    )
+    flags = {"value": None, "orm": None} | flags
+    args = SimpleNamespace(run=tmp_path, seed=5, device="cpu", batch_tokens=99, **flags)
+    methods = [parse_method(name, mas, num_candidates="3", lam=0.0) for name in names]
+    return load_scorers(methods, args, mas)
+
+
+def test_only_the_models_that_a_method_queries_are_loaded(chain, tmp_path, monkeypatch):
+    load = partial(load_scorers_of, mas=chain, tmp_path=tmp_path, monkeypatch=monkeypatch)
+    scorers = load(["greedy", "sbs-2x2-random"])
+    assert scorers.keys() == {"policy", "random"}
+    assert scorers["random"].seed == 5
+
+    scorers = load(["greedy", "mcts-3-value"])
+    assert scorers.keys() == {"policy", "random", "value"}
+    assert scorers["value"].model == ("value", "chain", "cpu")
+    assert scorers["value"].batch_tokens == 99
+
+    scorers = load(["mcts-3-value-lam0.5"])
+    assert scorers["value"].model == ("value", "chain", "cpu")
+    assert scorers["outcome"].model == ("orm", "chain", "cpu")
+
+    another = str(tmp_path / "another")
+    assert load(["mcts-3-value"], value=another)["value"].model[0] == "another"
+    assert load(["best_of-3-outcome"], orm=another)["outcome"].model[0] == "another"
+
+
+class CountingModel:
+    """A value model whose value of a state is its number of messages, at two tokens each."""
+
+    def score(self, states, *, batch_tokens):
+        assert batch_tokens == 99
+        lengths = [len(state.messages) for state in states]
+        return lengths, [2 * length for length in lengths]
+
+
+def test_a_model_scores_all_requests_together_and_each_gets_its_own(duo):
+    root = make_root("q")
+    first = expand(duo, root, [Candidate(text, 1, 0.0, False) for text in "xyz"])
+    second = expand(duo, first[0], [Candidate(text, 1, 0.0, False) for text in "xy"])
+    requests = [(None, Score(second)), (None, Outcome(first)), (None, Score([second[0]]))]
+    replies = ModelScorer(CountingModel(), batch_tokens=99)(requests)
+
+    assert [values for values, _ in replies] == [[2, 2], [1, 1, 1], [2]]
+    costs = [cost for _, cost in replies]
+    assert [cost.scored_tokens for cost in costs] == [4 + 4, 2 + 2 + 2, 4]
+    # The time is divided by the number of states.
+    of_one_state = costs[2].seconds
+    assert of_one_state > 0
+    assert costs[0].seconds == pytest.approx(2 * of_one_state)
+    assert costs[1].seconds == pytest.approx(3 * of_one_state)
+    for cost in costs:
+        assert (cost.agent_calls, cost.prompt_tokens, cost.generated_tokens) == (0, 0, 0)
 
 
 # ---- Methods by name -----------------------------------------------------------------------------
@@ -435,6 +689,80 @@ def test_one_method_has_one_name_and_so_one_file_of_records(chain):
     for name in ("sbs-2x3-value", "mcts-2x3-value"):
         spelled_out = name.replace("x3", "x3.3.3.3")
         assert parse_method(spelled_out, chain, num_candidates="1", lam=0.0).name == name
+
+
+def trace(guided_search):
+    """Drive a search. Returns all its requests, then the path of its answer."""
+    scorers = {
+        Score: ScriptedScorer(partial(random_value, "value")),
+        Outcome: ScriptedScorer(partial(random_value, "outcome")),
+    }
+    policy = ScriptedPolicy(lambda path: f"Final answer: {sum(path) % 3}")
+    requests = []
+
+    def recorded(requested):
+        [(_, request)] = requested
+        paths = [node.path for node in request.nodes]
+        requests.append((type(request).__name__, paths, request[1:]))
+        handler = scorers.get(type(request), policy)
+        return handler(requested)
+
+    leaf = drive(guided_search, dict.fromkeys((Score, Outcome, Sample), recorded))
+    return [*requests, leaf.path]
+
+
+def mcts_with(*, c_uct, lam):
+    counts = (1, 3, 2, 2)
+    return mcts("q", CHAIN, num_simulations=9, num_candidates=counts, c_uct=c_uct, lam=lam)
+
+
+STARTED = [  # name, c of Eq. 2, and the search that it starts
+    ("greedy", 1.0, lambda: greedy("q", CHAIN)),
+    ("vote-5", 1.0, lambda: vote("q", CHAIN, "number", num=5)),
+    ("best_of-4-value", 1.0, lambda: best_of_n("q", CHAIN, num=4)),
+    ("sbs-2x3-value", 1.0, lambda: sbs("q", CHAIN, beam_width=2, num_candidates=(3, 3, 3, 3))),
+    (
+        "sbs-3x1.3.1.2-value",
+        1.0,
+        lambda: sbs("q", CHAIN, beam_width=3, num_candidates=(1, 3, 1, 2)),
+    ),
+    ("mcts-9x1.3.2.2-value", 0.0, lambda: mcts_with(c_uct=0.0, lam=0.0)),
+    ("mcts-9x1.3.2.2-value", 4.0, lambda: mcts_with(c_uct=4.0, lam=0.0)),
+    ("mcts-9x1.3.2.2-value-lam0.5", 1.0, lambda: mcts_with(c_uct=1.0, lam=0.5)),
+    ("mcts-9x1.3.2.2-value-lam1", 1.0, lambda: mcts_with(c_uct=1.0, lam=1.0)),
+]
+
+
+def test_a_method_starts_the_search_it_names_with_its_settings():
+    problem = Problem("p", "test", "q", gold="1", answer_type="number")
+    traces = []
+    for name, c_uct, start in STARTED:
+        method = parse_method(name, CHAIN, num_candidates="7", lam=0.0)
+        traced = trace(method.search(problem, CHAIN, c_uct=c_uct))
+        assert traced == trace(start()), name
+        assert traced not in traces, name  # every setting changes the search
+        traces.append(traced)
+
+
+def test_a_vote_is_given_the_answer_type_of_its_problem(duo):
+    answers = ["A", "(b)", "B."]
+    policy = ScriptedPolicy(lambda path: f"Final answer: {answers[path[0]]}")
+    problem = Problem("p", "test", "q", gold="A", answer_type="letter")
+    method = parse_method("vote-3", duo, num_candidates="1", lam=0.0)
+    leaf = drive(method.search(problem, duo, c_uct=1.0), {Sample: policy})
+    assert leaf.path[0] != 0 and leaf.message.text == "Final answer: (b)"
+
+
+def test_flags_complete_the_name_of_an_mcts(chain):
+    """The flags give what the name leaves out, and the canonical name says it."""
+    method = parse_method("mcts-8-value", chain, num_candidates="1.5.1.1", lam=0.25)
+    assert method.name == "mcts-8x1.5.1.1-value-lam0.25"
+    assert (method.num_candidates, method.lam) == ((1, 5, 1, 1), 0.25)
+    method = parse_method("mcts-8x2-value-lam0", chain, num_candidates="1.5.1.1", lam=0.25)
+    assert method.name == "mcts-8x2-value"
+    assert (method.num_candidates, method.lam) == ((2, 2, 2, 2), 0.0)
+    # Lambda belongs to mcts alone.
+    assert parse_method("best_of-3-value", chain, num_candidates="3", lam=0.25).lam == 0.0
 
 
 MODELS = [  # name, and the trained models that the method queries

@@ -10,9 +10,24 @@ from functools import partial
 
 import pytest
 from conftest import NoProgress, ScriptedPolicy, drive
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import generate_rollouts
 from decoding import uniforms
-from generate_rollouts import backup, expand, label_tree, make_root, run, select, tree_record
+from generate_rollouts import (
+    backup,
+    expand,
+    label_tree,
+    load_training_problems,
+    make_root,
+    make_searches,
+    run,
+    select,
+    tree_paths,
+    tree_record,
+)
+from mas import CHAIN, SINGLE, State
 from policy import Candidate, Cost, Sample, Score
 from runs import seeded
 from tasks import Problem
@@ -88,6 +103,14 @@ def test_backup_reaches_every_edge_undiscounted(duo):
     assert (b.N, b.W) == (2, 0.0)
     assert pytest.approx(a.Q) == 1 / 3
     assert b.Q == 0
+
+
+def test_a_fresh_node_has_no_statistics(duo):
+    root = make_root("q")
+    for node in [root, *expand(duo, root, make_candidates(["a", "b"]))]:
+        assert (node.N, node.W, node.Q) == (0, 0.0, 0.0)
+        assert node.V is None
+        assert node.reward is None
 
 
 def test_duplicate_messages_are_merged_and_the_first_is_kept(duo):
@@ -182,6 +205,76 @@ def test_every_simulation_ends_in_a_terminal_state(chain, seed):
             assert node.children
             assert sum(child.N for child in node.children) == node.N
             stack += node.children
+
+
+def leaves_below(node):
+    if not node.children:
+        return [node]
+    leaves = []
+    for child in node.children:
+        leaves += leaves_below(child)
+    return leaves
+
+
+def assert_backed_by_leaves(node):
+    """N and W of an edge are those of the terminal states below it, graded anew."""
+    num_visits, total = 0, 0.0
+    for leaf in leaves_below(node):
+        reward = 1.0 if leaf.message.text.endswith("answer: 1") else -1.0
+        num_visits += leaf.N
+        total += leaf.N * reward
+    assert (num_visits, total) == (node.N, node.W)
+    assert -1 <= node.Q <= 1
+    for child in node.children or []:
+        assert child.parent is node
+        assert_backed_by_leaves(child)
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=25)
+@given(
+    seed=st.integers(0, 999),
+    num_simulations=st.integers(1, 15),
+    num_candidates=st.tuples(*[st.integers(1, 3)] * 4),
+    c_uct=st.sampled_from([0.0, 1.0, 4.0]),
+)
+def test_every_label_is_backed_by_terminal_rewards(seed, num_simulations, num_candidates, c_uct):
+    """Every simulation counts one terminal state, and every fresh sibling of it once more."""
+
+    def say(path):
+        [uniform] = uniforms(1, seed, path)
+        return f"{path[:3]} Final answer: {int(uniform * 3)}"
+
+    search = label_tree(
+        PROBLEM,
+        CHAIN,
+        num_simulations=num_simulations,
+        num_candidates=num_candidates,
+        c_uct=c_uct,
+        rng=random.Random(seed),
+    )
+    root = drive(search, {Sample: ScriptedPolicy(say)})
+    assert root.state == State("q", ())
+    assert_backed_by_leaves(root)
+
+    terminal = [leaf for leaf in leaves_below(root) if CHAIN.is_terminal(leaf.state)]
+    assert all(leaf.N > 0 for leaf in terminal)
+    num_expansions = len({leaf.parent for leaf in terminal})
+    num_siblings = len(terminal) - num_expansions
+    assert num_simulations + num_siblings == root.N
+
+
+def test_a_fresh_child_is_picked_by_the_trees_own_generator(duo):
+    """The first simulation enters the child that the generator picks."""
+
+    class Last:
+        def choice(self, options):
+            return options[-1]
+
+    search = label_tree(
+        PROBLEM, duo, num_simulations=1, num_candidates=(3, 1), c_uct=1.0, rng=Last()
+    )
+    root = drive(search, {Sample: ScriptedPolicy(str)})
+    assert [child.N for child in root.children] == [0, 0, 1]
 
 
 def test_labels_find_the_planted_path(chain):
@@ -320,6 +413,31 @@ def test_costs_go_to_the_search_that_caused_them():
     assert (costs["3"].agent_calls, costs["3"].seconds) == (3, 1.5)
 
 
+@settings(derandomize=True, deadline=None, database=None, max_examples=10)
+@given(max_active=st.integers(1, 12), num_problems=st.integers(0, 8))
+def test_trees_do_not_depend_on_how_many_are_active(max_active, num_problems):
+    def trees(max_active):
+        searches = label_searches(CHAIN, num_problems, num_simulations=4)
+        policy = ScriptedByProblem(random_answer)
+        found = {}
+        for problem, root, cost in run(
+            searches, {Sample: policy}, max_active=max_active, progress=NoProgress()
+        ):
+            found[problem.id] = tree_record(problem, root, cost)
+        assert max(policy.batches, default=0) <= max_active
+        return found
+
+    assert trees(max_active) == trees(1)
+
+
+def test_a_handler_that_forgets_a_search_is_a_programming_error(duo):
+    policy = ScriptedPolicy(str)
+    searches = label_searches(duo, 2, num_candidates=(1, 1))
+    handlers = {Sample: lambda requests: policy(requests[:1])}
+    with pytest.raises(ValueError, match="shorter"):
+        list(run(searches, handlers, max_active=2, progress=NoProgress()))
+
+
 class RecordedProgress(NoProgress):
     """Remembers how many messages each finished search has sampled."""
 
@@ -372,3 +490,139 @@ def test_a_tree_record_holds_all_that_is_needed_to_label_again(chain):
         assert leaf["reward"] == (1.0 if is_right else -1.0)
         assert leaf["rung"] == ("told" if leaf["message"].startswith("Final") else "sentence")
     assert {leaf["rung"] for leaf in leaves} == {"told", "sentence"}
+
+
+def finished_tree(mas, problem, say, *, num_candidates, num_simulations=4):
+    """Label one problem with scripted messages. Returns its record."""
+    search = label_tree(
+        problem,
+        mas,
+        num_simulations=num_simulations,
+        num_candidates=num_candidates,
+        c_uct=1.0,
+        rng=First(),
+    )
+    policy = ScriptedPolicy(say)
+    [(_, root, cost)] = run(
+        [(problem, search)], {Sample: policy}, max_active=1, progress=NoProgress()
+    )
+    return tree_record(problem, root, cost)
+
+
+def test_a_tree_record_by_hand(duo):
+    """The answer is a letter. N = 1 visits a0 and both of its children; a1 is never visited."""
+
+    def say(path):
+        return f"a{path[0]}" if len(path) == 1 else f"Final answer: ({'bc'[path[1]]})"
+
+    problem = Problem("p", "train", "q", "B", "letter", subject="logic", level="2")
+    record = finished_tree(duo, problem, say, num_candidates=(2, 2), num_simulations=1)
+    nodes = record.pop("nodes")
+    cost = record.pop("cost")
+    assert cost["agent_calls"] == 4
+    assert record == {
+        "id": "p",
+        "split": "train",
+        "question": "q",
+        "gold": "B",
+        "kind": "letter",
+        "subject": "logic",
+        "level": "2",
+    }
+    message = {"tokens": 2, "logprob": -0.5, "truncated": False}
+    assert nodes == [
+        {"parent": None, "N": 2, "W": 0.0},
+        {"parent": 0, "agent": "A", "message": "a0", "N": 2, "W": 0.0} | message,
+        {"parent": 1, "agent": "B", "message": "Final answer: (b)", "N": 1, "W": 1.0}
+        | {"reward": 1.0, "answer": "B", "rung": "told"}
+        | message,
+        {"parent": 1, "agent": "B", "message": "Final answer: (c)", "N": 1, "W": -1.0}
+        | {"reward": -1.0, "answer": "C", "rung": "told"}
+        | message,
+        {"parent": 0, "agent": "A", "message": "a1", "N": 0, "W": 0.0} | message,
+    ]
+
+
+def test_label_paths_by_hand(duo):
+    """The tree of the test above has one path of two edges, and one of one edge."""
+
+    def say(path):
+        return f"a{path[0]}" if len(path) == 1 else f"Final answer: {path[1]}"
+
+    record = finished_tree(duo, PROBLEM, say, num_candidates=(2, 2), num_simulations=1)
+
+    def labels(target):
+        paths = []
+        for path in tree_paths(record, duo, target):
+            paths.append([(edge.parent, edge.state.messages[-1], edge.y) for edge in path])
+        return paths
+
+    first, wrong = (0, ("A", "a0"), 0.0), (1, ("B", "Final answer: 0"), -1.0)
+    right = (1, ("B", "Final answer: 1"), 1.0)
+    assert labels("search") == [[first, wrong], [right]]
+    assert labels("outcome") == [[wrong], [right]]
+    [[edge, _], _] = tree_paths(record, duo, "search")
+    assert (edge.problem_id, edge.split, edge.agent, edge.visits) == ("p", "train", "A", 2)
+    assert edge.state.question == "q"
+
+
+def test_every_answer_of_a_single_agent_is_labelled():
+    """Without a multi-agent system, every node but the root is a leaf."""
+    record = finished_tree(
+        SINGLE, PROBLEM, lambda path: f"Final answer: {path[0]}", num_candidates=(3,)
+    )
+    paths = tree_paths(record, SINGLE, "search")
+    assert [[edge.y for edge in path] for path in paths] == [[-1.0], [1.0], [-1.0]]
+
+
+# ---- What a run labels ---------------------------------------------------------------------------
+
+
+def test_training_and_held_out_problems_are_labelled():
+    args = generate_rollouts.parse_args(["--num-train", "5", "--num-heldout", "2"])
+    problems = load_training_problems(args)
+    assert [problem.split for problem in problems] == ["train"] * 5 + ["heldout"] * 2
+    assert len({problem.question for problem in problems}) == 7
+
+
+def test_each_problem_is_searched_with_the_settings_of_the_flags(chain):
+    """The trees are those of label_tree with N, C, c and the seed of the flags."""
+    problems = [PROBLEM, Problem("p2", "train", "q2", "2", "number")]
+
+    def trees(num_simulations, c_uct, seed):
+        flags = ["--num-simulations", num_simulations, "--c-uct", c_uct, "--seed", seed]
+        args = generate_rollouts.parse_args(list(map(str, flags)))
+        searches = make_searches(problems, chain, (2, 3, 2, 2), args)
+        return records_of(searches)
+
+    def records_of(searches):
+        records = []
+        for problem, root, cost in run(
+            searches,
+            {Sample: ScriptedByProblem(random_answer)},
+            max_active=9,
+            progress=NoProgress(),
+        ):
+            records.append(tree_record(problem, root, cost))
+        return records
+
+    def by_hand(num_simulations, c_uct, seed):
+        searches = []
+        for problem in problems:
+            search = label_tree(
+                problem,
+                chain,
+                num_simulations=num_simulations,
+                num_candidates=(2, 3, 2, 2),
+                c_uct=c_uct,
+                rng=seeded(seed, problem.id),
+            )
+            searches.append((problem, search))
+        return records_of(searches)
+
+    seen = []
+    for num_simulations, c_uct, seed in [(9, 1.0, 0), (9, 1.0, 3), (9, 0.0, 0), (2, 1.0, 0)]:
+        records = trees(num_simulations, c_uct, seed)
+        assert records == by_hand(num_simulations, c_uct, seed)
+        assert records not in seen, (num_simulations, c_uct, seed)  # every setting counts
+        seen.append(records)

@@ -1,0 +1,160 @@
+"""Mutation testing: change the program in one place at a time, and see that a test fails.
+
+    python tests/mutants.py                        # all files: some hours on two cores
+    python tests/mutants.py search.py metrics.py   # these files
+    python tests/mutants.py --report               # the score of the last run again
+
+mutmut makes the changed programs ("mutants") and runs them ([tool.mutmut] in pyproject.toml). This
+script chooses the functions, which are those that decide a number, and prints the score by file. A
+mutant that no test notices has survived; `mutmut show NAME` prints it.
+
+mutmut does not change decorated functions (properties, `Decoder.decode`), constants and classes
+without methods. This file is also a pytest plugin of these runs: it puts fast tests first.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from collections import Counter
+from fnmatch import fnmatch
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+
+FILES = [
+    "runs.py",
+    "mas.py",
+    "answers.py",
+    "tasks.py",
+    "decoding.py",
+    "policy.py",
+    "generate_rollouts.py",
+    "value.py",
+    "metrics.py",
+    "train_value.py",
+    "search.py",
+    "evaluate.py",
+]
+
+# Functions that decide no number: scripts, flags, messages, progress and what is printed. The tests
+# of the scripts (tests/test_pipeline.py) run them, which is too slow for every mutant.
+OUT_OF_SCOPE = [
+    "*.main",
+    "*.parse_args",
+    "*.add_*_argument*",
+    "*.print_*",
+    "*.report_to",
+    "*.expected_work*",
+    "runs.Progress.*",
+    "runs.SearchProgress.*",
+    "runs.Parser.*",
+    "runs._HelpFormatter.*",
+    "runs.cli",
+    "runs.provenance",
+    "runs._short",
+    "runs._default_device",
+    "runs.finished_message",
+    "runs.ignore",
+    "mas._why_it_cannot_be_seen",
+    "decoding.Decoder._timed",
+    "generate_rollouts.label_problems",
+    "generate_rollouts.label_statistics",
+    "generate_rollouts._agent_statistics",
+    "search.show_tree",
+    "search.choose_problem",
+    "evaluate.breakdown",
+    "evaluate.write_report",
+]
+
+KILLED = (1, 3, 24, -24, 36, 152, -9, 255)  # a test failed, or the mutant ran out of its time
+SURVIVED, NO_TEST = 0, 33
+
+
+# ---- The plugin ----------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Put fast tests first, so that most mutants are noticed within a second."""
+    path = Path("mutmut-stats.json")  # pytest runs in the folder of the mutants
+    if path.is_file():
+        seconds = json.loads(path.read_text())["duration_by_test"]
+        items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+
+
+# ---- Which mutants -------------------------------------------------------------------------------
+
+
+def functions_in_scope(file: str) -> list[str]:
+    """Return the functions of a file that decide a number: "mcts", "Method.search"."""
+    names = []
+    for node in ast.parse((HERE / file).read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.append(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+            names += [f"{node.name}.{method.name}" for method in methods]
+    return [name for name in names if not is_out_of_scope(Path(file).stem, name)]
+
+
+def is_out_of_scope(module: str, function: str) -> bool:
+    return any(fnmatch(f"{module}.{function}", pattern) for pattern in OUT_OF_SCOPE)
+
+
+def mutant_prefix(module: str, function: str) -> str:
+    """Return how mutmut begins the names of a function's mutants."""
+    if "." in function:
+        class_name, method = function.split(".")
+        return f"{module}.xǁ{class_name}ǁ{method}__mutmut_"
+    return f"{module}.x_{function}__mutmut_"
+
+
+# ---- The score -----------------------------------------------------------------------------------
+
+
+def report(files: list[str]) -> None:
+    """Print the score by file, then the mutants that no test notices."""
+    unnoticed = []
+    print(f"{'file':22s} mutants   killed    score")
+    for file in files:
+        meta = HERE / "mutants" / f"{file}.meta"
+        if not meta.is_file():
+            print(f"{file:22s} not run")
+            continue
+        results = json.loads(meta.read_text())["exit_code_by_key"]
+        counts = Counter()
+        for function in functions_in_scope(file):
+            prefix = mutant_prefix(Path(file).stem, function)
+            for name, exit_code in results.items():
+                if not name.startswith(prefix) or exit_code is None:
+                    continue
+                counts["mutants"] += 1
+                counts["killed"] += exit_code in KILLED
+                if exit_code not in KILLED:
+                    unnoticed.append((name, exit_code))
+        score = counts["killed"] / max(1, counts["mutants"])
+        print(f"{file:22s} {counts['mutants']:7d} {counts['killed']:8d} {score:8.1%}")
+    for name, exit_code in unnoticed:
+        status = {SURVIVED: "survived", NO_TEST: "no test reaches it"}
+        print(f"{name}: {status.get(exit_code, f'exit code {exit_code}')}")
+
+
+def main(argv: list[str]) -> None:
+    only_report = "--report" in argv
+    files = [name for name in argv if name != "--report"] or FILES
+    unknown = sorted(set(files) - set(FILES))
+    if unknown:
+        sys.exit(f"{unknown[0]}: not one of {', '.join(FILES)}")
+    if not only_report:
+        patterns = []
+        for file in files:
+            module = Path(file).stem
+            for function in functions_in_scope(file):
+                patterns.append(f"{mutant_prefix(module, function)}*")
+        mutmut = Path(sys.executable).parent / "mutmut"
+        subprocess.run([mutmut, "run", "--max-children", "1", *patterns], cwd=HERE, check=True)
+    report(files)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
