@@ -5,8 +5,8 @@ the checkpoint, and costs add up.
 """
 
 import shutil
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import AGENTS, NoProgress, make_tiny_policy
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 import generate_rollouts
-from decoding import uniforms
+from decoding import gumbel_noise, message_key
 from generate_rollouts import expand, label_tree, make_root, run, tree_record
-from policy import Candidate, Sample, make_policy, policy_settings
+from policy import Candidate, Sample, make_policy, policy_settings, search_settings
 from runs import InputError, seeded
 from tasks import Problem, load_problems
 
@@ -80,12 +80,12 @@ def test_another_seed_gives_other_messages(chain, policy):
     assert texts_of(candidates) != texts_of(others)
 
 
-def record_draws(policy, monkeypatch):
-    """Let the decoder say one token per message. Returns a list of the draws of every batch."""
+def record_keys(policy, monkeypatch):
+    """Let the decoder say one token per message. Returns [(keys, limits)] of every batch."""
     batches = []
 
-    def decode(prompts, repeats, limits, draws, greedy):
-        batches.append((draws, limits, greedy))
+    def decode(prompts, repeats, limits, keys, greedy):
+        batches.append((keys, limits))
         [end, *_] = policy.decoder.eos_ids
         return [([end], [0.0])] * sum(repeats)
 
@@ -93,43 +93,37 @@ def record_draws(policy, monkeypatch):
     return batches
 
 
-def test_the_uniforms_of_a_message_are_those_of_seed_problem_path_and_candidate(chain, monkeypatch):
-    """A stream per message, and in it one uniform per token. No two messages share any."""
-    policy = make_tiny_policy(chain, seed=5, max_new_tokens=40)
-    batches = record_draws(policy, monkeypatch)
-    keys = []
+def test_the_noise_of_a_message_is_that_of_seed_problem_path_and_candidate(chain, monkeypatch):
+    """No two messages share their noise."""
+    policy = make_tiny_policy(chain, seed=5)
+    batches = record_keys(policy, monkeypatch)
+    expected = []
     for problem in PROBLEMS[:2]:
         root = make_root(problem.question)
         candidates = [Candidate(text, 1, 0.0, False) for text in "xy"]
         children = expand(chain, root, candidates)
         for node in [root, *children]:
             policy([(problem, Sample([node], 3))])
-            keys += [(5, problem.id, node.path, candidate) for candidate in range(3)]
-
-    streams = np.concatenate([draws for draws, _, _ in batches])
-    assert streams.shape == (len(keys), 40)
-    for key, stream in zip(keys, streams, strict=True):
-        assert (stream == uniforms(40, *key)).all()
-    assert len(np.unique(streams)) == streams.size
+            for candidate in range(3):
+                expected.append(message_key(5, problem.id, node.path, candidate))
+    keys = [key for keys, _ in batches for key in keys]
+    assert keys == expected
+    assert len(set(keys)) == len(keys)
 
 
-def test_a_message_uses_no_more_uniforms_than_its_own_limit(chain, monkeypatch):
+def test_a_message_has_the_smaller_limit_of_agent_and_flag(chain, monkeypatch):
     """The Solver's own limit is 512, the Planner's is 256."""
     limits_by_flag = {}
     for max_new_tokens in (300, 20):
         policy = make_tiny_policy(chain, max_new_tokens=max_new_tokens)
-        batches = record_draws(policy, monkeypatch)
+        batches = record_keys(policy, monkeypatch)
         [problem] = PROBLEMS[:1]
         root = make_root(problem.question)
         [for_planner] = expand(chain, root, [Candidate("facts", 1, 0.0, False)])
         [for_solver] = expand(chain, for_planner, [Candidate("plan", 1, 0.0, False)])
         policy([(problem, Sample([for_planner, for_solver], 1))])
-        [(draws, limits, _)] = batches
+        [(_, limits)] = batches
         limits_by_flag[max_new_tokens] = sorted(limits)
-        for stream, limit in zip(draws, limits, strict=True):
-            assert len(stream) == max(limits)
-            assert (stream[limit:] == 0).all()
-            assert (stream[:limit] > 0).all()
     assert limits_by_flag == {300: [256, 300], 20: [20, 20]}
 
 
@@ -262,20 +256,21 @@ def test_greedy_is_greedy_and_logprobs_are_those_of_the_model(policy):
 
 
 def sample_by_hand(policy, prompt_ids, key, temperature):
-    """Sample one message token by token: a forward over everything, then inverse CDF.
+    """Sample one message token by token: a forward over everything, then Gumbel-max.
 
     Returns its token ids and the log-probabilities before temperature.
     """
     tokens, logprobs = [], []
-    for uniform in uniforms(128, *key):
+    keys = torch.tensor([message_key(*key)])
+    for step in range(128):
         all_ids = torch.cat([prompt_ids, torch.tensor([tokens], dtype=torch.long)], dim=1)
         with torch.inference_mode():
             logits = policy.decoder.model(input_ids=all_ids).logits[0, -1].double()
-        cdf = (logits / temperature).softmax(-1).cumsum(-1)
-        token = int((cdf <= uniform * cdf[-1]).sum())
+        [noise] = gumbel_noise(keys, step, len(logits))
+        token = int((logits / temperature + noise).argmax())
         tokens.append(token)
         logprobs.append(logits.log_softmax(-1)[token].item())
-        if token == policy.tokenizer.eos_token_id:
+        if token == policy.chat_format.tokenizer.eos_token_id:
             break
     return tokens, logprobs
 
@@ -289,13 +284,15 @@ def test_a_sampled_message_is_drawn_from_the_model_at_its_temperature(chain):
     [([candidates], _)] = policy([(problem, Sample([reader], 2))])
 
     chat = chain.prompt(reader.state, problem.answer_type)
-    text = policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    tokenized = policy.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    text = policy.chat_format.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=False
+    )
+    tokenized = policy.chat_format.tokenizer(text, add_special_tokens=False, return_tensors="pt")
     for index, candidate in enumerate(candidates):
         key = (3, problem.id, (1,), index)
         tokens, logprobs = sample_by_hand(policy, tokenized["input_ids"], key, temperature=1.7)
         assert candidate.tokens == len(tokens) > 5
-        text = policy.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = policy.chat_format.tokenizer.decode(tokens, skip_special_tokens=True)
         assert candidate.text == text.strip()
         assert candidate.logprob == pytest.approx(sum(logprobs), abs=1e-3)
     assert candidates[0].text != candidates[1].text
@@ -319,23 +316,36 @@ def test_the_flags_reach_the_decoder(chain):
 
 
 def settings_with(mas, *flags):
-    return policy_settings(generate_rollouts.parse_args(list(map(str, flags))), mas)
+    args = generate_rollouts.parse_args(["--model", AGENTS, *map(str, flags)])
+    policy = SimpleNamespace(mas=mas, settings=policy_settings(args, model=None))
+    return search_settings(args, policy)
 
 
-@pytest.mark.parametrize("name", [*FLAGS, "model", "quantize_policy", "graph"])
-def test_a_setting_that_changes_messages_is_recorded(chain, duo, name):
+CHANGES = {name: ("--" + name.replace("_", "-"), value) for name, value in FLAGS.items()}
+CHANGES |= {
+    "quantize_policy": ("--quantize-policy",),
+    "chat_template_kwargs": ("--chat-template-kwargs", '{"x": 1}'),
+    "dtype": ("--dtype", "bfloat16"),
+    "c_uct": ("--c-uct", 2),
+    "task": ("--task", "tiny-score"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_that_changes_messages_or_trees_is_recorded(chain, name):
     """Messages with and without NF4, say, must not end up in one folder."""
-    before = settings_with(chain)
-    if name == "graph":
-        after = settings_with(duo)
-    elif name == "quantize_policy":
-        after = settings_with(chain, "--quantize-policy")
-    elif name == "model":
-        after = settings_with(chain, "--model", "another")
-    else:
-        after = settings_with(chain, "--" + name.replace("_", "-"), FLAGS[name])
-    assert after != before
-    assert settings_with(chain) == before
+    before, after = settings_with(chain), settings_with(chain, *CHANGES[name])
+    assert {key for key in before if before[key] != after[key]} == {name}
+
+
+def test_model_and_graph_are_recorded(chain, duo, tmp_path):
+    assert settings_with(duo)["graph"] != settings_with(chain)["graph"]
+    # The same files elsewhere are the same model.
+    copied = copy_of_agents(tmp_path)
+    model, moved = (settings_with(chain, *flags)["model"] for flags in ([], ["--model", copied]))
+    assert moved["fingerprint"] == model["fingerprint"]
+    (copied / "tokenizer.json").write_text("{}")
+    assert settings_with(chain, "--model", copied)["model"]["fingerprint"] != model["fingerprint"]
 
 
 def test_quantized_agents_have_nf4_weights(chain):

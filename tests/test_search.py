@@ -603,11 +603,13 @@ def load_scorers_of(names, mas, tmp_path, monkeypatch, **flags):
     """Load the scorers of methods; instead of a model, each folder's name is loaded."""
     for name in ("value", "orm", "another"):
         (tmp_path / name).mkdir(exist_ok=True)
-    monkeypatch.setattr(
-        search.ValueModel, "load", lambda folder, mas, *, device: (folder.name, mas.name, device)
-    )
-    flags = {"value": None, "orm": None} | flags
-    args = SimpleNamespace(run=tmp_path, seed=5, device="cpu", batch_tokens=99, **flags)
+
+    def load(folder, mas, *, device, dtype):
+        return folder.name, mas.name, device, dtype
+
+    monkeypatch.setattr(search.ValueModel, "load", load)
+    flags = {"value": None, "orm": None, "device": "cpu", "dtype": "float32"} | flags
+    args = SimpleNamespace(run=tmp_path, seed=5, batch_tokens=99, **flags)
     methods = [parse_method(name, mas, num_candidates="3", lam=0.0) for name in names]
     return load_scorers(methods, args, mas)
 
@@ -620,12 +622,12 @@ def test_only_the_models_that_a_method_queries_are_loaded(chain, tmp_path, monke
 
     scorers = load(["greedy", "mcts-3-value"])
     assert scorers.keys() == {"policy", "random", "value"}
-    assert scorers["value"].model == ("value", "chain", "cpu")
+    assert scorers["value"].model == ("value", "chain", "cpu", "float32")
     assert scorers["value"].batch_tokens == 99
 
     scorers = load(["mcts-3-value-lam0.5"])
-    assert scorers["value"].model == ("value", "chain", "cpu")
-    assert scorers["outcome"].model == ("orm", "chain", "cpu")
+    assert scorers["value"].model == ("value", "chain", "cpu", "float32")
+    assert scorers["outcome"].model == ("orm", "chain", "cpu", "float32")
 
     another = str(tmp_path / "another")
     assert load(["mcts-3-value"], value=another)["value"].model[0] == "another"
