@@ -24,7 +24,16 @@ from checkpoints import load_pretrained
 from decoding import uniforms
 from generate_rollouts import Sample, label_tree, run, tree_paths, tree_record
 from mas import CHAIN, SINGLE, State
-from runs import HERE, InputError, append_jsonl, ignore, open_run, read_jsonl, seeded
+from runs import (
+    HERE,
+    InputError,
+    append_jsonl,
+    ignore,
+    open_run,
+    open_to_append,
+    read_jsonl,
+    seeded,
+)
 from tasks import Problem
 from train_value import (
     distinct_tokens,
@@ -664,8 +673,8 @@ def test_v_is_trained_on_the_training_problems_and_measured_on_the_others(
 ):
     """The whole script, with a training loop that only looks at what it is given."""
     folder = tmp_path / "rollouts"
-    open_run(folder, {"graph": asdict(CHAIN)}, overwrite=False)
-    with open(folder / "trees.jsonl", "w", encoding="utf-8") as file:
+    open_run(folder, {"graph": asdict(CHAIN)}, device="cpu", overwrite=False)
+    with open_to_append(folder / "trees.jsonl") as file:
         for record in records:
             append_jsonl(file, record)
     problems_trained_on = set()
@@ -979,12 +988,13 @@ def test_a_v_follows_its_backbone_but_refuses_other_weights(records, tmp_path, m
     monkeypatch.chdir(tmp_path)
     model = make_model()
     save_with_settings(model, Path("run/value"), quantize=False, loss="huber", backbone="agents")
-    verify_saved(model, Path("run/value"), states_of(records[:1]), device="cpu", batch_tokens=4000)
+    states = states_of(records[:1])
+    verify_saved(model, Path("run/value"), states, device="cpu", dtype="float32", batch_tokens=4000)
 
     # 2. Loaded from another working directory.
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    ValueModel.load(Path("../run/value"), CHAIN, device="cpu")
+    ValueModel.load(Path("../run/value"), CHAIN, device="cpu", dtype="float32")
 
     # 3. The weights change in place.
     weights = load_file(tmp_path / "agents" / "model.safetensors")
