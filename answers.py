@@ -393,8 +393,6 @@ def _sentence(text: str, match: re.Match, rung: str, boxes: list[_Box]) -> _Phra
     answer = match["answer"][:length]
     end = start + length
     box = _last_box_between(start, end, boxes)
-    if box is not None:
-        end = max(end, box.end)
 
     status = "given"
     if _is_discussed(text, match.start()):
