@@ -25,9 +25,10 @@ These rules hold on every rung:
 
 What is an answer of each type?
   number  An exact fraction. Currency signs, thousands separators, percent signs and units are
-          dropped; "1 3/4", "3½", "minus 3" and "1.45 million" are understood. If the answer begins
-          with a number, that number counts, else the last one. The result of an equation counts:
-          12 in "5 + 7 = 12" and in "12 = 5 + 7". A remark in parentheses does not count.
+          dropped; "1 3/4", "3½", "minus 3", "1.45 million" and "1.36e+06" are understood. If the
+          answer begins with a number, that number counts, else the last one. The result of an
+          equation counts: 12 in "5 + 7 = 12" and in "12 = 5 + 7". A remark in parentheses does not
+          count.
   letter  The letter that the answer begins with, perhaps after words such as "The correct option
           is". The article of "A train" is not an option, nor is the first letter of "T-shirt".
   math    A number if the whole answer is one, perhaps with a unit; lengths and times of day keep
@@ -737,6 +738,7 @@ _NUMBER = re.compile(
     (?P<sign>[-+])? \s*[€£₹]?\s*
     (?P<whole> \d{1,3}(?:,\d{2,3})*,\d{3}(?!\d) | \d+ )?    # "1,234", "1,23,456" or "1234"
     (?P<decimals> \.\d+ )?
+    (?: (?<=\d)e(?P<exponent>[-+]?\d{1,2})(?!\w) )?         # "1.36e+06"
     (?:                                                     # a fraction ...
         (?: [ ]+(?:and[ ]+)? (?P<part>\d+) )?               # ... of a mixed number: "1 3/4"
         \s*/\s* (?P<denominator> \d+(?!\.?\d) )
@@ -811,6 +813,8 @@ def _absolute_value(match: re.Match) -> Fraction:
     """Return the value of a match of _NUMBER, without its sign."""
     whole = (match["whole"] or "0").replace(",", "")
     value = Fraction(whole + (match["decimals"] or ""))
+    if match["exponent"]:
+        value *= Fraction(10) ** int(match["exponent"])
     if match["part"]:
         value += Fraction(int(match["part"]), int(match["denominator"]))
     elif match["denominator"]:
