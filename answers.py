@@ -15,12 +15,13 @@ Which part of a message is its answer? The first rung of this ladder that the me
 A message without any of these has no answer. Its rung is "none", and it is never graded as right.
 
 These rules hold on every rung:
-  - A box in a statement or in a sentence is the answer of this statement or sentence.
+  - A box in a statement or in a sentence is its answer. A heading "**Final Answer**" that has an
+    explanation below it instead of an answer is answered by the last box of this section.
   - The answers of others are not told: "The Solver's answer is 7", "The Solver's \boxed{7}", and
     "\boxed{7} is wrong". Nor are remarks: "the answer is correct", "the answer is found by adding".
   - A told answer, sentence or box that cannot be read ("5 or 6", "C and D", a box that is never
-    closed) is refused. Nothing before it, and no weaker rung, replaces it. An earlier statement or
-    mention of a final answer does: it may be meant to hold still.
+    closed) is refused: nothing before it, and no weaker rung, replaces it. The exception is an
+    earlier statement or mention of a final answer, which still holds.
   - "The answer is not 5" is skipped, but no last number is read from a message that says so.
 
 What is an answer of each type?
@@ -287,8 +288,15 @@ _REMARK_ON_ANSWER = re.compile(
 
 # "therefore, " before an answer
 _ADVERB = re.compile(
-    r"^\W*(?:therefore|thus|then|hence|so|indeed|simply|just|clearly|(?:most\s+)?likely)\b[\s,:]*",
-    re.IGNORECASE,
+    r"""
+    ^\W*
+    (?:
+        therefore | thus | then | hence | so | indeed | simply | just | clearly | exactly
+      | approximately | about | (?:most\s+)? likely
+    )
+    \b [\s,:]*
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
 
 # The whole message "B", "(B)", "**B**", "Option B."

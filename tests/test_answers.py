@@ -203,7 +203,7 @@ LADDER = [  # (message, answer type, the answer, the rung on which it is read)
     ("**Final Answer**\n\nThe number of ways is\n\\boxed{12}", "math", "12", "told"),
     ("**Final Answer**\n12\n\nThe Solver had \\boxed{7}.", "number", "12", "told"),
     ("**Final Answer**\n9\n**Final Answer**\nIt must be\n\\boxed{12}", "number", "12", "told"),
-    ("Final answer: a set of all even numbers", "math", "a set of all even numbers", "told"),
+    ("Final answer: a set of all the odd numbers", "math", "a set of all the odd numbers", "told"),
     ("Final answer: right", "math", "right", "told"),
     ("The final answer should be (C).", "letter", "C", "told"),
     ("The final answer to the question is C.", "letter", "C", "told"),
@@ -229,6 +229,7 @@ LADDER = [  # (message, answer type, the answer, the rung on which it is read)
     ("The answer is $\\frac{3}{4}$.", "math", "3/4", "sentence"),
     ("The answer is $\\frac{3}{4}.$ So we are done with $n = 3$.", "math", "3/4", "sentence"),
     ("The answer is east.", "math", "east", "sentence"),
+    ("The answer is approximately 3.5.", "math", "7/2", "sentence"),
     ("The answer is:\n\\[\nx + 1\n\\]", "math", "x + 1", "sentence"),
     ("That's the answer: C", "letter", "C", "sentence"),
     # whichever comes last; a box in a sentence is its answer
@@ -280,7 +281,7 @@ LADDER = [  # (message, answer type, the answer, the rung on which it is read)
     ("Final answer: not sure, 4 or so", "number", None, "none"),
     ("\\boxed{7}, as the answer is not 5.", "number", "7", "box"),
     ("The answer is not \\boxed{5}.", "number", None, "none"),
-    ("**Final Answer**\nnot \\boxed{5}", "number", None, "none"),
+    ("**Final Answer**\nmore than \\boxed{5}", "number", None, "none"),
     # refused answers are not replaced by a worse guess
     ("The answer is 5 or 6. I took 3 steps.", "number", None, "none"),
     ("\\boxed{7}\nThe answer is 5 or 6.", "number", None, "none"),
