@@ -1151,7 +1151,8 @@ class MathVerify:
             self.process = None
             self.timeouts += 1
             print(
-                f"comparing {a!r} with {b!r} took more than {self.SECONDS:g} s; counted as unequal",
+                f"comparing {a[:80]!r} with {b[:80]!r} took more than {self.SECONDS:g} s; "
+                f"counted as unequal",
                 file=sys.stderr,
             )
             return False
