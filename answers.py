@@ -243,7 +243,7 @@ _NOT_OWN = re.compile(
     r"""
     \b
     (?:
-        (?!(?:let|that|it|here|what|there)['’]) \w+['’]s
+        (?!let['’]) \w+['’]s
       | your | his | her | their
       | wrong | incorrect | other | another | possible | proposed | previous | partial
       | not | rather\s+than | instead\s+of

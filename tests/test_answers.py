@@ -208,6 +208,7 @@ LADDER = [  # (message, answer type, the answer, the rung on which it is read)
     ("The final answer should be (C).", "letter", "C", "told"),
     ("The final answer to the question is C.", "letter", "C", "told"),
     ("Final answer (C)", "letter", "C", "told"),
+    ("Final answer: \\boxed{3}, no, \\boxed{4}", "number", "4", "told"),
     ("Final answer: therefore C", "letter", "C", "told"),
     # sentences
     ("The correct answer is C.", "letter", "C", "sentence"),
@@ -232,6 +233,7 @@ LADDER = [  # (message, answer type, the answer, the rung on which it is read)
     ("The answer is approximately 3.5.", "math", "7/2", "sentence"),
     ("The answer is:\n\\[\nx + 1\n\\]", "math", "x + 1", "sentence"),
     ("That's the answer: C", "letter", "C", "sentence"),
+    ("Let's answer: C", "letter", "C", "sentence"),
     # whichever comes last; a box in a sentence is its answer
     ("The answer is 5. No: \\boxed{6}.", "number", "6", "box"),
     ("\\boxed{6}. No, the answer is 5.", "number", "5", "sentence"),
@@ -249,6 +251,7 @@ LADDER = [  # (message, answer type, the answer, the rung on which it is read)
     ("$\\text{(B)}$", "letter", "B", "option"),
     ("A", "letter", "A", "option"),
     ("B", "math", None, "none"),
+    ("So \\boxed{7}, and thus \\boxed{ }", "number", "7", "box"),
     # options that are only discussed
     ("Option A is wrong because it is hot.", "letter", None, "none"),
     ("A is tempting, but B is too.", "letter", None, "none"),
