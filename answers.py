@@ -774,6 +774,9 @@ _SCIENTIFIC = re.compile(
     re.VERBOSE,
 )
 
+# "2e-1" in a formula, where e is Euler's number
+_EULER = re.compile(r"\de", re.IGNORECASE)
+
 # "0.1\overline{36}", which is 0.1363636...
 _REPEATING = re.compile(
     r"""
@@ -858,7 +861,7 @@ def _sole_number(latex: str) -> Fraction | None:
     # 2. one number, with nothing before and after it
     plain = _plain_text(_without_unit(latex))
     numbers = _find_numbers(plain)
-    if len(numbers) != 1:
+    if len(numbers) != 1 or _EULER.search(plain):
         return None
     [number] = numbers
     rest = plain[: number.start] + plain[number.end :]

@@ -533,6 +533,7 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     ("5", "f(2)=5", True),
     ("5", "f(5)=2", False),
     ("4", "x=3, y=4", False),
+    ("2e-1", "0.2", False),
     ("x=1, x=2", "1,2", True),
     ("x=1,y=2", "(1,2)", True),
     ("(x,y)=(1,2)", "(1,2)", True),
