@@ -15,19 +15,21 @@ Which part of a message is its answer? The first rung of this ladder that the me
 A message without any of these has no answer. Its rung is "none", and it is never graded as right.
 
 These rules hold on every rung:
-  - A box in a statement or in a sentence is the answer of this statement or sentence.
+  - A box in a statement or in a sentence is its answer. A heading "**Final Answer**" that has an
+    explanation below it instead of an answer is answered by the last box of this section.
   - The answers of others are not told: "The Solver's answer is 7", "The Solver's \boxed{7}", and
     "\boxed{7} is wrong". Nor are remarks: "the answer is correct", "the answer is found by adding".
   - A told answer, sentence or box that cannot be read ("5 or 6", "C and D", a box that is never
-    closed) is refused. Nothing before it, and no weaker rung, replaces it. An earlier statement or
-    mention of a final answer does: it may be meant to hold still.
+    closed) is refused: nothing before it, and no weaker rung, replaces it. The exception is an
+    earlier statement or mention of a final answer, which still holds.
   - "The answer is not 5" is skipped, but no last number is read from a message that says so.
 
 What is an answer of each type?
   number  An exact fraction. Currency signs, thousands separators, percent signs and units are
-          dropped; "1 3/4", "3½", "minus 3" and "1.45 million" are understood. If the answer begins
-          with a number, that number counts, else the last one. The result of an equation counts:
-          12 in "5 + 7 = 12" and in "12 = 5 + 7". A remark in parentheses does not count.
+          dropped; "1 3/4", "3½", "minus 3", "1.45 million" and "1.36e+06" are understood. If the
+          answer begins with a number, that number counts, else the last one. The result of an
+          equation counts: 12 in "5 + 7 = 12" and in "12 = 5 + 7". A remark in parentheses does not
+          count.
   letter  The letter that the answer begins with, perhaps after words such as "The correct option
           is". The article of "A train" is not an option, nor is the first letter of "T-shirt".
   math    A number if the whole answer is one, perhaps with a unit; lengths and times of day keep
@@ -241,7 +243,7 @@ _NOT_OWN = re.compile(
     r"""
     \b
     (?:
-        (?!(?:let|that|it|here|what|there)['’]) \w+['’]s
+        (?!let['’]) \w+['’]s
       | your | his | her | their
       | wrong | incorrect | other | another | possible | proposed | previous | partial
       | not | rather\s+than | instead\s+of
@@ -286,8 +288,15 @@ _REMARK_ON_ANSWER = re.compile(
 
 # "therefore, " before an answer
 _ADVERB = re.compile(
-    r"^\W*(?:therefore|thus|then|hence|so|indeed|simply|just|clearly|(?:most\s+)?likely)\b[\s,:]*",
-    re.IGNORECASE,
+    r"""
+    ^\W*
+    (?:
+        therefore | thus | then | hence | so | indeed | simply | just | clearly | exactly
+      | approximately | about | (?:most\s+)? likely
+    )
+    \b [\s,:]*
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
 
 # The whole message "B", "(B)", "**B**", "Option B."
@@ -393,8 +402,6 @@ def _sentence(text: str, match: re.Match, rung: str, boxes: list[_Box]) -> _Phra
     answer = match["answer"][:length]
     end = start + length
     box = _last_box_between(start, end, boxes)
-    if box is not None:
-        end = max(end, box.end)
 
     status = "given"
     if _is_discussed(text, match.start()):
@@ -739,6 +746,7 @@ _NUMBER = re.compile(
     (?P<sign>[-+])? \s*[€£₹]?\s*
     (?P<whole> \d{1,3}(?:,\d{2,3})*,\d{3}(?!\d) | \d+ )?    # "1,234", "1,23,456" or "1234"
     (?P<decimals> \.\d+ )?
+    (?: (?<=\d)e(?P<exponent>[-+]?\d{1,2})(?!\w) )?         # "1.36e+06"
     (?:                                                     # a fraction ...
         (?: [ ]+(?:and[ ]+)? (?P<part>\d+) )?               # ... of a mixed number: "1 3/4"
         \s*/\s* (?P<denominator> \d+(?!\.?\d) )
@@ -765,6 +773,9 @@ _SCIENTIFIC = re.compile(
     """,
     re.VERBOSE,
 )
+
+# "2e-1" in a formula, where e is Euler's number
+_EULER = re.compile(r"\de", re.IGNORECASE)
 
 # "0.1\overline{36}", which is 0.1363636...
 _REPEATING = re.compile(
@@ -813,6 +824,8 @@ def _absolute_value(match: re.Match) -> Fraction:
     """Return the value of a match of _NUMBER, without its sign."""
     whole = (match["whole"] or "0").replace(",", "")
     value = Fraction(whole + (match["decimals"] or ""))
+    if match["exponent"]:
+        value *= Fraction(10) ** int(match["exponent"])
     if match["part"]:
         value += Fraction(int(match["part"]), int(match["denominator"]))
     elif match["denominator"]:
@@ -848,7 +861,7 @@ def _sole_number(latex: str) -> Fraction | None:
     # 2. one number, with nothing before and after it
     plain = _plain_text(_without_unit(latex))
     numbers = _find_numbers(plain)
-    if len(numbers) != 1:
+    if len(numbers) != 1 or _EULER.search(plain):
         return None
     [number] = numbers
     rest = plain[: number.start] + plain[number.end :]
@@ -1141,7 +1154,8 @@ class MathVerify:
             self.process = None
             self.timeouts += 1
             print(
-                f"comparing {a!r} with {b!r} took more than {self.SECONDS:g} s; counted as unequal",
+                f"comparing {a[:80]!r} with {b[:80]!r} took more than {self.SECONDS:g} s; "
+                f"counted as unequal",
                 file=sys.stderr,
             )
             return False

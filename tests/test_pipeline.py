@@ -556,6 +556,7 @@ BAD_FLAGS = [
     (search, "--lam nan", "--lam: 'nan' is not a number"),
     (search, "--method beam-3", "method beam-3: not one of greedy"),
     (search, "--index 0", "--index"),
+    (search, "--index 99999999", "--index 99999999: --task tiny has 178 test problems"),
     (search, "--task chess --question How?", "--task chess: unknown; it is one of tiny"),
     (evaluate, "--methods mcts-5-value-lam2", "lam2"),
     (evaluate, "--num-problems 0", "--num-problems"),
