@@ -72,7 +72,7 @@ def load_pretrained(
             f"{flag} {name}: NF4 needs bitsandbytes ({error}); install it, or {remedy}"
         ) from None
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise InputError(
             f"{flag} {name}: cannot be loaded as a folder or from the hub: {reason}"
         ) from None
@@ -222,7 +222,7 @@ class ChatFormat:
                 **self.template_kwargs,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             raise self._error(f"its chat template fails: {reason}") from None
 
     def _error(self, reason: str) -> InputError:

@@ -307,6 +307,7 @@ def test_a_template_that_begins_with_a_newline_is_rendered_as_it_is():
     [
         ("{% for %}", "its chat template fails"),
         ('{{ raise_exception("no\nroles") }}', "its chat template fails: no$"),
+        ('{{ raise_exception("") }}', "its chat template fails"),
         ("{{ messages[7].content }}", "its chat template fails"),
         ("{{ 1 + messages[0].content }}", "its chat template fails"),
         ("{{ messages[0].content }}", "its chat template leaves out the user's text"),

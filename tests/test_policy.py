@@ -5,6 +5,7 @@ the checkpoint, and costs add up.
 """
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +135,20 @@ def test_a_request_is_answered_without_the_gold_answer(policy):
     candidates, _ = first_messages(policy, [problem])
     others, _ = first_messages(policy, [other])
     assert candidates == others
+
+
+def test_problem_path_and_candidate_each_give_other_messages(policy):
+    """The prompts are equal, so that only the key of the message tells them apart."""
+    state = make_root(PROBLEMS[0].question).state
+    requests = []
+    for problem_id, path in (("a", ()), ("b", ()), ("a", (1,))):
+        problem = replace(PROBLEMS[0], id=problem_id)
+        requests.append((problem, Sample([SimpleNamespace(state=state, path=path)], 6)))
+    messages = set()
+    for [candidates], _ in policy(requests):
+        messages.add(tuple(candidate.text for candidate in candidates))
+        assert len(set(texts_of([candidates]))) > 1
+    assert len(messages) == 3
 
 
 def test_greedy_and_sampled_messages_can_share_a_batch(policy):

@@ -345,6 +345,11 @@ def test_bfloat16_stays_bfloat16_up_to_the_head(quantize):
             types.add(parameter.dtype)
         assert parameter.requires_grad == (parameter.dtype == torch.float32), name
     assert types == {torch.bfloat16}
+    compute_types = set()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # NF4
+            compute_types.add(module.compute_dtype)
+    assert compute_types == ({torch.bfloat16} if quantize else set())
 
     ids, ends = model.encode(CHAIN.step(State("q", ()), "facts"))
     output = model.backbone(input_ids=torch.tensor([ids]), output_hidden_states=True)
