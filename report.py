@@ -175,10 +175,11 @@ def family_of(name: str) -> str:
 def families_of(rows: dict[str, dict]) -> list[list[str]]:
     """Return the names of the methods of each family, in the order of their agent calls."""
     families: dict[str, list[str]] = {}
-    for name in sorted(rows, key=lambda name: rows[name]["agent_calls"]):
+    for name in rows:
         families.setdefault(family_of(name), []).append(name)
-    first_names = list(rows)
-    return sorted(families.values(), key=lambda names: min(map(first_names.index, names)))
+    for names in families.values():
+        names.sort(key=lambda name: rows[name]["agent_calls"])
+    return list(families.values())
 
 
 def plot_accuracy(summary: dict, path: Path) -> None:
@@ -219,7 +220,7 @@ def _draw_point(axes, name: str, row: dict, colour: str) -> None:
         em,
         yerr=[[em - 100 * row["low"]], [100 * row["high"] - em]],
         color=colour,
-        marker=MARKERS[algorithm],
+        marker=MARKERS.get(algorithm, "P"),  # a variant of one's own
         markersize=10 if algorithm == "greedy" else 7,
         elinewidth=1,
         capsize=2,

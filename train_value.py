@@ -8,6 +8,7 @@ Qwen2.5-1.5B, rank 256, 5 epochs.
     python train_value.py --target outcome    # an ORM -> runs/tiny/orm: terminal states, +1 or -1
     python train_value.py --no-quantize       # LoRA on full-precision weights, no bitsandbytes
     python train_value.py --loss rank         # not in the paper: mse, rank, dist
+    python train_value.py --label-weights visits    # not in the paper: weights N(s, a)
     accelerate launch --num_processes 2 train_value.py    # data-parallel
 
 One forward over a root-to-leaf path gives V of every state on it. Training rows are therefore
@@ -121,7 +122,8 @@ def weigh_by_visits(rows: list[Row]) -> list[Row]:
     """Return the rows with the weight of each label proportional to N(s, a), with mean 1.
 
     Not in the paper, where all labels count the same. y is a mean of N(s, a) rewards, and most
-    labels are of a single one.
+    labels are of a single one. But N is no sample size that was chosen beforehand: the search
+    returns to what is right, so these weights raise V of everything.
     """
     num_labels = sum(len(row.visits) for row in rows)
     mean_visits = sum(sum(row.visits) for row in rows) / num_labels

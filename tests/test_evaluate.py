@@ -119,6 +119,15 @@ def test_a_comparison_is_the_method_minus_its_opponent(summary):
     assert row["p"] == pytest.approx(2 * (1 + 5) / 2**5)  # one loss or none of five, both sides
 
 
+def test_a_problem_is_lost_if_only_the_opponent_is_right(summary):
+    """Both MCTS and best-of-2 are right on p2 and p5."""
+    lost = {}
+    for row in summary["comparisons"]:
+        lost[row["method"], row["against"]] = row["lost"]
+    assert lost["mcts-2x3-value", "best_of-2-value"] == ["p1"]
+    assert lost["mcts-2x3-value", "mcts-2x3-policy"] == []
+
+
 def test_every_pair_of_the_summary_has_its_reason(summary):
     pairs = [(row["method"], row["against"], row["why"]) for row in summary["comparisons"]]
     assert pairs == [
@@ -234,6 +243,15 @@ def test_opponents_are_the_nearest_with_at_least_as_many_calls():
     ]
     assert opponents_of("vote-8", calls) == [("greedy", "greedy")]
     assert opponents_of("greedy", calls) == []
+
+
+def test_a_baseline_with_the_same_calls_is_the_nearest():
+    calls = {"vote-4": 16, "vote-8": 32, "best_of-4-value": 16, "best_of-8-value": 32}
+    assert opponents_of("mcts-6x3-value", calls | {"mcts-6x3-value": 16}) == [
+        ("vote-4", "nearest vote"),
+        ("best_of-4-value", "nearest best-of-N"),
+        ("best_of-8-value", "costlier best-of-N"),
+    ]
 
 
 def test_without_a_costlier_baseline_the_costliest_is_the_opponent():

@@ -199,3 +199,12 @@ def test_wilson_and_paired_by_hand():
 
 def test_two_methods_that_never_differ_have_p_1():
     assert paired([True], [True])["p"] == 1.0
+
+
+def test_the_interval_of_a_difference_stays_between_minus_1_and_1():
+    """With one problem, Bonett and Price: 1/3 +- 1.07."""
+    won, lost = paired([True], [False]), paired([False], [True])
+    assert won["low"] == pytest.approx(1 / 3 - 1.0669, abs=1e-4)
+    assert won["high"] == 1
+    assert lost["low"] == -1
+    assert lost["high"] == pytest.approx(1.0669 - 1 / 3, abs=1e-4)
