@@ -93,9 +93,7 @@ def record_draws(policy, monkeypatch):
     return batches
 
 
-def test_the_uniforms_of_a_message_are_those_of_seed_problem_path_and_candidate(
-    chain, monkeypatch
-):
+def test_the_uniforms_of_a_message_are_those_of_seed_problem_path_and_candidate(chain, monkeypatch):
     """A stream per message, and in it one uniform per token. No two messages share any."""
     policy = make_tiny_policy(chain, seed=5, max_new_tokens=40)
     batches = record_draws(policy, monkeypatch)
