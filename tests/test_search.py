@@ -302,7 +302,7 @@ def test_the_statistics_of_mcts_are_virtual_visits_and_terminal_values(
                 outcome = random_value("outcome", seed, terminal.path)
                 terminal_value = (1 - lam) * terminal.V + lam * outcome
                 total += (terminal.N - 1) * terminal_value
-        assert node.W == pytest.approx(total)
+        assert pytest.approx(total) == node.W
         assert -1 <= node.Q <= 1
 
     # 3. The decision: at every step the best Q of those that a simulation has passed through.

@@ -223,7 +223,8 @@ def assert_backed_by_leaves(node):
         reward = 1.0 if leaf.message.text.endswith("answer: 1") else -1.0
         num_visits += leaf.N
         total += leaf.N * reward
-    assert (node.N, node.W) == (num_visits, total)
+    assert num_visits == node.N
+    assert total == node.W
     assert -1 <= node.Q <= 1
     for child in node.children or []:
         assert child.parent is node
@@ -260,7 +261,8 @@ def test_every_label_is_backed_by_terminal_rewards(seed, num_simulations, num_ca
     assert all(leaf.N > 0 for leaf in terminal)
     num_expansions = len({leaf.parent for leaf in terminal})
     num_siblings = len(terminal) - num_expansions
-    assert root.N == num_simulations + num_siblings
+    num_counted = num_simulations + num_siblings
+    assert num_counted == root.N
 
 
 def test_a_fresh_child_is_picked_by_the_trees_own_generator(duo):
