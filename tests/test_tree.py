@@ -574,11 +574,19 @@ def test_every_answer_of_a_single_agent_is_labelled():
 # ---- What a run labels ---------------------------------------------------------------------------
 
 
-def test_training_and_held_out_problems_are_labelled():
-    args = generate_rollouts.parse_args(["--num-train", "5", "--num-heldout", "2"])
-    problems = load_training_problems(args)
+def test_training_and_held_out_problems_are_labelled(tmp_path):
+    flags = ["--num-train", "5", "--num-heldout", "2"]
+    problems = load_training_problems(generate_rollouts.parse_args(flags))
     assert [problem.split for problem in problems] == ["train"] * 5 + ["heldout"] * 2
     assert len({problem.question for problem in problems}) == 7
+
+    # Problems of a file come from the file alone.
+    data = tmp_path / "mine.jsonl"
+    rows = [json.dumps({"question": f"mine {index}?", "answer": "3"}) for index in range(60)]
+    data.write_text("\n".join(rows))
+    problems = load_training_problems(generate_rollouts.parse_args([*flags, "--data", str(data)]))
+    assert [problem.split for problem in problems] == ["train"] * 5 + ["heldout"] * 2
+    assert all(problem.question.startswith("mine") for problem in problems)
 
 
 def test_each_problem_is_searched_with_the_settings_of_the_flags(chain):
