@@ -5,6 +5,7 @@ The trees are small enough to work out by hand.
 
 import inspect
 import math
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import search
 from answers import extract_answer
 from decoding import uniforms
 from generate_rollouts import expand, make_root, run
-from mas import CHAIN, MAS, Agent
+from mas import CHAIN, MAS, SINGLE, Agent
 from policy import Candidate, Cost, Outcome, Sample, Score
 from runs import InputError
 from search import (
@@ -307,7 +308,9 @@ def test_the_statistics_of_mcts_are_virtual_visits_and_terminal_values(
 
     # 3. The decision: at every step the best Q of those that a simulation has passed through.
     assert CHAIN.is_terminal(leaf.state)
-    for node in path_to(leaf):
+    answer_path = path_to(leaf)
+    assert [len(node.path) for node in answer_path] == [1, 2, 3, 4]
+    for node in answer_path:
         assert node.N > 1
         rivals = [child.Q for child in node.parent.children if child.N > 1]
         assert max(rivals) == node.Q
@@ -550,7 +553,10 @@ VOTES = [  # answer type, the answers of the passes, and the answers that may wi
 def test_vote_clusters_answers_by_the_equality_that_grades(duo, answer_type, answers, winners):
     policy = ScriptedPolicy(lambda path: f"Final answer: {answers[path[0]]}")
     leaf = drive(vote("q", duo, answer_type, num=len(answers)), {Sample: policy})
-    assert extract_answer(leaf.message.text, answer_type) in winners
+    answer = extract_answer(leaf.message.text, answer_type)
+    assert answer in winners
+    if answer is None:
+        assert leaf.path[0] == 0
 
 
 def test_passes_are_independent_even_if_they_start_with_equal_messages(duo):
@@ -778,6 +784,8 @@ def test_flags_complete_the_name_of_an_mcts(chain):
     method = parse_method("mcts-8x2-value-lam0", chain, num_candidates="1.5.1.1", lam=0.25)
     assert method.name == "mcts-8x2-value"
     assert (method.num_candidates, method.lam) == ((2, 2, 2, 2), 0.0)
+    method = parse_method("mcts-8-value", SINGLE, num_candidates="4", lam=0.0)
+    assert method.name == "mcts-8x4-value"
     # Lambda belongs to mcts alone.
     assert parse_method("best_of-3-value", chain, num_candidates="3", lam=0.25).lam == 0.0
 
@@ -820,8 +828,13 @@ BAD_METHODS = [
 
 @pytest.mark.parametrize("name", BAD_METHODS)
 def test_methods_that_do_not_exist_are_refused(chain, name):
-    with pytest.raises(InputError, match="method"):
+    with pytest.raises(InputError, match=f"^method {re.escape(name)}:? "):
         parse_method(name, chain, num_candidates="3", lam=0.0)
+
+
+def test_a_bad_flag_for_an_mcts_is_named(chain):
+    with pytest.raises(InputError, match="^--num-candidates 0: "):
+        parse_method("mcts-8-value", chain, num_candidates="0", lam=0.0)
 
 
 # ---- The expected work ---------------------------------------------------------------------------
