@@ -9,11 +9,14 @@ script chooses the functions, which are those that decide a number, and prints t
 mutant that no test notices has survived; `mutmut show NAME` prints it.
 
 mutmut does not change decorated functions (properties, `Decoder.decode`), constants and classes
-without methods. This file is also a pytest plugin of these runs: it puts fast tests first.
+without methods. This file is also a pytest plugin of these runs: it puts fast tests first, and ends
+mutants that never end.
 """
 
 import ast
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -28,6 +31,7 @@ FILES = [
     "answers.py",
     "tasks.py",
     "decoding.py",
+    "journal.py",
     "policy.py",
     "generate_rollouts.py",
     "value.py",
@@ -55,6 +59,7 @@ OUT_OF_SCOPE = [
     "runs._short",
     "runs._default_device",
     "runs.finished_message",
+    "policy.describe_messages",
     "runs.ignore",
     "mas._why_it_cannot_be_seen",
     "decoding.Decoder._timed",
@@ -67,19 +72,36 @@ OUT_OF_SCOPE = [
     "evaluate.write_report",
 ]
 
-KILLED = (1, 3, 24, -24, 36, 152, -9, 255)  # a test failed, or the mutant ran out of its time
-SURVIVED, NO_TEST = 0, 33
+# Exit codes of a mutant's tests.
+SURVIVED, NO_TEST, TIMED_OUT = 0, 33, 24
+KILLED = (1, 3, TIMED_OUT, -24, 36, 152, -9, 255)  # a test failed, or it ran out of its time
 
 
 # ---- The plugin ----------------------------------------------------------------------------------
 
 
+def seconds_of_tests() -> dict[str, float]:
+    """Return how long each test takes without a mutant; nothing before that is known."""
+    path = Path("mutmut-stats.json")  # pytest runs in the folder of the mutants
+    return json.loads(path.read_text())["duration_by_test"] if path.is_file() else {}
+
+
 def pytest_collection_modifyitems(items) -> None:
     """Put fast tests first, so that most mutants are noticed within a second."""
-    path = Path("mutmut-stats.json")  # pytest runs in the folder of the mutants
-    if path.is_file():
-        seconds = json.loads(path.read_text())["duration_by_test"]
-        items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+    seconds = seconds_of_tests()
+    items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+
+
+def pytest_runtest_setup(item) -> None:
+    """Count a mutant as noticed if a test needs ten times its CPU time, and 10 seconds."""
+    seconds = seconds_of_tests()
+    if item.nodeid in seconds:
+        signal.signal(signal.SIGPROF, lambda *_: os._exit(TIMED_OUT))
+        signal.setitimer(signal.ITIMER_PROF, 10 + 10 * seconds[item.nodeid])
+
+
+def pytest_sessionfinish() -> None:
+    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 # ---- Which mutants -------------------------------------------------------------------------------

@@ -151,6 +151,51 @@ def test_problem_path_and_candidate_each_give_other_messages(policy):
     assert len(messages) == 3
 
 
+def test_every_message_keeps_its_own_noise_limit_and_mode_when_others_end(chain):
+    """Messages of one to 24 tokens, greedy and sampled, together and each alone."""
+    decode = make_tiny_policy(chain, temperature=3.0).decoder.decode
+    num_messages = [2, 3, 1]
+    limits = [3, 24, 9, 24, 1, 24]
+    greedy = [False, False, True, False, False, True]
+    keys = [message_key(index) for index in range(6)]
+    prompts = []
+    owners = []
+    for length, num in zip((5, 9, 7), num_messages, strict=True):
+        prompt = list(range(10, 10 + length))
+        prompts.append(prompt)
+        owners += [prompt] * num
+
+    together = decode(prompts, num_messages, limits, keys, greedy)
+    lengths = [len(tokens) for tokens, _ in together]
+    assert lengths[4] == 1
+    assert len(set(lengths)) > 3
+    for index, (tokens, logprobs) in enumerate(together):
+        limit = limits[index]
+        [alone] = decode([owners[index]], [1], [limit], [keys[index]], [greedy[index]])
+        assert tokens == alone[0]
+        assert logprobs == pytest.approx(alone[1], abs=1e-3)
+
+
+def test_any_of_the_ends_of_a_message_ends_it(policy, monkeypatch):
+    """A checkpoint may name several; the end itself is counted, and is not part of the text."""
+    hot = {"temperature": 3.0, "top_k": 0, "top_p": 1.0}
+    monkeypatch.setattr(policy.decoder, "sampling", hot)
+
+    keys = [message_key("any")]
+
+    def decode(eos_ids):
+        monkeypatch.setattr(policy.decoder, "eos_ids", eos_ids)
+        [(tokens, _)] = policy.decoder.decode([[10, 11, 12]], [1], [30], keys, [False])
+        return tokens
+
+    endless = decode({policy.decoder.model.config.vocab_size})
+    assert len(endless) == 30
+    for end in (endless[7], endless[20]):
+        for other in (0, policy.decoder.model.config.vocab_size):
+            expected = min(endless.index(eos) for eos in {end, other} & set(endless))
+            assert decode({end, other}) == endless[: expected + 1]
+
+
 def test_greedy_and_sampled_messages_can_share_a_batch(policy):
     sampled_problem, greedy_problem = PROBLEMS[:2]
     mixed = policy(
@@ -485,6 +530,40 @@ def test_a_message_that_does_not_fit_into_memory_is_refused(chain, monkeypatch):
     run_out_of_memory(policy, monkeypatch, max_messages=0)
     with pytest.raises(InputError, match="out of memory with one message of .* tokens.*lower"):
         first_messages(policy, PROBLEMS[:1])
+
+
+def test_a_batch_holds_as_many_rows_as_its_tokens_allow(policy, monkeypatch):
+    """Rows x (prompt + message limit) of the longest row is at most `batch_tokens`."""
+    row_tokens = []
+    for problem in PROBLEMS[:4]:
+        row_tokens.append(prompt_ids_of(policy, problem).shape[1] + policy.max_new_tokens)
+    longest = max(row_tokens)
+    batches = record_keys(policy, monkeypatch)
+
+    def batch_sizes(batch_tokens):
+        batches.clear()
+        monkeypatch.setattr(policy, "batch_tokens", batch_tokens)
+        first_messages(policy, PROBLEMS[:4], num=3)
+        return [len(limits) for _, limits in batches]
+
+    assert batch_sizes(12 * longest) == [12]
+    assert batch_sizes(12 * longest - 1) == [9, 3]
+    assert batch_sizes(6 * longest)[0] == 6
+    # A prompt with more messages than fit into a batch is split; one message always fits.
+    assert batch_sizes(2 * longest)[:2] == [2, 1]
+    assert batch_sizes(1) == [1] * 12
+
+
+def test_a_prompt_and_its_message_may_fill_the_context(policy, monkeypatch):
+    [problem] = PROBLEMS[:1]
+    row_tokens = prompt_ids_of(policy, problem).shape[1] + policy.max_new_tokens
+    record_keys(policy, monkeypatch)
+    config = policy.decoder.model.config
+    monkeypatch.setattr(config, "max_position_embeddings", row_tokens)
+    first_messages(policy, [problem])
+    monkeypatch.setattr(config, "max_position_embeddings", row_tokens - 1)
+    with pytest.raises(InputError, match=f"message of 128 do not fit .* {row_tokens - 1};"):
+        first_messages(policy, [problem])
 
 
 def test_a_prompt_that_does_not_fit_into_the_context_is_named(policy):

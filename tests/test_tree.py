@@ -223,7 +223,8 @@ def assert_backed_by_leaves(node):
         reward = 1.0 if leaf.message.text.endswith("answer: 1") else -1.0
         num_visits += leaf.N
         total += leaf.N * reward
-    assert (num_visits, total) == (node.N, node.W)
+    assert num_visits == node.N
+    assert total == node.W
     assert -1 <= node.Q <= 1
     for child in node.children or []:
         assert child.parent is node
@@ -260,7 +261,8 @@ def test_every_label_is_backed_by_terminal_rewards(seed, num_simulations, num_ca
     assert all(leaf.N > 0 for leaf in terminal)
     num_expansions = len({leaf.parent for leaf in terminal})
     num_siblings = len(terminal) - num_expansions
-    assert num_simulations + num_siblings == root.N
+    num_counted = num_simulations + num_siblings
+    assert num_counted == root.N
 
 
 def test_a_fresh_child_is_picked_by_the_trees_own_generator(duo):
@@ -578,11 +580,19 @@ def test_every_answer_of_a_single_agent_is_labelled():
 # ---- What a run labels ---------------------------------------------------------------------------
 
 
-def test_training_and_held_out_problems_are_labelled():
-    args = generate_rollouts.parse_args(["--num-train", "5", "--num-heldout", "2"])
-    problems = load_training_problems(args)
+def test_training_and_held_out_problems_are_labelled(tmp_path):
+    flags = ["--num-train", "5", "--num-heldout", "2"]
+    problems = load_training_problems(generate_rollouts.parse_args(flags))
     assert [problem.split for problem in problems] == ["train"] * 5 + ["heldout"] * 2
     assert len({problem.question for problem in problems}) == 7
+
+    # Problems of a file come from the file alone.
+    data = tmp_path / "mine.jsonl"
+    rows = [json.dumps({"question": f"mine {index}?", "answer": "3"}) for index in range(60)]
+    data.write_text("\n".join(rows))
+    problems = load_training_problems(generate_rollouts.parse_args([*flags, "--data", str(data)]))
+    assert [problem.split for problem in problems] == ["train"] * 5 + ["heldout"] * 2
+    assert all(problem.question.startswith("mine") for problem in problems)
 
 
 def test_each_problem_is_searched_with_the_settings_of_the_flags(chain):
