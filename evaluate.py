@@ -14,7 +14,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from answers import MATH_VERIFY, extract_answer
+from answers import MATH_VERIFY
+from extraction import extract_answer
 from generate_rollouts import Node, run
 from mas import MAS, load_graph
 from metrics import paired, wilson

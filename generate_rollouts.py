@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from answers import extract_answer
+from extraction import extract_answer
 from mas import MAS, Message, State, load_graph
 from policy import (
     Candidate,

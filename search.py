@@ -28,8 +28,9 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from answers import extract_answer, same_answer
+from answers import same_answer
 from decoding import uniforms
+from extraction import extract_answer
 from generate_rollouts import (
     Node,
     backup,

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from answers import canonical, is_comparable, last_box, same_answer
+from answers import canonical, is_comparable, same_answer
+from extraction import last_box
 from runs import InputError, read_jsonl
 from tiny import problems as tiny_problems
 

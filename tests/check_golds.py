@@ -15,7 +15,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from answers import MATH_VERIFY, extract_answer
+from answers import MATH_VERIFY
+from extraction import extract_answer
 from runs import read_jsonl
 from tasks import Problem, is_correct, load_problems, read_row
 

@@ -29,6 +29,7 @@ FILES = [
     "runs.py",
     "mas.py",
     "answers.py",
+    "extraction.py",
     "tasks.py",
     "decoding.py",
     "journal.py",

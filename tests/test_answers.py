@@ -1,4 +1,4 @@
-"""Tests of answers.py: reading an answer, its canonical form, and equality."""
+"""Tests of answers.py and extraction.py: reading an answer, its canonical form, and equality."""
 
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from answers import RUNGS, Answer, MathVerify, canonical, extract_answer, same_answer
+from answers import MathVerify, canonical, same_answer
+from extraction import RUNGS, Answer, extract_answer
 
 # ---- Reading an answer ---------------------------------------------------------------------------
 

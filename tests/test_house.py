@@ -20,6 +20,7 @@ ORDER = [
     "runs",
     "mas",
     "answers",
+    "extraction",
     "tasks",
     "decoding",
     "checkpoints",

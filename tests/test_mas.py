@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from answers import extract_answer
+from extraction import extract_answer
 from mas import GRAPHS, MAS, Agent, Message, State, load_graph
 from runs import InputError
 

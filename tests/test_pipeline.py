@@ -21,8 +21,8 @@ import evaluate
 import generate_rollouts
 import search
 import train_value
-from answers import extract_answer
 from decoding import Decoder
+from extraction import extract_answer
 from mas import REFINE
 from runs import HERE, cli, open_to_append
 

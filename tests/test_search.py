@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import search
-from answers import extract_answer
 from decoding import uniforms
+from extraction import extract_answer
 from generate_rollouts import expand, make_root, run
 from mas import CHAIN, MAS, SINGLE, Agent
 from policy import Candidate, Cost, Outcome, Sample, Score

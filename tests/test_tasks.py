@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from answers import extract_answer
+from extraction import extract_answer
 from runs import InputError
 from tasks import EMBEDDED, TASKS, Problem, is_correct, load_problems, problem_at, question_key
 from tiny import problems as tiny_problems
