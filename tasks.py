@@ -212,7 +212,8 @@ def _first_problems(task: str, data: str | None, split: str, num: int) -> list[P
         answer_type = _narrowest_answer_type([raw.gold for raw in raw_problems])
 
     # 3. Keep each question once, and give an id to each that has none.
-    raw_problems = _without_duplicates(raw_problems, answer_type, origin)
+    from_file = data is not None
+    raw_problems = _without_duplicates(raw_problems, answer_type, origin, from_file=from_file)
     id_prefix = Path(origin).stem if task in EMBEDDED else task
     raw_problems = _with_ids(raw_problems, id_prefix)
     _check_ids_are_unique(raw_problems, origin)
@@ -250,27 +251,35 @@ def _embedded_problems(family: str, split: str, num: int) -> list[Problem]:
 
 
 def _without_duplicates(
-    raw_problems: list[RawProblem], answer_type: str, origin: str
+    raw_problems: list[RawProblem], answer_type: str, origin: str, *, from_file: bool
 ) -> list[RawProblem]:
     """Keep one problem for each question, and print how many were left out.
 
-    Raises InputError if the answers to one question differ.
+    A question whose answers differ is left out if it comes from the hub, whose data cannot be
+    changed. Raises InputError if it comes from a file.
     """
     kept: dict[str, RawProblem] = {}
+    contradicted = set()
     for raw in raw_problems:
-        other = kept.setdefault(question_key(raw.question), raw)
+        key = question_key(raw.question)
+        other = kept.setdefault(key, raw)
         if not _have_same_gold(raw, other, answer_type):
-            raise InputError(
-                f"{other.place} and {raw.place}: one question, but the answers {other.gold!r} and "
-                f"{raw.gold!r}; remove one of them"
-            )
-        # The order of the file must not matter, so the one that sorts first stays, not the first.
-        kept[question_key(raw.question)] = min(raw, other, key=repr)
+            contradicted.add(key)
+            if from_file:
+                raise InputError(
+                    f"{other.place} and {raw.place}: one question, but the answers "
+                    f"{other.gold!r} and {raw.gold!r}; remove one of them"
+                )
+        # The order of the data must not matter, so the one that sorts first stays, not the first.
+        kept[key] = min(raw, other, key=repr)
 
-    num_left_out = len(raw_problems) - len(kept)
-    if num_left_out > 0:
-        print(f"{origin}: {num_left_out} duplicates of questions were left out", file=sys.stderr)
-    return list(kept.values())
+    for count, what in (
+        (len(raw_problems) - len(kept), "duplicates of questions"),
+        (len(contradicted), "questions with contradicting answers"),
+    ):
+        if count > 0:
+            print(f"{origin}: {count} {what} were left out", file=sys.stderr)
+    return [raw for key, raw in kept.items() if key not in contradicted]
 
 
 def _have_same_gold(raw: RawProblem, other: RawProblem, answer_type: str) -> bool:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import tasks
 from extraction import extract_answer
 from runs import InputError
 from tasks import EMBEDDED, TASKS, Problem, is_correct, load_problems, problem_at, question_key
@@ -178,6 +179,19 @@ def test_one_question_with_two_answers_is_refused(tmp_path):
     with pytest.raises(InputError, match=complaint) as error:
         problems_of(data, "test", 3)
     assert "\n" not in str(error.value)
+
+
+def test_a_question_of_the_hub_with_two_answers_is_left_out_and_counted(monkeypatch, capsys):
+    rows = [
+        {"question": "How much is 1+1?", "answer": "#### 2"},
+        {"question": "How much is 1+2?", "answer": "#### 3"},
+        {"question": "How much is 1+1?", "answer": "#### 4"},
+    ]
+    monkeypatch.setattr(tasks, "_read_hub", lambda task, split: rows)
+    [problem] = load_problems(task="gsm8k", data=None, split="test", num=1)
+    assert problem.question == "How much is 1+2?"
+    printed = capsys.readouterr().err
+    assert "gsm8k: 1 questions with contradicting answers were left out" in printed
 
 
 def test_split_and_order_depend_on_the_questions_alone(tmp_path):
