@@ -280,7 +280,7 @@ class Policy:
         return jobs
 
     def _check_context(self, jobs: list[PromptJob]) -> None:
-        context = self.decoder.model.config.max_position_embeddings
+        context = self.decoder.model.config.get_text_config().max_position_embeddings
         for job in jobs:
             if job.row_tokens > context:
                 raise InputError(

@@ -108,7 +108,7 @@ class ValueModel(nn.Module):
         self.view = view
         self.loss = loss
         self.head = nn.Linear(
-            backbone.config.hidden_size,
+            backbone.config.get_text_config().hidden_size,
             self.NUM_BINS if loss == "dist" else 1,
             device=backbone.device,
             dtype=torch.float32,
@@ -133,7 +133,7 @@ class ValueModel(nn.Module):
         for segment in self.mas.value_text(state, self.view):
             ids += self.segment_ids(segment)
             ends.append(len(ids) - 1)
-        context = self.backbone.config.max_position_embeddings
+        context = self.backbone.config.get_text_config().max_position_embeddings
         if len(ids) > context:
             raise InputError(
                 f"a transcript of {len(ids)} tokens does not fit into the value model's {context}: "
