@@ -759,6 +759,39 @@ def test_an_epoch_is_every_row_once_within_the_budget_and_in_an_order_of_its_own
     assert longest != sorted(longest)
 
 
+def test_rows_of_equal_length_meet_others_in_every_epoch():
+    rows = [Row([0] * 5, [4], [1.0], [("p", "Solver")]) for _ in range(20)]
+    batches_of_seed = []
+    for seed in range(2):
+        batches = epoch_batches(rows, 25, seeded(seed), by_tree=False)
+        assert [len(batch) for batch in batches] == [5] * 4
+        batches_of_seed.append({frozenset(batch) for batch in batches})
+    assert batches_of_seed[0] != batches_of_seed[1]
+
+    [batch] = epoch_batches([rows[0]] * 513, 10**9, seeded(0), by_tree=False)
+    assert sorted(batch) == list(range(513))  # one more than a pool
+
+
+def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch(records, tmp_path, monkeypatch):
+    model = make_model()
+    rows = make_rows(paths_of(records), model)
+    epochs = []
+
+    def look_at_the_steps(rows, steps, loss):
+        epochs.append(steps)
+        return 1.0
+
+    monkeypatch.setattr(train_value, "mean_terms_per_step", look_at_the_steps)
+    monkeypatch.setattr(train_value, "training_step", lambda *args, **options: (0.0, 1))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        fit(model, rows, tmp_path / name, batch_tokens=500, epochs=2)
+    first, second, first_again, second_again = epochs
+    assert first == first_again
+    assert second == second_again
+    assert first != second
+
+
 def test_rank_batches_hold_whole_trees(records, model):
     """The loss compares states of one tree, so no tree that fits into a batch is cut."""
     rows = make_rows(paths_of(records), model)
