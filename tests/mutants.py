@@ -62,8 +62,6 @@ OUT_OF_SCOPE = [
     "mas._why_it_cannot_be_seen",
     "decoding.Decoder._timed",
     "generate_rollouts.label_problems",
-    "generate_rollouts.label_statistics",
-    "generate_rollouts._agent_statistics",
     "search.show_tree",
     "search.choose_problem",
     "evaluate.breakdown",
