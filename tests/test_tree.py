@@ -592,7 +592,7 @@ def test_label_statistics_by_hand(duo):
     ]
     statistics = label_statistics([{"nodes": mixed}, {"nodes": all_right}], duo)
     rows = [line.split() for line in statistics.splitlines()]
-    assert rows[0] == "agent edges visited mean Q |Q| = 1 truncated".split()
+    assert rows[0] == ["agent", "edges", "visited", "mean", "Q", "|Q|", "=", "1", "truncated"]
     assert rows[1] == ["A", "3", "2", "0.625", "50.0%", "2"]
     assert rows[2] == ["B", "3", "3", "0.000", "66.7%", "1"]
     assert statistics.splitlines()[3:] == [
