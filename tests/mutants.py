@@ -72,7 +72,6 @@ OUT_OF_SCOPE = [
 SURVIVED, NO_TEST, TIMED_OUT = 0, 33, 24
 KILLED = (1, 3, TIMED_OUT, -24, 36, 152, -9, 255)  # a test failed, or it ran out of its time
 
-
 # ---- The plugin ----------------------------------------------------------------------------------
 
 
@@ -89,15 +88,22 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_runtest_setup(item) -> None:
-    """Count a mutant as noticed if a test needs ten times its CPU time, and 10 seconds."""
-    seconds = seconds_of_tests()
-    if item.nodeid in seconds:
-        signal.signal(signal.SIGPROF, lambda *_: os._exit(TIMED_OUT))
-        signal.setitimer(signal.ITIMER_PROF, 10 + 10 * seconds[item.nodeid])
+    """End a mutant whose test needs far more CPU time than without it, or hangs."""
+    seconds = seconds_of_tests().get(item.nodeid)
+    if seconds is not None:
+        signal.signal(signal.SIGPROF, time_out)
+        signal.setitimer(signal.ITIMER_PROF, 10 + 10 * seconds)
+        signal.signal(signal.SIGALRM, time_out)
+        signal.setitimer(signal.ITIMER_REAL, 60 + 30 * seconds)  # the machine may be busy
+
+
+def time_out(*_) -> None:
+    os._exit(TIMED_OUT)
 
 
 def pytest_sessionfinish() -> None:
     signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 # ---- Which mutants -------------------------------------------------------------------------------
