@@ -19,7 +19,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -136,31 +135,42 @@ def mutant_prefix(module: str, function: str) -> str:
 # ---- The score -----------------------------------------------------------------------------------
 
 
+def results_in_scope(file: str) -> dict[str, int]:
+    """Return name -> exit code of the mutants of a file that were run."""
+    meta = HERE / "mutants" / f"{file}.meta"
+    if not meta.is_file():
+        return {}
+    prefixes = []
+    for function in functions_in_scope(file):
+        prefixes.append(mutant_prefix(Path(file).stem, function))
+    results = {}
+    for name, exit_code in json.loads(meta.read_text())["exit_code_by_key"].items():
+        if exit_code is not None and name.startswith(tuple(prefixes)):
+            results[name] = exit_code
+    return results
+
+
 def report(files: list[str]) -> None:
     """Print the score by file, then the mutants that no test notices."""
-    unnoticed = []
+    unnoticed = {}
     print(f"{'file':22s} mutants   killed    score")
     for file in files:
-        meta = HERE / "mutants" / f"{file}.meta"
-        if not meta.is_file():
+        results = results_in_scope(file)
+        if not results:
             print(f"{file:22s} not run")
             continue
-        results = json.loads(meta.read_text())["exit_code_by_key"]
-        counts = Counter()
-        for function in functions_in_scope(file):
-            prefix = mutant_prefix(Path(file).stem, function)
-            for name, exit_code in results.items():
-                if not name.startswith(prefix) or exit_code is None:
-                    continue
-                counts["mutants"] += 1
-                counts["killed"] += exit_code in KILLED
-                if exit_code not in KILLED:
-                    unnoticed.append((name, exit_code))
-        score = counts["killed"] / max(1, counts["mutants"])
-        print(f"{file:22s} {counts['mutants']:7d} {counts['killed']:8d} {score:8.1%}")
-    for name, exit_code in unnoticed:
-        status = {SURVIVED: "survived", NO_TEST: "no test reaches it"}
-        print(f"{name}: {status.get(exit_code, f'exit code {exit_code}')}")
+        num_killed = 0
+        for name, exit_code in results.items():
+            if exit_code in KILLED:
+                num_killed += 1
+            else:
+                unnoticed[name] = exit_code
+        score = num_killed / len(results)
+        print(f"{file:22s} {len(results):7d} {num_killed:8d} {score:8.1%}")
+
+    reasons = {SURVIVED: "survived", NO_TEST: "no test reaches it"}
+    for name, exit_code in unnoticed.items():
+        print(f"{name}: {reasons.get(exit_code, f'exit code {exit_code}')}")
 
 
 def main(argv: list[str]) -> None:
