@@ -590,20 +590,23 @@ def test_label_statistics_by_hand(duo):
         edge_of("A", 1, 1.0, truncated=True),
         edge_of("B", 2, 0.0, reward=1.0, answer="1"),
     ]
-    statistics = label_statistics([{"nodes": mixed}, {"nodes": all_right}], duo)
+    records = [{"nodes": mixed}, {"nodes": all_right}, {"nodes": [{"N": 0, "W": 0.0}]}]
+    statistics = label_statistics(records, duo)
     rows = [line.split() for line in statistics.splitlines()]
     assert rows[0] == ["agent", "edges", "visited", "mean", "Q", "|Q|", "=", "1", "truncated"]
     assert rows[1] == ["A", "3", "2", "0.625", "50.0%", "2"]
     assert rows[2] == ["B", "3", "3", "0.000", "66.7%", "1"]
     assert statistics.splitlines()[3:] == [
-        "2 trees, 1 of them with both right and wrong answers",
+        "3 trees, 1 of them with both right and wrong answers",
         "1 of 3 final messages held no answer (graded wrong)",
     ]
 
 
-def test_an_agent_that_never_spoke_has_no_mean(duo):
-    statistics = label_statistics([{"nodes": [edge_of("A", 0, 0.0)]}], duo)
+def test_label_statistics_of_one_label_and_of_none(duo):
+    nodes = [edge_of("A", 0, 0.0), edge_of("B", 1, -1.0, reward=-1.0, answer="7")]
+    statistics = label_statistics([{"nodes": nodes}], duo)
     assert statistics.splitlines()[1].split() == ["A", "1", "0", "0.000", "0.0%", "0"]
+    assert statistics.splitlines()[2].split() == ["B", "1", "1", "-1.000", "100.0%", "0"]
 
 
 # ---- What a run labels ---------------------------------------------------------------------------
