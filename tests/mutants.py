@@ -19,8 +19,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from fnmatch import fnmatch
 from pathlib import Path
+
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -78,6 +81,11 @@ def seconds_of_tests() -> dict[str, float]:
     """Return how long each test takes without a mutant; nothing before that is known."""
     path = Path("mutmut-stats.json")  # pytest runs in the folder of the mutants
     return json.loads(path.read_text())["duration_by_test"] if path.is_file() else {}
+
+
+def pytest_configure() -> None:
+    """Give tqdm a lock that the processes of the mutants do not share: one may die holding it."""
+    tqdm.set_lock(threading.RLock())
 
 
 def pytest_collection_modifyitems(items) -> None:
