@@ -19,9 +19,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
+import threading
 from fnmatch import fnmatch
 from pathlib import Path
+
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -65,8 +67,6 @@ OUT_OF_SCOPE = [
     "mas._why_it_cannot_be_seen",
     "decoding.Decoder._timed",
     "generate_rollouts.label_problems",
-    "generate_rollouts.label_statistics",
-    "generate_rollouts._agent_statistics",
     "search.show_tree",
     "search.choose_problem",
     "evaluate.breakdown",
@@ -77,7 +77,6 @@ OUT_OF_SCOPE = [
 SURVIVED, NO_TEST, TIMED_OUT = 0, 33, 24
 KILLED = (1, 3, TIMED_OUT, -24, 36, 152, -9, 255)  # a test failed, or it ran out of its time
 
-
 # ---- The plugin ----------------------------------------------------------------------------------
 
 
@@ -87,6 +86,11 @@ def seconds_of_tests() -> dict[str, float]:
     return json.loads(path.read_text())["duration_by_test"] if path.is_file() else {}
 
 
+def pytest_configure() -> None:
+    """Give tqdm a lock that the processes of the mutants do not share: one may die holding it."""
+    tqdm.set_lock(threading.RLock())
+
+
 def pytest_collection_modifyitems(items) -> None:
     """Put fast tests first, so that most mutants are noticed within a second."""
     seconds = seconds_of_tests()
@@ -94,15 +98,22 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_runtest_setup(item) -> None:
-    """Count a mutant as noticed if a test needs ten times its CPU time, and 10 seconds."""
-    seconds = seconds_of_tests()
-    if item.nodeid in seconds:
-        signal.signal(signal.SIGPROF, lambda *_: os._exit(TIMED_OUT))
-        signal.setitimer(signal.ITIMER_PROF, 10 + 10 * seconds[item.nodeid])
+    """End a mutant whose test needs far more CPU time than without it, or hangs."""
+    seconds = seconds_of_tests().get(item.nodeid)
+    if seconds is not None:
+        signal.signal(signal.SIGPROF, time_out)
+        signal.setitimer(signal.ITIMER_PROF, 10 + 10 * seconds)
+        signal.signal(signal.SIGALRM, time_out)
+        signal.setitimer(signal.ITIMER_REAL, 60 + 30 * seconds)  # the machine may be busy
+
+
+def time_out(*_) -> None:
+    os._exit(TIMED_OUT)
 
 
 def pytest_sessionfinish() -> None:
     signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 # ---- Which mutants -------------------------------------------------------------------------------
@@ -135,31 +146,42 @@ def mutant_prefix(module: str, function: str) -> str:
 # ---- The score -----------------------------------------------------------------------------------
 
 
+def results_in_scope(file: str) -> dict[str, int]:
+    """Return name -> exit code of the mutants of a file that were run."""
+    meta = HERE / "mutants" / f"{file}.meta"
+    if not meta.is_file():
+        return {}
+    prefixes = []
+    for function in functions_in_scope(file):
+        prefixes.append(mutant_prefix(Path(file).stem, function))
+    results = {}
+    for name, exit_code in json.loads(meta.read_text())["exit_code_by_key"].items():
+        if exit_code is not None and name.startswith(tuple(prefixes)):
+            results[name] = exit_code
+    return results
+
+
 def report(files: list[str]) -> None:
     """Print the score by file, then the mutants that no test notices."""
-    unnoticed = []
+    unnoticed = {}
     print(f"{'file':22s} mutants   killed    score")
     for file in files:
-        meta = HERE / "mutants" / f"{file}.meta"
-        if not meta.is_file():
+        results = results_in_scope(file)
+        if not results:
             print(f"{file:22s} not run")
             continue
-        results = json.loads(meta.read_text())["exit_code_by_key"]
-        counts = Counter()
-        for function in functions_in_scope(file):
-            prefix = mutant_prefix(Path(file).stem, function)
-            for name, exit_code in results.items():
-                if not name.startswith(prefix) or exit_code is None:
-                    continue
-                counts["mutants"] += 1
-                counts["killed"] += exit_code in KILLED
-                if exit_code not in KILLED:
-                    unnoticed.append((name, exit_code))
-        score = counts["killed"] / max(1, counts["mutants"])
-        print(f"{file:22s} {counts['mutants']:7d} {counts['killed']:8d} {score:8.1%}")
-    for name, exit_code in unnoticed:
-        status = {SURVIVED: "survived", NO_TEST: "no test reaches it"}
-        print(f"{name}: {status.get(exit_code, f'exit code {exit_code}')}")
+        num_killed = 0
+        for name, exit_code in results.items():
+            if exit_code in KILLED:
+                num_killed += 1
+            else:
+                unnoticed[name] = exit_code
+        score = num_killed / len(results)
+        print(f"{file:22s} {len(results):7d} {num_killed:8d} {score:8.1%}")
+
+    reasons = {SURVIVED: "survived", NO_TEST: "no test reaches it"}
+    for name, exit_code in unnoticed.items():
+        print(f"{name}: {reasons.get(exit_code, f'exit code {exit_code}')}")
 
 
 def main(argv: list[str]) -> None:

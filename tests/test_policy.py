@@ -5,6 +5,7 @@ the checkpoint, and costs add up.
 """
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from transformers import GenerationConfig
 import generate_rollouts
 from decoding import gumbel_noise, message_key
 from generate_rollouts import expand, label_tree, make_root, run, tree_record
-from policy import Candidate, Sample, make_policy, policy_settings, search_settings
+from policy import Candidate, Cost, Sample, make_policy, policy_settings, search_settings
 from runs import InputError, seeded
 from tasks import Problem, load_problems
 
@@ -444,6 +445,26 @@ def test_costs_count_prompts_once_per_node_and_every_generated_token(policy):
         assert cost.scored_tokens == 0
         assert cost.generated_tokens == sum(candidate.tokens for candidate in candidates)
         assert cost.seconds > 0
+
+
+def test_the_seconds_of_a_batch_are_shared_by_the_tokens_generated(policy, monkeypatch):
+    """One message of one token, and three of them: 4 seconds are 1 and 3."""
+    record_draws(policy, monkeypatch)
+    times = iter([10.0, 14.0])
+    monkeypatch.setattr("policy.time.perf_counter", lambda: next(times))
+    requests = []
+    for problem, num in zip(PROBLEMS[:2], (1, 3), strict=True):
+        requests.append((problem, Sample([make_root(problem.question)], num)))
+    [(_, first), (_, second)] = policy(requests)
+    assert (first.agent_calls, first.seconds) == (1, 1.0)
+    assert (second.agent_calls, second.seconds) == (3, 3.0)
+
+
+def test_costs_add_up():
+    total = Cost(agent_calls=1, prompt_tokens=2, truncated=Counter(A=1))
+    total += Cost(agent_calls=10, scored_tokens=3, truncated=Counter(A=2, B=1), seconds=0.5)
+    total += Cost(generated_tokens=4, seconds=0.25)
+    assert total == Cost(11, 2, 4, 3, Counter(A=3, B=1), 0.75)
 
 
 def test_messages_that_reach_the_limit_are_marked_and_counted(chain):

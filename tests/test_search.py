@@ -821,6 +821,7 @@ BAD_METHODS = [
     "vote-3-value",
     "best_of-3",
     "sbs-2-value",
+    "sbs-2x1.2-value",
     "mcts-value",
     "mcts-0-value",
     "mcts-8-gold",

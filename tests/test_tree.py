@@ -18,6 +18,7 @@ from decoding import uniforms
 from generate_rollouts import (
     backup,
     expand,
+    label_statistics,
     label_tree,
     load_training_problems,
     make_root,
@@ -575,6 +576,43 @@ def test_every_answer_of_a_single_agent_is_labelled():
     )
     paths = tree_paths(record, SINGLE, "search")
     assert [[edge.y for edge in path] for path in paths] == [[-1.0], [1.0], [-1.0]]
+
+
+def edge_of(agent, visits, total, *, truncated=False, **leaf):
+    return {"agent": agent, "N": visits, "W": total, "truncated": truncated} | leaf
+
+
+def test_label_statistics_by_hand(duo):
+    """A has targets 0.25 and 1, B has -1, 1 and 0; unvisited edges have no target."""
+    mixed = [
+        {"N": 5, "W": 3.0},
+        edge_of("A", 4, 1.0),
+        edge_of("A", 0, 0.0, truncated=True),
+        edge_of("B", 2, -2.0, reward=-1.0, answer=None),
+        edge_of("B", 3, 3.0, truncated=True, reward=1.0, answer="1"),
+    ]
+    all_right = [
+        {"N": 2, "W": 2.0},
+        edge_of("A", 1, 1.0, truncated=True),
+        edge_of("B", 2, 0.0, reward=1.0, answer="1"),
+    ]
+    records = [{"nodes": mixed}, {"nodes": all_right}, {"nodes": [{"N": 0, "W": 0.0}]}]
+    statistics = label_statistics(records, duo)
+    rows = [line.split() for line in statistics.splitlines()]
+    assert rows[0] == ["agent", "edges", "visited", "mean", "Q", "|Q|", "=", "1", "truncated"]
+    assert rows[1] == ["A", "3", "2", "0.625", "50.0%", "2"]
+    assert rows[2] == ["B", "3", "3", "0.000", "66.7%", "1"]
+    assert statistics.splitlines()[3:] == [
+        "3 trees, 1 of them with both right and wrong answers",
+        "1 of 3 final messages held no answer (graded wrong)",
+    ]
+
+
+def test_label_statistics_of_one_label_and_of_none(duo):
+    nodes = [edge_of("A", 0, 0.0), edge_of("B", 1, -1.0, reward=-1.0, answer="7")]
+    statistics = label_statistics([{"nodes": nodes}], duo)
+    assert statistics.splitlines()[1].split() == ["A", "1", "0", "0.000", "0.0%", "0"]
+    assert statistics.splitlines()[2].split() == ["B", "1", "1", "-1.000", "100.0%", "0"]
 
 
 # ---- What a run labels ---------------------------------------------------------------------------
