@@ -395,10 +395,7 @@ def _compare_answers(folders: list[Path]) -> str:
     rows = []
     for name in _common_methods(folders):
         records_of_runs = [read_records(folder / "eval" / name) for folder in folders]
-        ids = []
-        for problem_id in records_of_runs[0]:
-            if all(problem_id in records for records in records_of_runs):
-                ids.append(problem_id)
+        ids = _common_problems(records_of_runs)
         if not ids:
             raise InputError(f"--compare: no problem was answered by {name} in all of these runs")
         first = [records_of_runs[0][problem_id] for problem_id in ids]
@@ -421,6 +418,20 @@ def _compare_answers(folders: list[Path]) -> str:
                 cells.append(percent_interval(result, signed=True))
             rows.append(cells)
     return markdown_table(header, rows)
+
+
+def _common_problems(records_of_runs: list[dict[str, dict]]) -> list[str]:
+    """Return the ids of the problems that all runs have, with equal questions and gold answers."""
+    ids = []
+    for problem_id, first in records_of_runs[0].items():
+        others = [records.get(problem_id, {}) for records in records_of_runs[1:]]
+        if all(_is_same_problem(first, other) for other in others):
+            ids.append(problem_id)
+    return ids
+
+
+def _is_same_problem(record: dict, other: dict) -> bool:
+    return all(record[key] == other.get(key) for key in ("question", "gold"))
 
 
 def _common_methods(folders: list[Path]) -> list[str]:

@@ -39,6 +39,8 @@ def make_record(method, index):
     problem_id = PROBLEMS[index]
     return {
         "id": problem_id,
+        "question": f"question of {problem_id}",
+        "gold": "1",
         "subject": None,
         "level": "hard" if problem_id in ("p1", "p2") else "easy",
         "correct": problem_id in RIGHT[method],
@@ -198,6 +200,20 @@ def test_runs_are_compared_on_their_common_problems_each_with_the_first(tmp_path
         f"| greedy | {first} | 4 | 0.0 | 0.0 to 49.0 | 4.0 |  |  |",
         f"| greedy | {second} | 4 | 50.0 | 15.0 to 85.0 | 4.0 | +50.0 | -26.3 to +93.0 |",
     ]
+
+
+def test_only_equal_problems_are_compared(tmp_path):
+    """Under one id, the second run had another question, and the third another gold answer."""
+    records = [make_record("greedy", index) for index in range(5)]
+    second = [records[0] | {"question": "another"}, *records[1:]]
+    third = [records[0], records[1] | {"gold": "2"}, *records[2:]]
+    runs = []
+    for name, records_of_run in (("first", records), ("second", second), ("third", third)):
+        write_records(tmp_path / name / "eval" / "greedy.jsonl", records_of_run)
+        runs.append(str(tmp_path / name))
+    table = evaluate.compare_runs(runs)
+    counts = [line.split(" | ")[2] for line in table.splitlines() if line.startswith("| greedy")]
+    assert counts == ["3", "3", "3"]
 
 
 # ---- Which methods are compared ------------------------------------------------------------------

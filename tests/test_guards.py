@@ -1,6 +1,7 @@
 """Tests of what keeps results apart: recorded settings, fingerprints of models, leaks, NF4 of V."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,9 @@ def make_labels(*, mas=CHAIN, records=(RECORD,), seed=0):
 
 
 def settings_with(*flags, labels):
-    return value_settings(train_value.parse_args(list(flags)), labels)
+    config = SimpleNamespace(_commit_hash="1234")  # of a backbone from the hub
+    model = SimpleNamespace(backbone=SimpleNamespace(config=config))
+    return value_settings(train_value.parse_args(list(flags)), labels, model, Path("r/value"))
 
 
 CHANGES = [
@@ -45,6 +48,8 @@ CHANGES = [
     ["--huber-delta", "0.3"],
     ["--train-batch-tokens", "100"],
     ["--seed", "8"],
+    ["--label-weights", "visits"],
+    ["--dtype", "bfloat16"],
 ]
 
 
@@ -54,6 +59,14 @@ def test_a_setting_that_changes_v_is_recorded(flags):
     before = settings_with(labels=labels)
     assert settings_with(*flags, labels=labels) != before
     assert settings_with(labels=labels) == before
+
+
+def test_the_cost_of_trees_does_not_change_v():
+    quick, slow = ({"seconds": seconds} for seconds in (1, 2))
+    settings = []
+    for cost in (quick, slow):
+        settings.append(settings_with(labels=make_labels(records=[RECORD | {"cost": cost}])))
+    assert settings[0] == settings[1]
 
 
 def test_the_labels_that_change_v_are_recorded():

@@ -449,7 +449,7 @@ def test_costs_count_prompts_once_per_node_and_every_generated_token(policy):
 
 def test_the_seconds_of_a_batch_are_shared_by_the_tokens_generated(policy, monkeypatch):
     """One message of one token, and three of them: 4 seconds are 1 and 3."""
-    record_draws(policy, monkeypatch)
+    record_keys(policy, monkeypatch)
     times = iter([10.0, 14.0])
     monkeypatch.setattr("policy.time.perf_counter", lambda: next(times))
     requests = []
