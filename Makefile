@@ -1,12 +1,14 @@
 # make demo: the whole method on the embedded agents. make test, make lint: the tests and the linter;
-# make format: fix what the linter can fix. make clean removes .venv, make clean-runs the results.
+# make mutants: wrong programs that the tests must catch; make format: fix what the linter can fix.
+# make clean removes .venv, make clean-runs the results.
 # The paper's experiments in small: main and transfer (both after `make demo`), rollout-count,
 # lambda, losses (these three label with `hard` first), refine. All set up .venv if it is missing.
 PYTHON ?= python3
 RUN := .venv/bin/python
 SEARCHES := sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
 
-.PHONY: demo test lint format clean clean-runs main hard rollout-count lambda transfer losses refine
+.PHONY: demo test mutants lint format clean clean-runs
+.PHONY: main hard rollout-count lambda transfer losses refine
 
 demo: .venv/.installed
 	$(RUN) generate_rollouts.py
@@ -16,6 +18,10 @@ demo: .venv/.installed
 
 test: .venv/.installed-dev
 	$(RUN) -m pytest -q
+
+# FILES="search.py metrics.py" for some files only
+mutants: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(RUN) tests/mutants.py $(FILES)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff format --check .
