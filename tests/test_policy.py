@@ -188,6 +188,21 @@ def test_any_of_the_ends_of_a_message_ends_it(policy, monkeypatch):
             assert decode({end, other}) == endless[: expected + 1]
 
 
+def test_the_text_of_a_message_is_all_but_its_end(policy, monkeypatch):
+    """A message that was cut has no end. An end may be a token that has a text of its own."""
+    [problem] = PROBLEMS[:1]
+    [_, *ids] = prompt_ids_of(policy, problem)[0].tolist()
+    words = [token for token in ids if token not in policy.tokenizer.all_special_ids][:4]
+    monkeypatch.setattr(policy.decoder, "eos_ids", {words[3]})
+    decoded = [(words[:3], [-1.0] * 3), (words[:4], [-1.0] * 4)]
+    monkeypatch.setattr(policy.decoder, "decode", lambda *_: decoded)
+    [([[cut, ended]], cost)] = policy([(problem, Sample([make_root(problem.question)], 2))])
+    text = policy.tokenizer.decode(words[:3]).strip()
+    assert cut == (text, 3, -3.0, True)
+    assert ended == (text, 4, -4.0, False)
+    assert cost.truncated == {"Reader": 1}
+
+
 def test_greedy_and_sampled_messages_can_share_a_batch(policy):
     sampled_problem, greedy_problem = PROBLEMS[:2]
     mixed = policy(
@@ -498,7 +513,9 @@ def test_out_of_memory_halves_the_batches_and_loses_nothing(chain, policy, monke
     messages, _ = first_messages(small, PROBLEMS)
     assert max(num_prompts for num_prompts, _ in sizes) > 2
     assert small.batch_tokens in (4000, 2000, 1000)
-    assert "out of memory: --batch-tokens halved" in capsys.readouterr().err
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == f"out of memory: --batch-tokens halved to {small.batch_tokens}"
+    assert isinstance(small.batch_tokens, int)
     # A batch that is decoded again is reported once.
     assert sum(reported) == 3 * len(PROBLEMS)
 
