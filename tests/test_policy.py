@@ -189,17 +189,17 @@ def test_any_of_the_ends_of_a_message_ends_it(policy, monkeypatch):
 
 
 def test_the_text_of_a_message_is_all_but_its_end(policy, monkeypatch):
-    """A message that was cut has no end. An end may be a token that has a text of its own."""
+    """A message that was cut has no end, and an end may be any token. Special tokens are hidden."""
     [problem] = PROBLEMS[:1]
-    [_, *ids] = prompt_ids_of(policy, problem)[0].tolist()
-    words = [token for token in ids if token not in policy.tokenizer.all_special_ids][:4]
+    ids = prompt_ids_of(policy, problem)[0].tolist()
+    words = [token for token in ids if policy.tokenizer.decode(token).strip().isalpha()][:4]
     monkeypatch.setattr(policy.decoder, "eos_ids", {words[3]})
-    decoded = [(words[:3], [-1.0] * 3), (words[:4], [-1.0] * 4)]
+    special = policy.tokenizer.eos_token_id
+    decoded = [([special, *words[:2]], [-1.0] * 3), (words[:4], [-1.0] * 4)]
     monkeypatch.setattr(policy.decoder, "decode", lambda *_: decoded)
     [([[cut, ended]], cost)] = policy([(problem, Sample([make_root(problem.question)], 2))])
-    text = policy.tokenizer.decode(words[:3]).strip()
-    assert cut == (text, 3, -3.0, True)
-    assert ended == (text, 4, -4.0, False)
+    assert cut == (policy.tokenizer.decode(words[:2]).strip(), 3, -3.0, True)
+    assert ended == (policy.tokenizer.decode(words[:3]).strip(), 4, -4.0, False)
     assert cost.truncated == {"Reader": 1}
 
 
@@ -436,16 +436,26 @@ def test_costs_count_prompts_once_per_node_and_every_generated_token(policy):
 
 
 def test_the_seconds_of_a_batch_are_shared_by_the_tokens_generated(policy, monkeypatch):
-    """One message of one token, and three of them: 4 seconds are 1 and 3."""
+    """One message of one token, and three of them: 2 seconds are 0.5 and 1.5."""
     record_draws(policy, monkeypatch)
-    times = iter([10.0, 14.0])
+    times = iter([10.0, 12.0])
     monkeypatch.setattr("policy.time.perf_counter", lambda: next(times))
     requests = []
     for problem, num in zip(PROBLEMS[:2], (1, 3), strict=True):
         requests.append((problem, Sample([make_root(problem.question)], num)))
     [(_, first), (_, second)] = policy(requests)
-    assert (first.agent_calls, first.seconds) == (1, 1.0)
-    assert (second.agent_calls, second.seconds) == (3, 3.0)
+    assert (first.agent_calls, first.seconds) == (1, 0.5)
+    assert (second.agent_calls, second.seconds) == (3, 1.5)
+    assert dict(first.truncated) == {}
+
+
+def test_a_request_bears_the_cost_of_all_its_nodes(policy, monkeypatch):
+    record_draws(policy, monkeypatch)
+    roots = [make_root(problem.question) for problem in PROBLEMS[:2]]
+    [(_, cost)] = policy([(PROBLEMS[0], Sample(roots, 3))])
+    assert (cost.agent_calls, cost.generated_tokens) == (6, 6)
+    lengths = [prompt_ids_of(policy, problem).shape[1] for problem in PROBLEMS[:2]]
+    assert cost.prompt_tokens == sum(lengths)
 
 
 def test_costs_add_up():
@@ -550,6 +560,14 @@ def test_a_batch_holds_as_many_rows_as_its_tokens_allow(policy, monkeypatch):
     assert batch_sizes(6 * longest)[0] == 6
     # A prompt that is too large for any batch has one of its own.
     assert batch_sizes(1) == [3, 3, 3, 3]
+
+    # Equal prompts, nine rows to a batch. The last request is the first to be decoded.
+    monkeypatch.setattr(policy, "batch_tokens", 9 * row_tokens[0])
+    root = make_root(PROBLEMS[0].question)
+    for nums, sizes in [((1, 3, 5, 1), [1 + 5 + 3, 1]), ((2, 1, 5, 1), [1 + 5 + 1 + 2])]:
+        batches.clear()
+        policy([(PROBLEMS[0], Sample([root], num)) for num in nums])
+        assert [len(limits) for _, limits, _ in batches] == sizes
 
 
 def test_a_prompt_and_its_message_may_fill_the_context(policy, monkeypatch):
