@@ -10,7 +10,7 @@ import torch
 import train_value
 from evaluate import refuse_leaks, scorer_fingerprint
 from mas import CHAIN, SINGLE
-from runs import InputError
+from runs import InputError, open_run
 from search import parse_method
 from tasks import Problem, question_key
 from train_value import Labels, value_settings
@@ -100,6 +100,15 @@ def test_a_quantized_backbone_has_nf4_weights_under_the_adapter():
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 assert any(part in name for part in ("lora_", "base_layer", "head")), name
+
+
+def test_a_setting_that_only_one_of_two_runs_has_is_a_difference(tmp_path):
+    open_run(tmp_path / "a" / "run", {"seed": 0}, overwrite=False)
+    with pytest.raises(InputError, match="top_k"):
+        open_run(tmp_path / "a" / "run", {"seed": 0, "top_k": 5}, overwrite=False)
+    with pytest.raises(InputError, match="seed"):
+        open_run(tmp_path / "a" / "run", {}, overwrite=False)
+    open_run(tmp_path / "a" / "run", {"seed": 0}, overwrite=False)
 
 
 # ---- V and the ORM by their weights --------------------------------------------------------------

@@ -225,7 +225,7 @@ def test_other_system_prompts_are_other_messages(make_policy):
 def answers_of(name, policy):
     """Run a method on all problems. Returns problem id -> (final state, cost without seconds)."""
     method = parse_method(name, CHAIN, num_candidates="3", lam=0.0)
-    searches = [(problem, method.search(problem, CHAIN, c_uct=1.0)) for problem in PROBLEMS]
+    searches = [(problem, method.search(problem, CHAIN, c_uct=1.0)) for problem in PROBLEMS[:2]]
     handlers = make_handlers(method, {"random": RandomScorer(seed=0)}, policy)
     answers = {}
     for problem, leaf, cost in run(searches, handlers, max_active=8, progress=NoProgress()):
@@ -235,16 +235,16 @@ def answers_of(name, policy):
 
 def test_methods_share_messages_and_each_costs_what_it_costs_alone(make_policy, policy):
     shared = make_policy()
-    names = ["vote-2", "best_of-2-random", "mcts-4x1.3.1.1-random", "sbs-2x1.3.1.1-random"]
+    names = ["vote-2", "best_of-2-random", "mcts-2x1.2.1.1-random", "sbs-2x1.2.1.1-random"]
     generated = {}
     for name in names:
         before = shared.num_generated
         assert answers_of(name, shared) == answers_of(name, policy)  # alone, without a journal
         generated[name] = shared.num_generated - before
-    assert generated["vote-2"] == 2 * 4 * len(PROBLEMS)
+    assert generated["vote-2"] == 2 * 4 * 2
     assert generated["best_of-2-random"] == 0
     # Only the second beam of one Solver and one Verifier can be new to SBS.
-    assert generated["sbs-2x1.3.1.1-random"] <= 4 * len(PROBLEMS)
+    assert generated["sbs-2x1.2.1.1-random"] <= 4 * 2
 
 
 def test_a_policy_keeps_its_journal_in_the_run_folder_or_where_it_is_told(policy, tmp_path):

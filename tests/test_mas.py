@@ -56,6 +56,15 @@ def test_a_prompt_contains_exactly_the_in_edges(chain, turn):
         assert (f"{name}: {text}" in user["content"]) == is_seen
 
 
+def test_a_prompt_by_hand(duo):
+    """The role is the system's message; what the agent sees is the user's, in order."""
+    state = duo.step(State("How many?", ()), "Six boxes.")
+    assert duo.prompt(state, "number") == [
+        {"role": "system", "content": "You are B."},
+        {"role": "user", "content": "Question: How many?\n\nA: Six boxes."},
+    ]
+
+
 def test_the_solver_does_not_see_the_question(chain):
     state = states_of_one_path(chain)[2]
     assert chain.turn(state).name == "Solver"

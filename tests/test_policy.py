@@ -197,6 +197,22 @@ def test_any_of_the_ends_of_a_message_ends_it(policy, monkeypatch):
             assert decode({end, other}) == endless[: expected + 1]
 
 
+def test_the_text_of_a_message_is_all_but_its_end(policy, monkeypatch):
+    """A message that was cut has no end, and an end may be any token. Special tokens are hidden."""
+    [problem] = PROBLEMS[:1]
+    tokenizer = policy.chat_format.tokenizer
+    ids = prompt_ids_of(policy, problem)[0].tolist()
+    words = [token for token in ids if tokenizer.decode(token).strip().isalpha()][:4]
+    monkeypatch.setattr(policy.decoder, "eos_ids", {words[3]})
+    special = tokenizer.eos_token_id
+    decoded = [([special, *words[:2]], [-1.0] * 3), (words[:4], [-1.0] * 4)]
+    monkeypatch.setattr(policy.decoder, "decode", lambda *_: decoded)
+    [([[cut, ended]], cost)] = policy([(problem, Sample([make_root(problem.question)], 2))])
+    assert cut == (tokenizer.decode(words[:2]).strip(), 3, -3.0, True)
+    assert ended == (tokenizer.decode(words[:3]).strip(), 4, -4.0, False)
+    assert cost.truncated == {"Reader": 1}
+
+
 def test_greedy_and_sampled_messages_can_share_a_batch(policy):
     sampled_problem, greedy_problem = PROBLEMS[:2]
     mixed = policy(
@@ -448,16 +464,26 @@ def test_costs_count_prompts_once_per_node_and_every_generated_token(policy):
 
 
 def test_the_seconds_of_a_batch_are_shared_by_the_tokens_generated(policy, monkeypatch):
-    """One message of one token, and three of them: 4 seconds are 1 and 3."""
+    """One message of one token, and three of them: 2 seconds are 0.5 and 1.5."""
     record_keys(policy, monkeypatch)
-    times = iter([10.0, 14.0])
+    times = iter([10.0, 12.0])
     monkeypatch.setattr("policy.time.perf_counter", lambda: next(times))
     requests = []
     for problem, num in zip(PROBLEMS[:2], (1, 3), strict=True):
         requests.append((problem, Sample([make_root(problem.question)], num)))
     [(_, first), (_, second)] = policy(requests)
-    assert (first.agent_calls, first.seconds) == (1, 1.0)
-    assert (second.agent_calls, second.seconds) == (3, 3.0)
+    assert (first.agent_calls, first.seconds) == (1, 0.5)
+    assert (second.agent_calls, second.seconds) == (3, 1.5)
+    assert dict(first.truncated) == {}
+
+
+def test_a_request_bears_the_cost_of_all_its_nodes(policy, monkeypatch):
+    record_keys(policy, monkeypatch)
+    roots = [make_root(problem.question) for problem in PROBLEMS[:2]]
+    [(_, cost)] = policy([(PROBLEMS[0], Sample(roots, 3))])
+    assert (cost.agent_calls, cost.generated_tokens) == (6, 6)
+    lengths = [prompt_ids_of(policy, problem).shape[1] for problem in PROBLEMS[:2]]
+    assert cost.prompt_tokens == sum(lengths)
 
 
 def test_costs_add_up():
@@ -525,7 +551,9 @@ def test_out_of_memory_lowers_the_batches_and_loses_nothing(chain, policy, monke
     messages, costs = first_messages(small, PROBLEMS)
     assert max(num_messages for _, num_messages in sizes) > 2
     assert small.batch_tokens < 8000
-    assert "out of memory: --batch-tokens lowered to" in capsys.readouterr().err
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == f"out of memory: --batch-tokens lowered to {small.batch_tokens}"
+    assert isinstance(small.batch_tokens, int)
     # A batch that is decoded again is reported once.
     assert sum(reported) == 3 * len(PROBLEMS)
 
@@ -573,6 +601,14 @@ def test_a_batch_holds_as_many_rows_as_its_tokens_allow(policy, monkeypatch):
     # A prompt with more messages than fit into a batch is split; one message always fits.
     assert batch_sizes(2 * longest)[:2] == [2, 1]
     assert batch_sizes(1) == [1] * 12
+
+    # Equal prompts, nine rows to a batch. The last request is the first to be decoded.
+    monkeypatch.setattr(policy, "batch_tokens", 9 * row_tokens[0])
+    root = make_root(PROBLEMS[0].question)
+    for nums, sizes in [((1, 3, 5, 1), [1 + 5 + 3, 1]), ((2, 1, 5, 1), [1 + 5 + 1 + 2])]:
+        batches.clear()
+        policy([(PROBLEMS[0], Sample([root], num)) for num in nums])
+        assert [len(limits) for _, limits in batches] == sizes
 
 
 def test_a_prompt_and_its_message_may_fill_the_context(policy, monkeypatch):
