@@ -103,12 +103,12 @@ def test_a_quantized_backbone_has_nf4_weights_under_the_adapter():
 
 
 def test_a_setting_that_only_one_of_two_runs_has_is_a_difference(tmp_path):
-    open_run(tmp_path / "a" / "run", {"seed": 0}, overwrite=False)
+    open_run(tmp_path / "a" / "run", {"seed": 0}, device="cpu", overwrite=False)
     with pytest.raises(InputError, match="top_k"):
-        open_run(tmp_path / "a" / "run", {"seed": 0, "top_k": 5}, overwrite=False)
+        open_run(tmp_path / "a" / "run", {"seed": 0, "top_k": 5}, device="cpu", overwrite=False)
     with pytest.raises(InputError, match="seed"):
-        open_run(tmp_path / "a" / "run", {}, overwrite=False)
-    open_run(tmp_path / "a" / "run", {"seed": 0}, overwrite=False)
+        open_run(tmp_path / "a" / "run", {}, device="cpu", overwrite=False)
+    open_run(tmp_path / "a" / "run", {"seed": 0}, device="cpu", overwrite=False)
 
 
 # ---- V and the ORM by their weights --------------------------------------------------------------
