@@ -126,8 +126,8 @@ def method_table(summary: dict) -> str:
         rows.append(cells)
     note = (
         "Intervals take the problems as independent. Costs are means per problem. `answers read` "
-        "counts how the answers were found (extraction.py), `none` those that hold no answer. `cut` "
-        "counts messages that ran into their token limit, per agent."
+        "counts how the answers were found (extraction.py), `none` those that hold no answer. "
+        "`cut` counts messages that ran into their token limit, per agent."
     )
     return "\n".join([markdown_table(header, rows), "", note, "", comparison_table(summary)])
 

@@ -41,7 +41,7 @@ from generate_rollouts import (
     run,
     select,
 )
-from mas import MAS, load_graph
+from mas import MAS, State, load_graph
 from policy import (
     Candidate,
     Cost,
@@ -243,33 +243,47 @@ def decide(root: Node, mas: MAS) -> Node:
 
 
 class ModelScorer:
-    """Score states with a trained model: V, or the ORM."""
+    """Score states with a trained model: V, or the ORM.
+
+    A state is scored once, however many methods ask for it. Each of them is charged what it took.
+    """
 
     def __init__(self, model: ValueModel, *, batch_tokens: int):
         self.model = model
         self.batch_tokens = batch_tokens
+        self.known: dict[State, tuple[float, int, float]] = {}  # state -> (V, tokens, seconds)
 
     def __call__(
         self, requests: list[tuple[Problem, Score | Outcome]]
     ) -> list[tuple[list[float], Cost]]:
-        start = time.perf_counter()
         states = []
         for _, request in requests:
             states += [node.state for node in request.nodes]
-        values, tokens = self.model.score(states, batch_tokens=self.batch_tokens)
-        seconds_per_state = (time.perf_counter() - start) / len(states)
+        self._score(list(dict.fromkeys(states)))
 
         replies = []
-        first = 0
         for _, request in requests:
-            num_states = len(request.nodes)
-            last = first + num_states
-            cost = Cost(
-                scored_tokens=sum(tokens[first:last]), seconds=seconds_per_state * num_states
-            )
-            replies.append((values[first:last], cost))
-            first = last
+            values = [self.known[node.state][0] for node in request.nodes]
+            cost = Cost()
+            # Equal states of one request are read once.
+            for state in dict.fromkeys(node.state for node in request.nodes):
+                _, tokens, seconds = self.known[state]
+                cost.scored_tokens += tokens
+                cost.seconds += seconds
+            replies.append((values, cost))
         return replies
+
+    def _score(self, states: list[State]) -> None:
+        """Score those of the states that are not known yet."""
+        new_states = [state for state in states if state not in self.known]
+        self.model.on_rows(len(states) - len(new_states))
+        if not new_states:
+            return
+        start = time.perf_counter()
+        values, tokens = self.model.score(new_states, batch_tokens=self.batch_tokens)
+        seconds_per_state = (time.perf_counter() - start) / len(new_states)
+        for state, value, num_tokens in zip(new_states, values, tokens, strict=True):
+            self.known[state] = (value, num_tokens, seconds_per_state)
 
 
 def policy_scorer(requests: list[tuple[Problem, Score]]) -> list[tuple[list[float], Cost]]:

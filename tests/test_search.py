@@ -20,7 +20,7 @@ from extraction import extract_answer
 from generate_rollouts import expand, make_root, run
 from mas import CHAIN, MAS, SINGLE, Agent
 from policy import Candidate, Cost, Outcome, Sample, Score
-from runs import InputError
+from runs import InputError, ignore
 from search import (
     Method,
     ModelScorer,
@@ -667,14 +667,19 @@ def test_only_the_models_that_a_method_queries_are_loaded(chain, tmp_path, monke
 class CountingModel:
     """A value model whose value of a state is its number of messages, at two tokens each."""
 
+    def __init__(self):
+        self.num_scored = 0
+        self.on_rows = ignore
+
     def score(self, states, *, batch_tokens):
         assert batch_tokens == 99
+        self.num_scored += len(states)
         lengths = [len(state.messages) for state in states]
         return lengths, [2 * length for length in lengths]
 
 
 def test_a_model_scores_all_requests_together_and_each_gets_its_own(duo, monkeypatch):
-    times = iter([100.0, 103.0])
+    times = iter([100.0, 102.5])
     monkeypatch.setattr(search.time, "perf_counter", lambda: next(times))
     root = make_root("q")
     first = expand(duo, root, [Candidate(text, 1, 0.0, False) for text in "xyz"])
@@ -685,10 +690,32 @@ def test_a_model_scores_all_requests_together_and_each_gets_its_own(duo, monkeyp
     assert [values for values, _ in replies] == [[2, 2], [1, 1, 1], [2]]
     costs = [cost for _, cost in replies]
     assert [cost.scored_tokens for cost in costs] == [4 + 4, 2 + 2 + 2, 4]
-    # The 3 seconds are divided by the number of states.
+    # The 2.5 seconds are divided by the number of distinct states.
     assert [cost.seconds for cost in costs] == [1.0, 1.5, 0.5]
     for cost in costs:
         assert (cost.agent_calls, cost.prompt_tokens, cost.generated_tokens) == (0, 0, 0)
+
+
+def test_a_state_is_scored_once_and_every_method_is_charged_for_it(duo):
+    root = make_root("q")
+    states = expand(duo, root, [Candidate(text, 1, 0.0, False) for text in "xyz"])
+    model = CountingModel()
+    scorer = ModelScorer(model, batch_tokens=99)
+    [first] = scorer([(None, Score(states[:2]))])
+    progress = []
+    model.on_rows = progress.append
+    assert scorer([(None, Score(states[:2]))]) == [first]
+    assert model.num_scored == 2
+    assert sum(progress) == 2
+    [(values, cost)] = scorer([(None, Score(states))])
+    assert values == [1, 1, 1]
+    assert model.num_scored == 3
+    assert cost.scored_tokens == 3 * 2
+
+    # Equal states of one request, as passes with equal messages have, are read once.
+    [(values, cost)] = scorer([(None, Score([states[0], states[0]]))])
+    assert values == [1, 1]
+    assert cost.scored_tokens == 2
 
 
 # ---- Methods by name -----------------------------------------------------------------------------
