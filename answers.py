@@ -711,18 +711,21 @@ class MathVerify:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # an interrupt (Ctrl-C) is for this process alone
         )
         self.process.stdout.readline()  # "ready": loading sympy takes seconds and is not timed
 
     def _ask(self, a: str, b: str) -> str:
         """Return the reply of the process as JSON; "" if it ended without one."""
         timer = threading.Timer(self.SECONDS, self.process.kill)
+        timer.daemon = True
         self.process.stdin.write(json.dumps([a, b]) + "\n")
         self.process.stdin.flush()
         timer.start()
-        reply = self.process.stdout.readline()
-        timer.cancel()
-        return reply
+        try:
+            return self.process.stdout.readline()
+        finally:
+            timer.cancel()
 
 
 MATH_VERIFY = MathVerify()

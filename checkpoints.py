@@ -1,4 +1,4 @@
-"""Loading checkpoints: what a folder or a model of the hub becomes when it is loaded.
+"""Load models and tokenizers from a folder or the hub.
 
 The model and its tokenizer are loaded by name through `from_pretrained`. The agents' model and the
 backbone of V are loaded in the same way. Families differ in their chat templates, in how they begin
@@ -67,6 +67,8 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = auto_class.from_pretrained(name, **options)
     except ImportError as error:
+        if not quantize:
+            raise InputError(f"{flag} {name}: a package is missing: {error}") from None
         remedy = "give --no-quantize" if flag == "--backbone" else "leave out --quantize-policy"
         raise InputError(
             f"{flag} {name}: NF4 needs bitsandbytes ({error}); install it, or {remedy}"

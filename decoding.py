@@ -45,8 +45,8 @@ def gumbel_noise(keys: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor
     An entry is a function of (key, step, token id) alone. It is computed where `keys` are, from
     integers that are equal on every device.
 
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014). Every
-    message is a SplitMix64 stream of steps, and every step is one of tokens.
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014). Each
+    message seeds a SplitMix64 stream over steps; each step seeds one over tokens.
 
     Args:
         keys: int64 [messages], see `message_key`.

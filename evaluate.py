@@ -367,7 +367,10 @@ def _compare_values(folders: list[Path]) -> str:
     for folder in folders:
         if not (folder / "value").is_dir():  # a run that used another run's V
             continue
-        settings = read_config(folder / "value")["settings"]
+        config = read_config(folder / "value")
+        if not config.get("finished"):
+            raise InputError(f"--compare {folder}: the training of its V is not finished")
+        settings = config["settings"]
         last_epoch = read_jsonl(folder / "value" / "metrics.jsonl")[-1]
         for agent, row in last_epoch["heldout"].items():
             low, high = row["auc_95"] or (None, None)

@@ -505,6 +505,7 @@ def label_problems(
             len(todo),
             expected_work_of_tree(args.num_simulations, num_candidates),
             description="trees",
+            num_finished_before=len(my_problems) - len(todo),
             shown=process_rank()[0] == 0,
         )
         policy.on_batch = progress.sampled

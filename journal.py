@@ -2,8 +2,9 @@
 
 A message is a function of its prompt, of how it is sampled, and of its place in the search: the
 problem, the path and the candidate index. The policy writes each message down when it is finished,
-and answers an equal request from the journal. So a killed run repeats nothing but its last batch,
-and methods that visit the same places share their messages.
+and answers an equal request from the journal. So a killed run generates at most one batch again,
+and methods share the messages of equal places. (Processes that run at the same time read each
+other's messages only when they start.)
 
     RUN/messages/NAME.json     how the messages were sampled: model, temperature, seed, ...
     RUN/messages/NAME.jsonl    one line per message; NAME.1.jsonl by a second process
@@ -14,7 +15,14 @@ import json
 import os
 from pathlib import Path
 
-from runs import FileInUseError, InputError, append_jsonl, fingerprint, open_to_append
+from runs import (
+    FileInUseError,
+    InputError,
+    append_jsonl,
+    fingerprint,
+    open_to_append,
+    without_names,
+)
 
 
 class Journal:
@@ -32,7 +40,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: dict):
-        self.name = fingerprint(settings)[:12]
+        self.name = fingerprint(without_names(settings))[:12]
         self.places: dict[str, tuple[Path, int]] = {}  # key -> (file, first byte of its line)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +69,7 @@ class Journal:
             return json.loads(file.readline())
 
     def add(self, key: str, entry: dict) -> None:
-        """Write an entry down. It survives a kill from now on."""
+        """Append an entry. It survives a kill from now on."""
         start = self.file.seek(0, os.SEEK_END)
         append_jsonl(self.file, {"key": key} | entry)
         self.places[key] = (self.path, start)
@@ -85,7 +93,7 @@ class Journal:
                     return
                 try:
                     key = json.loads(line)["key"]
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     raise InputError(
                         f"{path}, line {number}: not a message; delete this line or the file"
                     ) from None

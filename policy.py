@@ -65,7 +65,7 @@ class Candidate(NamedTuple):
         tokens: number of tokens generated, reasoning and the end-of-message token included.
         logprob: sum over the tokens of log pi(token | prefix) in nats, before temperature, top-k
             and top-p.
-        truncated: whether the message reached its token limit.
+        truncated: whether its limit stopped the message, before an end-of-message token.
     """
 
     text: str
@@ -225,7 +225,7 @@ class Policy:
     def __call__(
         self, requests: list[tuple[Problem, Sample]]
     ) -> list[tuple[list[list[Candidate]], Cost]]:
-        """Answer Sample requests. Reply: a list of candidates per node; a prompt is read once.
+        """Answer Sample requests. Reply: a list of candidates per node; a prompt is charged once.
 
         The cost of a message is that of generating it, even if it comes from the journal.
 
@@ -237,7 +237,7 @@ class Policy:
         self._check_context(jobs)
 
         # 2. Look up the messages that were generated before.
-        parts = [Part(job, self._recall(job)) for job in jobs]
+        parts = [Part(job, self._load_from_journal(job)) for job in jobs]
 
         # 3. Decode the others in batches, the longest rows first: memory runs out early or never.
         queue = [part for part in parts if part.candidate_indices]
@@ -290,7 +290,7 @@ class Policy:
                     f"lower --max-new-tokens or remove the problem"
                 )
 
-    def _recall(self, job: PromptJob) -> list[int]:
+    def _load_from_journal(self, job: PromptJob) -> list[int]:
         """Fill in the messages that are in the journal. Returns the indices of the others."""
         if self.journal is None:
             return list(range(job.num_messages))
@@ -314,17 +314,23 @@ class Policy:
 
         The messages of one prompt stay together unless they need more than a whole batch.
         """
-        room = max(1, self.batch_tokens // queue[-1].job.row_tokens)
         batch = []
-        while queue and room > 0:
+        num_rows, longest_prompt, largest_limit = 0, 0, 0
+        while queue:
+            # Prompts are padded, so a row has room for the longest prompt and the largest limit.
             job, candidate_indices = queue[-1]
+            longest_prompt = max(longest_prompt, len(job.prompt_ids))
+            largest_limit = max(largest_limit, job.max_new_tokens)
+            room = self.batch_tokens // (longest_prompt + largest_limit) - num_rows
             if batch and len(candidate_indices) > room:
                 break
+            room = max(1, room)
             queue.pop()
             batch.append(Part(job, candidate_indices[:room]))
+            num_rows += len(candidate_indices[:room])
             if len(candidate_indices) > room:
                 queue.append(Part(job, candidate_indices[room:]))
-            room -= len(candidate_indices)
+                break
         return batch
 
     def _sample_batch(self, batch: list[Part]) -> None:
@@ -356,7 +362,7 @@ class Policy:
             seconds = len(tokens) * seconds_per_token
             job.candidates[candidate_index] = candidate
             job.seconds += seconds
-            self._write_down(job, candidate_index, seconds)
+            self._save_to_journal(job, candidate_index, seconds)
         self.num_generated += len(messages)
         self.on_batch(len(batch), len(messages))
 
@@ -365,7 +371,7 @@ class Policy:
         text = self.chat_format.message(tokens if truncated else tokens[:-1])
         return Candidate(text, len(tokens), sum(logprobs), truncated)
 
-    def _write_down(self, job: PromptJob, candidate_index: int, seconds: float) -> None:
+    def _save_to_journal(self, job: PromptJob, candidate_index: int, seconds: float) -> None:
         if self.journal is None:
             return
         place = {"problem": job.problem_id, "path": job.path, "candidate": candidate_index}
@@ -537,9 +543,12 @@ def search_settings(args, policy: Policy) -> dict:
 def journal_of(policy: Policy, args) -> Iterator[None]:
     """Let the policy keep a journal of its messages in the run folder, or where --messages says."""
     folder = Path(args.messages or f"{args.run}/messages")
-    with Journal(folder, policy.settings) as policy.journal:
-        yield
-    policy.journal = None
+    with Journal(folder, policy.settings) as journal:
+        policy.journal = journal
+        try:
+            yield
+        finally:
+            policy.journal = None
 
 
 def describe_messages(policy: Policy) -> str:

@@ -40,7 +40,7 @@ class FileInUseError(InputError):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of each flag that has a value of its own."""
+    """Show the default of each flag except switches."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default is None or isinstance(action.default, bool):
@@ -73,9 +73,9 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    if re.fullmatch(r"[-+]?0+", text):
-        return 0
-    return positive_int(text)
+    if not re.fullmatch(r"\+?\d+|-0+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def positive_float(text: str) -> float:
@@ -167,7 +167,7 @@ def cli(parse_args, main) -> None:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        message = "interrupted; results written so far are kept, the same command resumes"
+        message = "interrupted; what is finished is kept, the command without --overwrite resumes"
         print(f"\n{script}: {message}", file=sys.stderr)
         sys.exit(130)
 
@@ -234,7 +234,7 @@ class Progress:
 
 
 def ignore(*amounts: int) -> None:
-    """Take the place of a progress hook if nobody watches."""
+    """Do nothing: the default of a progress hook."""
 
 
 class Work(NamedTuple):
@@ -314,21 +314,26 @@ def read_jsonl(path: Path) -> list[dict]:
     """Read a JSON-lines file. Raises InputError that names a missing file or a bad line."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    return parse_jsonl(path.read_text(encoding="utf-8"), path)
+    return parse_jsonl(path.read_bytes(), path)
 
 
-def parse_jsonl(text: str, path: Path) -> list[dict]:
-    """Parse JSON lines. path: for the message of an error."""
+def parse_jsonl(content: bytes, path: Path) -> list[dict]:
+    """Parse JSON lines, each of which is an object. path: for the message of an error."""
     records = []
     # Not splitlines: a message may hold other characters that Python takes for line ends.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             reason = f"not JSON ({error.msg}); the file is torn or not JSON lines"
             raise InputError(f"{path}, line {number}: {reason}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}, line {number}: not UTF-8; save it as UTF-8") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {number}: not an object, such as {{...}}")
+        records.append(record)
     return records
 
 
@@ -339,7 +344,7 @@ def read_finished_lines(path: Path) -> list[dict]:
     """
     content = path.read_bytes() if path.is_file() else b""
     num_finished_bytes = content.rfind(b"\n") + 1
-    return parse_jsonl(content[:num_finished_bytes].decode(), path)
+    return parse_jsonl(content[:num_finished_bytes], path)
 
 
 def open_to_append(path: Path) -> BinaryIO:
@@ -468,24 +473,21 @@ def open_run(folder: Path, settings: dict, *, device: str, overwrite: bool) -> N
     settings = json.loads(json.dumps(settings))  # as they will be read back
     config = folder / "config.json"
     if config.is_file() and overwrite:
-        if process_rank()[1] > 1:
-            reason = "another process may already be writing"
-            raise InputError(
-                f"--overwrite needs a single process ({reason}); delete {folder} first"
-            )
-        paths = list(folder.glob("*.jsonl"))
-        for path in paths:
-            open_to_append(path).close()  # refuses if another process is writing it
-        for path in [config, *paths]:
-            path.unlink()
+        _delete_results(folder)
+
+    # 1. Start a new run.
     if not config.is_file():
+        if any(folder.glob("*.jsonl")):
+            raise InputError(f"{folder} holds records, but no config.json; delete the folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, {"settings": settings} | provenance(device))
         return
+
+    # 2. Resume, if all settings are the same.
     old = read_config(folder)["settings"]
     changes = []
     for key in sorted(old.keys() | settings.keys()):
-        if _without_names(old.get(key)) != _without_names(settings.get(key)):
+        if without_names(old.get(key)) != without_names(settings.get(key)):
             changes.append(f"{key} (there {_short(old.get(key))}, now {_short(settings.get(key))})")
     if changes:
         raise InputError(
@@ -494,13 +496,31 @@ def open_run(folder: Path, settings: dict, *, device: str, overwrite: bool) -> N
         )
 
 
-def _without_names(value):
+# What a stage writes into its folder, apart from config.json and the adapter of V.
+RESULT_FILES = ("*.jsonl", "checkpoint.pt", "head.safetensors", "summary.json", "table.md", "*.png")
+
+
+def _delete_results(folder: Path) -> None:
+    """Delete the results of a stage. Raises InputError if another process may be writing them."""
+    if process_rank()[1] > 1:
+        reason = "another process may already be writing"
+        raise InputError(f"--overwrite needs a single process ({reason}); delete {folder} first")
+    for path in folder.glob("*.jsonl"):
+        open_to_append(path).close()  # refuses if another process is writing it
+    for pattern in RESULT_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+    # Last: without it, the results would be taken for those of the next settings.
+    (folder / "config.json").unlink()
+
+
+def without_names(value):
     """Replace every dict that has a fingerprint by it: a model that was moved is still the same."""
     if not isinstance(value, dict):
         return value
     if "fingerprint" in value:
         return value["fingerprint"]
-    return {key: _without_names(entry) for key, entry in value.items()}
+    return {key: without_names(entry) for key, entry in value.items()}
 
 
 def _short(value) -> str:
@@ -546,8 +566,6 @@ def provenance(device: str) -> dict:
     """
     import torch  # imported late, see _default_device
 
-    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     if torch.device(device).type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
@@ -557,11 +575,21 @@ def provenance(device: str) -> dict:
         versions[package] = version(package)
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit or None,
+        "commit": _commit(),
         "versions": versions,
         "device": f"{device} ({machine})",
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def _commit() -> str | None:
+    """Return the commit of this code, with "-dirty" if it was changed; None if it has no git."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        return None
+    return commit or None
 
 
 # ---- Randomness ----------------------------------------------------------------------------------

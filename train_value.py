@@ -556,8 +556,6 @@ def main(args) -> None:
     model = make_value_model(args, labels.mas, device)
     settings = value_settings(args, labels, model, folder)
     open_run(folder, settings, device=args.device, overwrite=args.overwrite)
-    if args.overwrite:
-        checkpoint.unlink(missing_ok=True)
     if read_config(folder).get("finished"):
         print(f"{folder} is finished already (--overwrite trains it again)")
         print(value_table(read_jsonl(folder / "metrics.jsonl")[-1]["heldout"]))
@@ -570,7 +568,8 @@ def main(args) -> None:
     rows = training_rows(labels.paths["train"], model, args.label_weights)
     heldout_rows = make_rows(labels.paths["heldout"], model)
     heldout_edges = [edge for path in labels.paths["heldout"] for edge in path]
-    print(describe_training(model, rows, labels, heldout_edges))
+    if rank == 0:
+        print(describe_training(model, rows, labels, heldout_edges))
 
     # 4. Train, and measure V on held-out problems after each epoch.
     def after_epoch(epoch: int, train_loss: float) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the journal of messages: nothing is generated twice, and nothing changes by it."""
+"""Tests of the journal: no message is generated twice, and results do not change."""
 
 import json
 from dataclasses import replace
@@ -47,6 +47,16 @@ def test_other_settings_have_another_journal_and_settings_can_be_read(tmp_path):
     assert sorted(settings["seed"] for settings in recorded) == [0, 1]
 
 
+def test_a_model_that_was_moved_has_the_same_journal(tmp_path):
+    model = {"name": "here", "fingerprint": "1234"}
+    with Journal(tmp_path, {"model": model}) as journal:
+        journal.add("a", {"text": "x"})
+    with Journal(tmp_path, {"model": model | {"name": "there"}}) as moved:
+        assert moved.find("a") is not None
+    with Journal(tmp_path, {"model": model | {"fingerprint": "5678"}}) as other:
+        assert other.find("a") is None
+
+
 def test_a_second_process_has_a_file_of_its_own_and_reads_the_first(tmp_path):
     with Journal(tmp_path, SETTINGS) as first:
         first.add("a", {"text": "x"})
@@ -54,7 +64,7 @@ def test_a_second_process_has_a_file_of_its_own_and_reads_the_first(tmp_path):
             assert second.path != first.path
             assert second.find("a")["text"] == "x"
             second.add("b", {"text": "y"})
-            assert first.find("b") is None  # the first process does not wait for the second
+            assert first.find("b") is None  # others are read at the start only
     with Journal(tmp_path, SETTINGS) as later:
         assert later.find("b")["text"] == "y"
 
@@ -75,10 +85,11 @@ def test_a_torn_last_line_is_done_again(tmp_path, capsys):
 def test_a_damaged_line_and_a_folder_that_cannot_be_written_are_named(tmp_path):
     with Journal(tmp_path, SETTINGS) as journal:
         journal.add("a", {"text": "x"})
-    with open(journal.path, "a") as file:
-        file.write("nonsense\n")
-    with pytest.raises(InputError, match=r"\.jsonl, line 2: not a message"):
-        Journal(tmp_path, SETTINGS)
+    content = journal.path.read_text()
+    for line in ("nonsense", "5", "{}"):
+        journal.path.write_text(f"{content}{line}\n")
+        with pytest.raises(InputError, match=r"\.jsonl, line 2: not a message"):
+            Journal(tmp_path, SETTINGS)
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(InputError, match="file: messages cannot be kept here .*--messages"):
@@ -204,7 +215,8 @@ def test_a_message_is_reused_only_at_its_place_and_for_its_prompt(make_policy, p
     assert generated_by(problem, make_root(problem.question + " Please.")) == 1
 
     # The same message at another place in the tree is another sample.
-    [first, second] = [expand(CHAIN, make_root(problem.question), [candidate])[0] for _ in "ab"]
+    [first] = expand(CHAIN, make_root(problem.question), [candidate])
+    [second] = expand(CHAIN, make_root(problem.question), [candidate])
     second.path = (1,)
     assert generated_by(problem, first) == 1
     assert generated_by(problem, first) == 0
@@ -248,8 +260,13 @@ def test_methods_share_messages_and_each_costs_what_it_costs_alone(make_policy, 
 
 
 def test_a_policy_keeps_its_journal_in_the_run_folder_or_where_it_is_told(policy, tmp_path):
-    for flags, folder in ([], "run/messages"), (["--messages", "shared"], "shared"):
-        argv = ["--run", tmp_path / "run", *flags[:1], *(tmp_path / name for name in flags[1:])]
-        with journal_of(policy, parse_args([str(arg) for arg in argv])):
-            assert policy.journal.path.parent == tmp_path / folder
-        assert policy.journal is None
+    run, shared = str(tmp_path / "run"), str(tmp_path / "shared")
+    with journal_of(policy, parse_args(["--run", run])):
+        assert policy.journal.path.parent == tmp_path / "run" / "messages"
+    with (
+        pytest.raises(KeyboardInterrupt),
+        journal_of(policy, parse_args(["--run", run, "--messages", shared])),
+    ):
+        assert policy.journal.path.parent == tmp_path / "shared"
+        raise KeyboardInterrupt
+    assert policy.journal is None

@@ -278,6 +278,10 @@ def test_only_runs_that_share_answers_can_be_compared(finished, copied_run, tmp_
     greedy.write_text(greedy.read_text().replace('"id": "', '"id": "another-'))
     error = error_of(evaluate, "--compare", finished.run, copied_run)
     assert "no problem was answered by greedy" in error
+    config = copied_run / "value" / "config.json"
+    config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
+    error = error_of(evaluate, "--compare", finished.run, copied_run)
+    assert "the training of its V is not finished" in error
 
 
 def labels_per_agent(run) -> dict[str, int]:
@@ -546,7 +550,7 @@ BAD_FLAGS = [
     ),
     (generate_rollouts, "--temperature 0", "--temperature: '0' is not a number above 0"),
     (generate_rollouts, "--c-uct -1", "--c-uct: '-1' is not a number at least 0"),
-    (generate_rollouts, "--top-k -1", "--top-k: '-1' is not a whole number"),
+    (generate_rollouts, "--top-k -1", "--top-k: '-1' is not a whole number of at least 0"),
     (generate_rollouts, "--top-p 0", "--top-p: '0' is not a number above 0 and at most 1"),
     (generate_rollouts, "--graph none.toml", "--graph none.toml: no such file"),
     (generate_rollouts, "--data none.jsonl", "none.jsonl: no such file"),

@@ -611,6 +611,25 @@ def test_a_batch_holds_as_many_rows_as_its_tokens_allow(policy, monkeypatch):
         assert [len(limits) for _, limits in batches] == sizes
 
 
+def test_a_batch_counts_the_longest_prompt_and_the_largest_limit(chain, policy, monkeypatch):
+    """Rows are padded to both, which can belong to different agents."""
+    [problem] = PROBLEMS[:1]
+    root = make_root(problem.question)
+    [planner] = expand(chain, root, [Candidate("facts " * 90, 1, 0.0, False)])
+    [solver] = expand(chain, planner, [Candidate("plan", 1, 0.0, False)])
+    batches = record_keys(policy, monkeypatch)
+    monkeypatch.setattr(policy, "max_new_tokens", 512)  # the Planner's own limit is 256
+    jobs = policy._make_jobs([(problem, Sample([planner, solver], 1))])
+    longest_prompt = max(len(job.prompt_ids) for job in jobs)
+    columns = longest_prompt + 512
+    assert columns > max(job.row_tokens for job in jobs)
+    for batch_tokens, sizes in ((2 * columns, [2]), (2 * columns - 1, [1, 1])):
+        batches.clear()
+        monkeypatch.setattr(policy, "batch_tokens", batch_tokens)
+        policy([(problem, Sample([planner, solver], 1))])
+        assert [len(keys) for keys, _ in batches] == sizes
+
+
 def test_a_prompt_and_its_message_may_fill_the_context(policy, monkeypatch):
     [problem] = PROBLEMS[:1]
     row_tokens = prompt_ids_of(policy, problem).shape[1] + policy.max_new_tokens

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,7 +117,7 @@ def test_an_interrupt_is_one_line_and_code_130(monkeypatch, capsys):
     assert stop.value.code == 130
     [line] = capsys.readouterr().err.strip().split("\n")
     assert line.startswith("stage.py: interrupted; ")
-    assert "the same command resumes" in line
+    assert "the command without --overwrite resumes" in line
 
 
 # ---- Progress ------------------------------------------------------------------------------------
@@ -314,6 +315,14 @@ def test_a_record_with_any_line_separator_is_read_back(tmp_path):
     assert read_jsonl(path) == [record]
 
 
+def test_lines_that_are_no_objects_or_not_utf8_are_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for content, fault in ((b'{"id": 1}\n5\n', "not an object"), (b'{}\n"\xe9"\n', "not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"x.jsonl, line 2: {fault}"):
+            read_jsonl(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="none.jsonl: no such file"):
         read_jsonl(tmp_path / "none.jsonl")
@@ -479,6 +488,31 @@ def test_a_model_is_compared_by_its_fingerprint_wherever_it_is(tmp_path):
     refusal = r"model \(there a/model#123456, now a/model#876543\), rollouts"
     with pytest.raises(InputError, match=refusal):
         open_with(other)
+
+
+def test_records_without_a_configuration_are_not_taken_over(tmp_path):
+    (tmp_path / "trees.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(InputError, match="holds records, but no config.json; delete the folder"):
+        open_run(tmp_path, {"seed": 1}, device="cpu", overwrite=False)
+
+
+def test_overwriting_deletes_every_result_and_the_configuration_last(tmp_path, monkeypatch):
+    open_run(tmp_path, {"seed": 0}, device="cpu", overwrite=False)
+    results = ["trees.jsonl", "checkpoint.pt", "summary.json", "table.md", "em.png"]
+    for name in results:
+        (tmp_path / name).write_text("")
+    deleted = []
+    monkeypatch.setattr(Path, "unlink", lambda path: deleted.append(path.name))
+    open_run(tmp_path, {"seed": 0}, device="cpu", overwrite=True)
+    # A kill in between leaves the old configuration, never old results under a new one.
+    assert sorted(deleted[:-1]) == sorted(results)
+    assert deleted[-1] == "config.json"
+
+
+def test_a_machine_without_git_records_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    open_run(tmp_path, {"seed": 0}, device="cpu", overwrite=False)
+    assert read_config(tmp_path)["commit"] is None
 
 
 def test_one_of_several_processes_does_not_overwrite(tmp_path, monkeypatch):
