@@ -196,12 +196,14 @@ def plot_accuracy(summary: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     rows = summary["methods"]
     families = families_of(rows)
-    colour_of = {}
+    colour_of, hollow = {}, set()
     for index, names in enumerate(families):
         for name in names:
             colour_of[name] = COLOURS[index % len(COLOURS)]
+            if index >= len(COLOURS):  # the colours are used again
+                hollow.add(name)
     for name, row in rows.items():
-        _draw_point(axes, name, row, colour_of[name])
+        _draw_point(axes, name, row, colour_of[name], is_hollow=name in hollow)
     for names in families:
         _draw_line(axes, [rows[name] for name in names], colour_of[names[0]])
     set_axes(axes, summary)
@@ -211,7 +213,7 @@ def plot_accuracy(summary: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_point(axes, name: str, row: dict, colour: str) -> None:
+def _draw_point(axes, name: str, row: dict, colour: str, *, is_hollow: bool) -> None:
     """Draw a method with its interval."""
     algorithm = name.split("-")[0]
     em = 100 * row["em"]
@@ -220,7 +222,8 @@ def _draw_point(axes, name: str, row: dict, colour: str) -> None:
         em,
         yerr=[[em - 100 * row["low"]], [100 * row["high"] - em]],
         color=colour,
-        marker=MARKERS.get(algorithm, "P"),  # a variant of one's own
+        markerfacecolor="white" if is_hollow else colour,
+        marker=MARKERS.get(algorithm, "P"),  # another algorithm
         markersize=10 if algorithm == "greedy" else 7,
         elinewidth=1,
         capsize=2,
@@ -242,7 +245,7 @@ def set_axes(axes, summary: dict) -> None:
     highest = 100 * max(row["high"] for row in rows)
     # Room for the names of the outermost points; names are preferably on the right.
     x_limits = (min(calls) / 1.5, max(calls) * 2.2)
-    y_limits = (max(0, lowest - 5), min(100, highest + 5))
+    y_limits = (max(0, lowest - 5), min(105, highest + 8))
     axes.set(
         xscale="log",
         xlim=x_limits,
@@ -260,22 +263,10 @@ def set_axes(axes, summary: dict) -> None:
 
 
 # Places of a name relative to its point: (x, y, alignment), in points. The first is preferred.
-NAME_PLACES = (
-    (9, 0, "left"),
-    (-9, 0, "right"),
-    (9, 11, "left"),
-    (-9, 11, "right"),
-    (9, -11, "left"),
-    (-9, -11, "right"),
-    (9, 22, "left"),
-    (-9, 22, "right"),
-    (9, -22, "left"),
-    (-9, -22, "right"),
-    (9, 33, "left"),
-    (-9, 33, "right"),
-    (9, -33, "left"),
-    (-9, -33, "right"),
-)
+NAME_PLACES = []
+for distance in range(0, 78, 11):
+    for sign in (1, -1):
+        NAME_PLACES += [(9, sign * distance, "left"), (-9, sign * distance, "right")]
 
 
 def place_names(axes, rows: dict[str, dict], families: list[list[str]], colour_of: dict) -> None:
@@ -304,7 +295,8 @@ def place_names(axes, rows: dict[str, dict], families: list[list[str]], colour_o
         for place in NAME_PLACES:
             written = _write(axes, text, rows[name], place, colour_of[name])
             box = written.get_window_extent()
-            is_cut_off = not (inside.x0 < box.x0 and box.x1 < inside.x1)
+            corners = [(box.x0, box.y0), (box.x1, box.y1)]
+            is_cut_off = not all(inside.contains(x, y) for x, y in corners)
             num_overlaps = sum(box.overlaps(other) for other in occupied) + 100 * is_cut_off
             if num_overlaps < fewest:
                 if best is not None:
