@@ -125,6 +125,16 @@ def test_a_constant_v_chooses_siblings_by_chance():
     assert metrics["top1"] == metrics["chance"]
 
 
+def test_siblings_with_equal_labels_are_left_out_wherever_they_are():
+    edges, values = [], []
+    for parent, targets in enumerate([(1.0, 1.0), (1.0, -1.0), (-1.0, -1.0), (0.5, -1.0)]):
+        for index, y in enumerate(targets):
+            edges.append(make_edge("p", parent, y))
+            values.append(-float(index))
+    row = value_metrics(edges, values)["Solver"]
+    assert (row["sibling_groups"], row["top1"], row["chance"]) == (2, 1.0, 0.5)
+
+
 def test_a_tie_in_v_is_a_uniform_pick_among_the_tied_siblings():
     """The three groups of siblings, with the largest V tied in each:
 
@@ -195,6 +205,13 @@ def test_wilson_and_paired_by_hand():
     half_width = 1.959964 * ((win_share + loss_share - difference**2) / n) ** 0.5
     assert result["low"] == pytest.approx(difference - half_width)
     assert result["high"] == pytest.approx(difference + half_width)
+
+
+def test_the_exact_p_does_not_depend_on_who_wins():
+    """Five losses and one win: 2 * (1 + 6) / 2^6 of the fair coin's outcomes are as uneven."""
+    losing, winning = [False] * 5 + [True], [True] * 5 + [False]
+    for a, b in ((losing, winning), (winning, losing)):
+        assert paired(a, b)["p"] == pytest.approx(2 * (1 + 6) / 2**6)
 
 
 def test_two_methods_that_never_differ_have_p_1():

@@ -335,6 +335,10 @@ def test_a_reader_ignores_a_torn_last_line_and_leaves_it_alone(tmp_path):
     assert path.read_bytes() == b'{"id": 1}\n{"id": 2, "que'
 
 
+def test_a_file_that_nobody_has_written_yet_has_no_records(tmp_path):
+    assert read_records(tmp_path / "x.jsonl") == {}
+
+
 def test_a_reader_beside_a_writer_loses_nothing(tmp_path):
     # A reader once cut a line that was being written, and the file could not be parsed any more.
     path = tmp_path / "x.jsonl"

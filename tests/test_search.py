@@ -711,6 +711,7 @@ def test_a_state_is_scored_once_and_every_method_is_charged_for_it(duo):
     assert values == [1, 1, 1]
     assert model.num_scored == 3
     assert cost.scored_tokens == 3 * 2
+    assert sum(progress) == 2 + 2  # those that were known; the model reports the others
 
     # Equal states of one request, as passes with equal messages have, are read once.
     [(values, cost)] = scorer([(None, Score([states[0], states[0]]))])
