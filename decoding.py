@@ -29,7 +29,7 @@ def uniforms(count: int, *key) -> np.ndarray:
 
 
 def message_key(*key) -> int:
-    """Return 64 bits, as a signed integer, that stand for a key in `gumbel_noise`."""
+    """Hash a key to a signed 64-bit integer, for `gumbel_noise`."""
     return int.from_bytes(_digest(key, 8), "big", signed=True)
 
 
@@ -42,8 +42,8 @@ SECOND_MULTIPLIER = 0x94D049BB133111EB - 2**64
 def gumbel_noise(keys: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor:
     """Return standard Gumbel noise, float32 [messages, vocabulary], independent in every entry.
 
-    An entry is a function of (key, step, token id) alone. It is computed where `keys` are, from
-    integers that are equal on every device.
+    An entry is a function of (key, step, token id) alone. It is computed on the device of
+    `keys`, from integers that are equal on every device.
 
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014). Each
     message seeds a SplitMix64 stream over steps; each step seeds one over tokens.

@@ -1,8 +1,8 @@
 r"""Which part of a message is its final answer: the ladder.
 
 A message is the text of one agent. Its answer is the first rung of this ladder that it has:
-  told      What it tells as its final answer: the last statement that can be read, else the last
-            mention. Statements are "Final answer: 42", "Final answer - 42", a heading
+  told      The stated final answer: the last statement that can be read, else the last mention.
+            Statements are "Final answer: 42", "Final answer - 42", a heading
             "**Final Answer**" with the answer below it, and a short line "#### 42". A mention is
             "the final answer is 42".
   sentence  "The answer is 42", "The correct option is B", "Answer: 42", or a heading "Answer".
@@ -12,10 +12,10 @@ A message is the text of one agent. Its answer is the first rung of this ladder 
 A message without any of these has no answer. Its rung is "none", and it is never graded as right.
 
 These rules hold on every rung:
-  - A box in a statement or in a sentence is its answer. A heading "**Final Answer**" that has an
-    explanation below it instead of an answer is answered by the last box of this section.
-  - The answers of others are not told: "The Solver's answer is 7", "The Solver's \boxed{7}", and
-    "\boxed{7} is wrong". Nor are remarks: "the answer is correct", "the answer is found by adding".
+  - A box in a statement or in a sentence is its answer. If an explanation follows the heading
+    "**Final Answer**", the last box of that section is the answer.
+  - The answers of others do not count: "The Solver's answer is 7", "The Solver's \boxed{7}", and
+    "\boxed{7} is wrong". Nor do remarks: "the answer is correct", "the answer is found by adding".
   - A told answer, sentence or box that cannot be read ("5 or 6", "C and D", a box that is never
     closed) is refused: nothing before it, and no weaker rung, replaces it. The exception is an
     earlier statement or mention of a final answer, which still holds.
@@ -442,7 +442,7 @@ def _own_boxes(text: str) -> list[_Box]:
 
 
 def _is_discussed(text: str, start: int) -> bool:
-    """Return whether the answer that starts at a place of a text is the one of somebody else."""
+    """Return whether the answer that starts at a place of a text is another agent's."""
     return _NOT_OWN.search(text[max(0, start - 80) : start]) is not None
 
 

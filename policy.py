@@ -106,7 +106,7 @@ class Cost:
         prompt_tokens: prefilled tokens; a prompt counts once for all candidates sampled from it.
         generated_tokens: sampled tokens, end-of-message tokens included.
         scored_tokens: tokens read by a value or outcome model.
-        truncated: agent -> messages that reached their token limit.
+        truncated: agent -> messages that their limit stopped.
         seconds: share of the wall time of its batches, by tokens generated or states scored.
     """
 

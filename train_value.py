@@ -122,8 +122,8 @@ def weigh_by_visits(rows: list[Row]) -> list[Row]:
     """Return the rows with the weight of each label proportional to N(s, a), with mean 1.
 
     Not in the paper, where all labels count the same. y is a mean of N(s, a) rewards, and most
-    labels are of a single one. But N is no sample size that was chosen beforehand: the search
-    returns to what is right, so these weights raise V of everything.
+    labels are of a single one. But the search returns to right answers, so N grows with y, and
+    these weights raise V everywhere (RESULTS.md, section 12).
     """
     num_labels = sum(len(row.visits) for row in rows)
     mean_visits = sum(sum(row.visits) for row in rows) / num_labels
@@ -312,7 +312,7 @@ def train(
 ) -> None:
     """Train with AdamW, warm-up and cosine decay. Every label counts once per epoch.
 
-    Labels of equal weight count the same in whatever batch they are, before gradients are clipped.
+    The weight of a label does not depend on its batch, apart from gradient clipping.
     For the `rank` loss this holds for pairs.
 
     With several processes, each takes one batch of every step. The order of an epoch is a function
@@ -338,7 +338,7 @@ def train(
         schedule.append([batches[start : start + world_size] for start in starts])
     total_steps = sum(map(len, schedule))
 
-    # 2. Optimizer, as it was when the last epoch ended. Only the learning rate changes.
+    # 2. Optimizer and learning rate, as they were when the last epoch ended.
     trained = model.trained_parameters()
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
