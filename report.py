@@ -82,7 +82,7 @@ def headline_comparisons(comparisons: list[dict]) -> list[dict]:
     """Choose at most eight comparisons, by a rule that does not look at accuracy.
 
     For each search guided by V or by the ORM alone, they show whether it beats a vote with at least
-    as many calls, best-of-N with the same model, and the same search guided by the policy's likelihood.
+    as many calls, best-of-N with the same model, and the same search by the policy's likelihood.
     """
     reasons = ("nearest vote", "nearest best-of-N", "same, by policy")
     chosen = []
@@ -185,8 +185,8 @@ def families_of(rows: dict[str, dict]) -> list[list[str]]:
 def plot_accuracy(summary: dict, path: Path) -> None:
     """Draw exact match against agent calls, with 95 % intervals.
 
-    The methods of a family are one line. Its point with the most calls is labelled with the name, the others
-    their N.
+    The methods of a family are one line. Its point with the most calls is labelled with the name,
+    the others with their N.
     """
     import matplotlib  # imported late: it takes a second, and only the picture needs it
 

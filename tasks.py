@@ -4,8 +4,8 @@ A task is an embedded family of problems (tiny/problems.py) or a public data set
 from the Hugging Face hub or, with `--data`, from a file in a similar format (see COLUMNS).
 
 The embedded families have their own splits; "heldout" and "test" have one problem for each set of
-numbers. The splits of public data depend on the questions alone, never on a seed, on the size of a run,
-on the ids of the problems or on their order in the file:
+numbers. The splits of public data depend on the questions alone, never on a seed, on the size of a
+run, on the ids of the problems or on their order in the file:
   - "test" is the test split of the hub, or the whole file if a file is given;
   - one in eight of the others, by a hash of its question, is "heldout"; the rest is "train".
 Problems come in an order that is fixed by a second hash, so that the first `num` are a fair sample
