@@ -10,7 +10,8 @@ run, on the ids of the problems or on their order in the file:
   - one in eight of the others, by a hash of its question, is "heldout"; the rest is "train".
 Problems come in an order that is fixed by a second hash, so that the first `num` are a fair sample
 of a file that is sorted by subject. Problems without an id get one from the hash of their question.
-A question that occurs twice counts once; if its answers differ, the data is refused.
+A question that occurs twice counts once. If its answers differ, a file is refused, and the question
+is left out of hub data.
 
 A gold answer that cannot be read is an error that names the problem. No torch here.
 """
