@@ -1,14 +1,21 @@
 """Tests of evaluate.py: summaries and comparisons of records, written and counted by hand."""
 
+import hashlib
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from conftest import NoProgress, ScriptedPolicy
 
 import evaluate
 from answers import MATH_VERIFY
+from generate_rollouts import make_child, make_root
 from mas import CHAIN
+from policy import Candidate, Cost, Policy
+from runs import InputError, Work, is_mine, read_jsonl
 from search import parse_method
+from tasks import Problem
 
 PROBLEMS = ["p1", "p2", "p3", "p4", "p5"]
 
@@ -299,3 +306,379 @@ def test_a_search_meets_itself_by_another_scorer_only_with_the_same_lambda():
         ("mcts-4x3-policy", "same, lambda = 0"),
     ]
     assert opponents_of("mcts-4x3-policy", calls) == []
+
+
+# ---- Runs side by side: all cells ----------------------------------------------------------------
+
+
+def write_value(run_folder, *, num_simulations, heldout, finished=True):
+    """Write a V as stage 2 leaves it: its settings, and two epochs of held-out metrics."""
+    folder = run_folder / "value"
+    folder.mkdir(parents=True)
+    settings = {
+        "rollouts": {"num_simulations": num_simulations},
+        "loss": "bce",
+        "view": "local",
+    }
+    (folder / "config.json").write_text(json.dumps({"settings": settings, "finished": finished}))
+    first_epoch = {"heldout": {"Reader": {}}}
+    write_records(folder / "metrics.jsonl", [first_epoch, {"heldout": heldout}])
+
+
+HELDOUT = {
+    "Reader": {
+        "rmse": 0.91,
+        "ece": 0.125,
+        "auc": None,
+        "auc_95": None,
+        "top1": None,
+        "chance": None,
+    },
+    "Solver": {
+        "rmse": 0.5,
+        "ece": 0.0625,
+        "auc": 0.75,
+        "auc_95": [0.7, 0.8],
+        "top1": 0.6,
+        "chance": 0.25,
+    },
+}
+VALUE_HEADER = (
+    "| run | N | loss | view | agent | RMSE | calibration error | AUC "
+    "| 95 % interval | top-1 | chance |"
+)
+
+
+def test_the_table_of_values_shows_the_last_epoch_of_every_run_that_has_a_v(tmp_path):
+    """A run may use another run's V; it has no row, and does not end the table."""
+    first, without_value, last = tmp_path / "first", tmp_path / "without", tmp_path / "last"
+    write_value(first, num_simulations=10, heldout=HELDOUT)
+    (without_value / "eval").mkdir(parents=True)
+    write_value(last, num_simulations=40, heldout={"Solver": HELDOUT["Solver"]})
+
+    table = evaluate._compare_values([first, without_value, last])
+    solver = "bce | local | Solver | 0.500 | 0.062 | 0.750 | 0.700 to 0.800 | 0.600 | 0.250 |"
+    assert table.splitlines() == [
+        VALUE_HEADER,
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {first} | 10 | bce | local | Reader | 0.910 | 0.125 | - | - to - | - | - |",
+        f"| {first} | 10 | {solver}",
+        f"| {last} | 40 | {solver}",
+    ]
+
+
+def test_a_v_that_is_not_finished_is_not_compared(tmp_path):
+    write_value(tmp_path, num_simulations=10, heldout=HELDOUT, finished=False)
+    with pytest.raises(InputError) as error:
+        evaluate._compare_values([tmp_path])
+    assert str(error.value) == f"--compare {tmp_path}: the training of its V is not finished"
+
+
+ANSWER_HEADER = (
+    "| method | run | problems | EM % | 95 % interval | agent calls "
+    "| against the first | 95 % interval |"
+)
+
+
+def test_the_table_of_answers_has_the_methods_that_all_runs_have(tmp_path):
+    """The first run is right on p1 of five problems, the second on p1, p2 and p3."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    records = [make_record("greedy", index) for index in range(5)]
+    for name in ("vote-4", "greedy", "vote-8"):
+        write_records(first / "eval" / f"{name}.jsonl", records)
+    for record in records:
+        record["correct"] = record["id"] in ("p1", "p2", "p3")
+    for name in ("vote-4", "greedy"):
+        write_records(second / "eval" / f"{name}.jsonl", records)
+
+    table = evaluate._compare_answers([first, second])
+    # Two wins in five problems. Bonett and Price: 2/7 +- 1.96 sqrt((4/7 - (2/7)^2) / 7).
+    first_cells = "5 | 20.0 | 3.6 to 62.4 | 4.0 |  |  |"
+    second_cells = "5 | 60.0 | 23.1 to 88.2 | 4.0 | +40.0 | -23.3 to +80.4 |"
+    assert table.splitlines() == [
+        ANSWER_HEADER,
+        "|---|---|---|---|---|---|---|---|",
+        f"| greedy | {first} | {first_cells}",
+        f"| greedy | {second} | {second_cells}",
+        f"| vote-4 | {first} | {first_cells}",
+        f"| vote-4 | {second} | {second_cells}",
+    ]
+
+
+def test_runs_without_a_common_problem_are_not_compared(tmp_path):
+    for name, index in (("first", 0), ("second", 1)):
+        path = tmp_path / name / "eval" / "greedy.jsonl"
+        write_records(path, [make_record("greedy", index)])
+    with pytest.raises(InputError) as error:
+        evaluate._compare_answers([tmp_path / "first", tmp_path / "second"])
+    assert str(error.value) == (
+        "--compare: no problem was answered by greedy.jsonl in all of these runs"
+    )
+
+
+def test_a_problem_is_common_if_all_runs_have_it_whichever_has_more():
+    one, two = make_record("greedy", 0), make_record("greedy", 1)
+    assert evaluate._common_problems([{"p1": one}, {"p1": one, "p2": two}]) == ["p1"]
+    assert evaluate._common_problems([{"p1": one, "p2": two}, {"p2": two}]) == ["p2"]
+    assert evaluate._common_problems([{"p1": one, "p2": two}]) == ["p1", "p2"]
+
+
+def test_a_run_may_have_a_v_alone_or_an_evaluation_alone(tmp_path):
+    only_value, only_answers = tmp_path / "only_value", tmp_path / "only_answers"
+    write_value(only_value, num_simulations=10, heldout=HELDOUT)
+    write_records(only_answers / "eval" / "greedy.jsonl", [make_record("greedy", 0)])
+    for folder in (only_value, only_answers):
+        values, answers = evaluate.compare_runs([str(folder)]).split("\n\n")
+        assert values.splitlines()[0] == VALUE_HEADER
+        assert answers.splitlines()[0] == ANSWER_HEADER
+        assert len(values.splitlines()) == (4 if folder == only_value else 2)
+        assert len(answers.splitlines()) == (3 if folder == only_answers else 2)
+
+
+def test_a_folder_that_is_not_a_run_is_named(tmp_path):
+    with pytest.raises(InputError) as error:
+        evaluate.compare_runs([str(tmp_path)])
+    assert str(error.value) == (
+        f"--compare {tmp_path}: no value/ and no eval/ in it; it is not a run"
+    )
+
+
+# ---- Records -------------------------------------------------------------------------------------
+
+
+def make_problem(name, gold="7"):
+    question = f"question of {name}"
+    return Problem(name, "test", question, gold, "number", subject="sums", level="easy")
+
+
+def test_the_record_of_an_answer(duo):
+    """The root is no turn of the transcript; the answer is that of the last message."""
+    first = make_child(duo, make_root("question of p1"), Candidate("3 + 4", 2, -0.5, False), 0)
+    leaf = make_child(duo, first, Candidate("Final answer: 7", 2, -0.5, False), 0)
+    first.V, leaf.V = 0.25, -0.5
+    cost = Cost(
+        agent_calls=2,
+        prompt_tokens=30,
+        generated_tokens=4,
+        scored_tokens=50,
+        truncated=Counter({"B": 1}),
+        seconds=0.125,
+    )
+    record = evaluate.answer_record(make_problem("p1"), leaf, cost, "value#12345678")
+    expected = {
+        "id": "p1",
+        "subject": "sums",
+        "level": "easy",
+        "question": "question of p1",
+        "gold": "7",
+        "answer": "7",
+        "rung": "told",
+        "correct": True,
+        "agent_calls": 2,
+        "prompt_tokens": 30,
+        "generated_tokens": 4,
+        "scored_tokens": 50,
+        "seconds": 0.125,
+        "truncated": {"B": 1},
+        "scorer": "value#12345678",
+        "transcript": [
+            {"agent": "A", "message": "3 + 4", "V": 0.25},
+            {"agent": "B", "message": "Final answer: 7", "V": -0.5},
+        ],
+    }
+    assert list(record.items()) == list(expected.items())
+
+    wrong = evaluate.answer_record(make_problem("p1", gold="8"), leaf, cost, None)
+    assert wrong["correct"] is False
+    assert wrong["answer"] == "7"
+    assert wrong["scorer"] is None
+
+
+# ---- Answering problems --------------------------------------------------------------------------
+
+
+class RecordedProgress(NoProgress):
+    """Keeps the arguments of the progress bars that were made."""
+
+    made = []
+
+    def __init__(self, num_searches, expected, **settings):
+        self.settings = {"num_searches": num_searches, "expected": expected} | settings
+        RecordedProgress.made.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception): ...
+
+
+class CountedPolicy(ScriptedPolicy, Policy):
+    """A scripted policy to which `report_to` gives the hook of a progress bar."""
+
+
+class Evaluation:
+    """Evaluates one method on the two agents of `duo`, with scripted messages."""
+
+    def __init__(self, folder, mas):
+        self.folder = folder
+        self.mas = mas
+        self.args = SimpleNamespace(c_uct=1.0, max_active=2)
+
+    def answer(self, names, method_name="greedy", scorers=None):
+        """Answer problems. Returns the policy that did it."""
+        method = parse_method(method_name, self.mas, num_candidates="2", lam=0.0)
+        problems = [make_problem(name) for name in names]
+        policy = CountedPolicy(lambda path: f"Final answer: {7 + path[-1]}")
+        path = self.path(method_name)
+        evaluate.evaluate_method(method, problems, self.mas, policy, scorers or {}, path, self.args)
+        return policy
+
+    def path(self, method_name="greedy"):
+        return self.folder / f"{method_name}.jsonl"
+
+
+@pytest.fixture
+def evaluation(tmp_path, duo, monkeypatch):
+    monkeypatch.setattr(evaluate, "SearchProgress", RecordedProgress)
+    monkeypatch.setattr(RecordedProgress, "made", [])
+    return Evaluation(tmp_path, duo)
+
+
+def test_every_problem_has_one_record_in_the_order_they_finish(evaluation):
+    """Two searches at a time: the third problem starts when the first two have finished."""
+    policy = evaluation.answer(["p1", "p2", "p3"])
+    assert policy.batches == [2, 2, 1, 1]
+    records = read_jsonl(evaluation.path())
+    assert [record["id"] for record in records] == ["p1", "p2", "p3"]
+    turns = [
+        {"agent": "A", "message": "Final answer: 7", "V": None},
+        {"agent": "B", "message": "Final answer: 7", "V": None},
+    ]
+    for record in records:
+        assert record["question"] == f"question of {record['id']}"
+        assert record["correct"] is True
+        assert record["agent_calls"] == 2
+        assert record["scorer"] is None
+        assert record["transcript"] == turns
+
+
+def test_finished_problems_are_not_answered_again(evaluation):
+    assert evaluation.answer(["p1"]).calls == 2
+    line_of_p1 = evaluation.path().read_text()
+    assert evaluation.answer(["p1", "p2", "p3"]).calls == 4  # p2 and p3, two messages each
+    assert evaluation.path().read_text().startswith(line_of_p1)
+    assert [record["id"] for record in read_jsonl(evaluation.path())] == ["p1", "p2", "p3"]
+    assert evaluation.answer(["p1", "p2", "p3"]).calls == 0
+
+
+def test_the_bar_counts_the_problems_that_are_left(evaluation):
+    evaluation.answer(["p1"])
+    policy = evaluation.answer(["p1", "p2", "p3"])
+    evaluation.answer(["p1", "p2", "p3"])  # nothing is left: no bar
+    first, progress = RecordedProgress.made
+    assert first.settings["num_finished_before"] == 0
+    assert progress.settings == {
+        "num_searches": 2,
+        "expected": Work(prompts=2, messages=2, states=0),
+        "description": "greedy",
+        "num_finished_before": 1,
+        "shown": True,
+    }
+    assert policy.on_batch == progress.sampled
+
+
+def test_a_search_is_guided_by_the_scorer_of_its_method(evaluation):
+    """V is highest for the last candidate, so the answer is 8, not 7."""
+
+    def score_by_index(requests):
+        replies = []
+        for _, request in requests:
+            values = [node.path[-1] / 2 for node in request.nodes]
+            replies.append((values, Cost()))
+        return replies
+
+    name = "mcts-4x2-policy"
+    evaluation.answer(["p1"], name, scorers={"policy": score_by_index})
+    [record] = read_jsonl(evaluation.path(name))
+    assert record["scorer"] == "policy"
+    assert record["answer"] == "8"
+    assert record["correct"] is False
+    assert [turn["V"] for turn in record["transcript"]] == [0.5, 0.5]
+
+
+def test_records_of_another_scorer_are_refused_and_kept(evaluation):
+    evaluation.answer(["p1"])
+    path = evaluation.path()
+    [record] = read_jsonl(path)
+    write_records(path, [record | {"scorer": "value#12345678"}])
+    content = path.read_bytes()
+    with pytest.raises(InputError) as error:
+        evaluation.answer(["p1", "p2"])
+    assert str(error.value) == (
+        f"{path} was made with the scorer value#12345678, now it is None; "
+        f"choose another --run, or start over with --overwrite"
+    )
+    assert path.read_bytes() == content
+
+
+def test_records_of_another_question_are_refused(evaluation):
+    evaluation.answer(["p1"])
+    path = evaluation.path()
+    [record] = read_jsonl(path)
+    write_records(path, [record | {"question": "another"}])
+    with pytest.raises(InputError) as error:
+        evaluation.answer(["p1", "p2"])
+    assert str(error.value).startswith(f"{path}: the question of problem p1 has changed")
+
+
+def test_two_processes_share_the_problems(evaluation, monkeypatch):
+    """Each appends to its own file, and only the first shows a bar."""
+    names = [f"p{number}" for number in range(1, 9)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ids_of_rank = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        mine = [name for name in names if is_mine(name)]
+        policy = evaluation.answer(names)
+        assert policy.calls == 2 * len(mine)
+        shard = evaluation.folder / f"greedy.{rank}of2.jsonl"
+        assert [record["id"] for record in read_jsonl(shard)] == mine
+        progress = RecordedProgress.made[-1]
+        assert progress.settings["num_searches"] == len(mine)
+        assert progress.settings["num_finished_before"] == 0
+        assert progress.settings["shown"] == (rank == 0)
+        ids_of_rank.append(mine)
+    assert all(ids_of_rank)
+    assert sorted(ids_of_rank[0] + ids_of_rank[1]) == names
+    assert not evaluation.path().exists()
+
+
+# ---- Which methods and which weights -------------------------------------------------------------
+
+
+def test_a_method_that_is_named_twice_is_evaluated_once(duo):
+    """The flags complete a name, so that two names can mean one method."""
+    names = ["vote-4", "mcts-8-value", "greedy", "mcts-8x1.3-value-lam0.5", "vote-4"]
+    args = SimpleNamespace(methods=names, num_candidates="1.3", lam=0.5)
+    methods = evaluate.read_methods(args, duo)
+    described = [(method.name, method.num_candidates, method.lam) for method in methods]
+    assert described == [
+        ("vote-4", (1, 1), 0.0),
+        ("mcts-8x1.3-value-lam0.5", (1, 3), 0.5),
+        ("greedy", (1, 1), 0.0),
+    ]
+
+
+def test_the_fingerprint_of_weights_covers_the_head_and_the_adapter(tmp_path):
+    head = tmp_path / "head.safetensors"
+    adapter = tmp_path / "adapter" / "adapter_model.safetensors"
+    adapter.parent.mkdir()
+    fingerprints = []
+    for contents in ((b"head", b"adapter"), (b"HEAD", b"adapter"), (b"head", b"ADAPTER")):
+        head.write_bytes(contents[0])
+        adapter.write_bytes(contents[1])
+        fingerprints.append(evaluate.weights_fingerprint(tmp_path))
+    assert len(set(fingerprints)) == 3
+    # The hash of the weights in this order; records that exist already name it.
+    digest = hashlib.blake2b(b"headadapter", digest_size=4).hexdigest()
+    assert fingerprints[0] == digest
