@@ -604,6 +604,8 @@ def test_a_search_is_guided_by_the_scorer_of_its_method(evaluation):
     assert record["answer"] == "8"
     assert record["correct"] is False
     assert [turn["V"] for turn in record["transcript"]] == [0.5, 0.5]
+    again = evaluation.answer(["p1"], name, scorers={"policy": score_by_index})
+    assert again.calls == 0  # the same scorer resumes
 
 
 def test_records_of_another_scorer_are_refused_and_kept(evaluation):
