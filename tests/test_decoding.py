@@ -20,6 +20,7 @@ from decoding import (
     Decoder,
     PreallocatedLayer,
     _mix_bits,
+    _smallest_in_nucleus,
     _to_gumbel,
     filter_logits,
     gumbel_noise,
@@ -262,6 +263,45 @@ def test_filtered_logits_equal_those_of_transformers(vocabulary, top_k, top_p, s
         expected = TopPLogitsWarper(top_p)(None, expected)
     filtered = filter_logits(logits, temperature=0.7, top_k=top_k, top_p=top_p)
     assert torch.equal(filtered, expected)
+
+
+NUCLEI = [  # probabilities, top-p, and the probability of the least likely token in the nucleus
+    ([0.5, 0.25, 0.25], 0.4, 0.5),
+    ([0.5, 0.25, 0.25], 0.5, 0.5),  # the first token reaches top-p exactly
+    ([0.25, 0.5, 0.25], 0.625, 0.25),
+    ([0.5, 0.25, 0.125, 0.125], 0.75, 0.25),
+    ([0.5, 0.25, 0.125, 0.125], 0.8125, 0.125),
+]
+
+
+@pytest.mark.parametrize("probabilities, top_p, smallest", NUCLEI)
+def test_the_nucleus_ends_with_the_token_that_reaches_top_p(probabilities, top_p, smallest):
+    result = _smallest_in_nucleus(torch.tensor([probabilities]), top_p)
+    assert result.tolist() == [[smallest]]
+
+
+def test_the_whole_vocabulary_is_sorted_only_if_1024_tokens_do_not_reach_top_p(monkeypatch):
+    sorted_tokens = []
+    original_topk = torch.Tensor.topk
+
+    def recorded_topk(probs, k):
+        sorted_tokens.append(k)
+        return original_topk(probs, k)
+
+    monkeypatch.setattr(torch.Tensor, "topk", recorded_topk)
+    uniform = torch.full((2, 2048), 2.0**-11)
+    assert _smallest_in_nucleus(uniform, 0.5).tolist() == [[2.0**-11]] * 2
+    assert sorted_tokens == [1024]  # they reach 0.5 exactly
+
+    # Half of the second row is outside its likeliest 1,024 tokens, and one of those has 2 ** -12.
+    mixed = uniform.clone()
+    mixed[0] = 0.0
+    mixed[0, 7] = 1.0
+    mixed[1, 0] = 1.5 * 2.0**-11
+    mixed[1, 1] = 0.5 * 2.0**-11
+    sorted_tokens.clear()
+    assert _smallest_in_nucleus(mixed, 0.9999).tolist() == [[1.0], [0.5 * 2.0**-11]]
+    assert sorted_tokens == [1024, 2048]
 
 
 # ---- The key-value cache -------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Tests of tasks.py: problems, splits, data files and the hub."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,7 +103,113 @@ def test_columns_of_logiqa_are_understood(tmp_path):
     assert problem.question.startswith("All cats purr.\nWhat follows?\nA) x")
 
 
+def test_a_row_is_read_whole():
+    row = {"unique_id": 7, "problem": " p ", "answer": " 1 ", "type": "Algebra", "level": 3}
+    expected = tasks.RawProblem("7", "p", "1", "Algebra", "3", "d, line 1")
+    assert tasks.read_row(row, "d, line 1") == expected
+
+
+def test_a_row_with_an_answer_and_a_solution_has_the_answer():
+    row = {"problem": "p", "answer": "7", "solution": r"So \boxed{8}."}
+    assert tasks.read_row(row, "d, line 1").gold == "7"
+    row = {"problem": "p", "answer": None, "solution": r"So \boxed{8}."}
+    assert tasks.read_row(row, "d, line 1").gold == "8"
+
+
+@pytest.mark.parametrize("answer", [2, "2", "C", "r"])
+def test_an_answer_behind_the_last_option_is_refused(answer):
+    row = {"question": "Which?", "choices": ["p", "q"], "answer": answer}
+    with pytest.raises(InputError) as error:
+        tasks.read_row(row, "d, line 3")
+    assert str(error.value) == (
+        f"d, line 3: the answer '{answer}' is none of the options; "
+        f"give its letter, its index from 0, or its text"
+    )
+
+
+SOLUTIONS = [  # text, whether it is a worked solution, its gold answer
+    ("3 * 4 = 12\n#### 12 apples ", False, "12 apples"),
+    ("#### 1 is wrong #### 2", False, "2"),
+    ("#### 1 #### 2 #### 3", False, "3"),
+    (r"So \boxed{7}, then \boxed{8}.", True, "8"),
+    ("So 8.", True, ""),
+    (r"\boxed{8}", False, r"\boxed{8}"),
+]
+
+
+@pytest.mark.parametrize("text, is_solution, gold", SOLUTIONS)
+def test_the_gold_answer_of_a_solution(text, is_solution, gold):
+    assert tasks._gold_of_solution(text, is_solution) == gold
+
+
+def test_a_formula_that_cannot_be_compared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "is_comparable", lambda gold, answer_type: answer_type != "math")
+    row = {"id": "a", "problem": "p", "answer": "x+1"}
+    with pytest.raises(InputError, match="problem a cannot be read as a math: 'x\\+1'"):
+        load_one(tmp_path, "math", row)
+
+
 # ---- Splits, ids and answer types ----------------------------------------------------------------
+
+
+def test_the_split_and_the_order_of_a_question_never_change():
+    """A new hash would put questions that a saved V was trained on among the held-out ones."""
+    raw_problems = []
+    for number in range(40):
+        question = f"How much is {number}+1?"
+        raw_problems.append(tasks.RawProblem(str(number), question, "1", None, None, "here"))
+
+    heldout = tasks._first_of_split(raw_problems, "heldout", 40)
+    assert sorted(int(raw.id) for raw in heldout) == [5, 18, 21, 33]
+    in_order = tasks._first_of_split(raw_problems[:10], "test", 9)
+    assert [int(raw.id) for raw in in_order] == [1, 5, 8, 2, 3, 9, 4, 6, 7]
+    assert question_key("How much is 0+1?") == "6d0b55cc1a669634"
+
+
+NARROWEST = [  # the gold answers of a file, and the type that fits all
+    (["A", "(B)", "C)"], "letter"),
+    (["1,000", "-3", "1/2", "5 apples"], "number"),
+    (["1", "A"], "math"),
+    (["1", "x"], "math"),
+    (["1", "Dozens: 12"], "math"),
+    (["1", "3 4"], "math"),
+    (["1", "AB"], "math"),
+]
+
+
+@pytest.mark.parametrize("golds, answer_type", NARROWEST)
+def test_the_narrowest_answer_type_fits_all_answers(golds, answer_type):
+    assert tasks._narrowest_answer_type(golds) == answer_type
+
+
+SAME_GOLD = [  # two gold answers of one question, their type, and whether they agree
+    ("Dozens: 12", "12", "number", True),
+    ("12", "Dozens: 12", "number", True),
+    ("Dozens: 12", "13", "number", False),
+    ("x+1", "1+x", "math", True),
+    ("x+1", "x-1", "math", False),
+    ("many", "many", "number", True),  # not readable, but the same
+    ("many", "lots", "number", False),
+]
+
+
+@pytest.mark.parametrize("a, b, answer_type, equal", SAME_GOLD)
+def test_duplicates_agree_if_their_answers_have_the_same_value(a, b, answer_type, equal):
+    """In a file, the same question with another answer is refused."""
+    raw_problems = [tasks.RawProblem(None, "q", gold, None, None, "here") for gold in (a, b)]
+    if equal:
+        kept = tasks._without_duplicates(raw_problems, answer_type, "d", from_file=True)
+        assert len(kept) == 1
+    else:
+        with pytest.raises(InputError, match="one question, but the answers"):
+            tasks._without_duplicates(raw_problems, answer_type, "d", from_file=True)
+
+
+def test_of_two_duplicates_the_one_with_an_id_stays():
+    named = tasks.RawProblem("a", "q", "1", "Algebra", None, "line 1")
+    nameless = tasks.RawProblem(None, "q", "1", None, None, "line 2")
+    for pair in ([named, nameless], [nameless, named]):
+        assert tasks._without_duplicates(pair, "number", "d", from_file=True) == [named]
 
 
 def test_own_data_is_split_into_train_and_heldout(tmp_path):
@@ -251,6 +359,20 @@ def test_embedded_problems_to_measure_on_are_independent(capsys, task, split):
     assert warning in capsys.readouterr().err
 
 
+def test_an_embedded_problem_has_all_fields_of_its_puzzle():
+    [problem] = load_problems(task="tiny", data=None, split="test", num=1)
+    assert problem == Problem(
+        id="packs-test-00000",
+        split="test",
+        question="Finn takes 5 rides. A short ride lasts 4 minutes and a long ride lasts 6 minutes."
+        " Finn rides 26 minutes in all. Anna has 10 books. How many long rides are there?",
+        gold="3",
+        answer_type="number",
+        subject="short and long",
+        level="5",
+    )
+
+
 def test_embedded_training_problems_end(monkeypatch):
     """The split `train` repeats numbers in other words, but not for ever."""
     assert size_of("packs", "train") == 100_000
@@ -321,3 +443,70 @@ def test_a_data_set_that_cannot_be_loaded_is_one_line(monkeypatch, task):
     with pytest.raises(InputError, match=complaint) as error:
         load_problems(task=task, data=None, split="test", num=1)
     assert "\n" not in str(error.value)
+
+
+HUB_SPLITS = [  # task, split, the arguments of load_dataset: set, configuration, revision, split
+    ("gsm8k", "train", "openai/gsm8k", "main", "main", "train"),
+    ("gsm8k", "heldout", "openai/gsm8k", "main", "main", "train"),
+    ("gsm8k", "test", "openai/gsm8k", "main", "main", "test"),
+    ("math", "heldout", "DigitalLearningGmbH/MATH-lighteval", None, "main", "train"),
+    ("math", "test", "HuggingFaceH4/MATH-500", None, "main", "test"),
+    ("mmlu", "train", "cais/mmlu", "all", "main", "auxiliary_train"),
+    ("logiqa", "test", "lucasmccabe/logiqa", None, "refs/convert/parquet", "test"),
+]
+
+
+@pytest.mark.parametrize("task, split, dataset, configuration, revision, hub_split", HUB_SPLITS)
+def test_a_split_is_read_from_its_data_set_of_the_hub(
+    monkeypatch, task, split, dataset, configuration, revision, hub_split
+):
+    import datasets
+
+    calls = []
+
+    def load_dataset(*args, **options):
+        calls.append((args, options))
+        return SimpleNamespace(to_list=lambda: [{"question": "q"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert tasks._read_hub(task, split) == [{"question": "q"}]
+    assert calls == [((dataset, configuration), {"revision": revision, "split": hub_split})]
+
+
+def test_the_source_of_problems_is_recorded():
+    hub = TASKS["gsm8k"].hub
+    assert tasks.source("gsm8k", None) == {"task": "gsm8k", "data": None, "hub": hub}
+    assert tasks.source("gsm8k", "d.csv") == {"task": "gsm8k", "data": "d.csv", "hub": None}
+    assert tasks.source("tiny", None) == {"task": "tiny", "data": None, "hub": None}
+
+
+# ---- Records of earlier problems -----------------------------------------------------------------
+
+RECORDED = Problem("p1", "test", "How many?", "7", "number")
+
+
+def test_records_of_the_same_problems_are_accepted():
+    missing = Problem("p0", "test", "Which?", "1", "number")
+    records = {"p1": {"question": "How many?", "gold": "7"}, "p2": {"question": "", "gold": ""}}
+    tasks.check_same_problems([missing, RECORDED], records, Path("trees.jsonl"))
+
+
+CHANGES = [  # what is recorded, the key that the message names, and both of its values
+    ({"question": "How much?"}, "question", "'How much?'", "'How many?'"),
+    ({"gold": "8"}, "gold", "'8'", "'7'"),
+    ({"question": "q" * 40}, "question", f"'{'q' * 40}'", "'How many?'"),
+    ({"question": "q" * 41}, "question", f"'{'q' * 37}...'", "'How many?'"),
+]
+
+
+@pytest.mark.parametrize("change, key, there, now", CHANGES)
+def test_a_record_of_another_problem_is_refused(change, key, there, now):
+    """A problem without a record comes first: the others must still be checked."""
+    missing = Problem("p0", "test", "Which?", "1", "number")
+    records = {"p1": {"question": "How many?", "gold": "7"} | change}
+    with pytest.raises(InputError) as error:
+        tasks.check_same_problems([missing, RECORDED], records, Path("trees.jsonl"))
+    assert str(error.value) == (
+        f"trees.jsonl: the {key} of problem p1 has changed (there {there}, now {now}); "
+        f"choose another --run, or start over with --overwrite"
+    )

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ import train_value
 import value
 from checkpoints import load_pretrained
 from decoding import uniforms
-from generate_rollouts import Sample, label_tree, run, tree_paths, tree_record
+from generate_rollouts import Edge, Sample, label_tree, run, tree_paths, tree_record
 from mas import CHAIN, SINGLE, State
 from runs import (
     HERE,
@@ -228,6 +230,105 @@ def test_no_problem_is_on_both_sides(records):
     assert not problems["train"] & problems["heldout"]
 
 
+def write_labels(folder, records, graph=CHAIN):
+    settings = {"graph": asdict(graph), "name": folder.name}
+    open_run(folder, settings, device="cpu", overwrite=False)
+    with open_to_append(folder / "trees.jsonl") as file:
+        for record in records:
+            append_jsonl(file, record)
+
+
+def load(*argv):
+    return train_value.load_labels(train_value.parse_args(list(argv)))
+
+
+def by_id(records):
+    """Return the records as p0 to p5: the first four are training problems."""
+    return sorted(records, key=lambda record: record["id"])
+
+
+def ids_of(records):
+    return [record["id"] for record in records]
+
+
+def test_labels_of_each_split_come_from_its_folder(records, tmp_path):
+    records = by_id(records)
+    write_labels(tmp_path / "rollouts", records[:2] + records[4:5])
+    write_labels(tmp_path / "others", records[3:])
+
+    labels = load("--run", str(tmp_path))
+    assert labels.mas == CHAIN
+    assert ids_of(labels.records["train"]) == ["p0", "p1"]
+    assert ids_of(labels.records["heldout"]) == ["p4"]
+    assert labels.paths["train"] == paths_of(records[:2])
+    assert labels.paths["heldout"] == paths_of(records[4:5])
+    assert labels.settings["heldout"] == labels.settings["train"]
+
+    labels = load("--run", str(tmp_path), "--heldout-rollouts", str(tmp_path / "others"))
+    assert ids_of(labels.records["train"]) == ["p0", "p1"]
+    assert ids_of(labels.records["heldout"]) == ["p4", "p5"]
+    assert labels.settings["train"]["name"] == "rollouts"
+    assert labels.settings["heldout"]["name"] == "others"
+
+    outcomes = load("--run", "x", "--rollouts", str(tmp_path / "others"), "--target", "outcome")
+    assert ids_of(outcomes.records["train"]) == ["p3"]
+    assert outcomes.paths["heldout"] == paths_of(records[4:], "outcome")
+
+
+def test_labels_that_cannot_be_used_are_refused(records, tmp_path):
+    records = by_id(records)
+    write_labels(tmp_path / "train", records[:2])
+    write_labels(tmp_path / "heldout", records[4:])
+    write_labels(tmp_path / "single", [], SINGLE)
+    shared = [record | {"split": "heldout"} for record in records[1:3]]
+    write_labels(tmp_path / "shared", records[4:] + shared)
+
+    def complaint_about(train, heldout):
+        with pytest.raises(InputError) as error:
+            load("--rollouts", str(tmp_path / train), "--heldout-rollouts", str(tmp_path / heldout))
+        return str(error.value).replace(str(tmp_path) + "/", "")
+
+    assert complaint_about("train", "single") == "single was labelled with another graph than train"
+    assert complaint_about("train", "train") == (
+        "train/trees.jsonl: no heldout problems; generate_rollouts.py --num-heldout N labels some"
+    )
+    assert complaint_about("heldout", "heldout") == (
+        "heldout/trees.jsonl: no train problems; generate_rollouts.py --num-train N labels some"
+    )
+    assert complaint_about("train", "shared") == (
+        "shared: 1 held-out problems have questions that V would be trained on, "
+        "for example p1; label other ones"
+    )
+
+
+def test_shared_questions_are_counted_and_one_is_named():
+    """A question is the same however it is spaced, and whatever the id of its problem is."""
+    trained_on = [{"id": "a", "question": "How many?"}, {"id": "b", "question": "How much?"}]
+    heldout = [
+        {"id": "c", "question": "How long?"},
+        {"id": "d", "question": "how  MANY?"},
+        {"id": "e", "question": "How much?"},
+    ]
+    train_value._refuse_shared_questions({"train": trained_on, "heldout": heldout[:1]}, Path("f"))
+    with pytest.raises(InputError) as error:
+        train_value._refuse_shared_questions({"train": trained_on, "heldout": heldout}, Path("f"))
+    assert str(error.value) == (
+        "f: 2 held-out problems have questions that V would be trained on, "
+        "for example d; label other ones"
+    )
+
+
+def test_the_list_of_problems_has_their_keys(tmp_path):
+    train = [{"id": "a", "split": "train", "question": "How much is 0+1?", "gold": "1"}]
+    heldout = [{"id": "b", "split": "heldout", "question": "how much  is 1+1?"}]
+    labels = SimpleNamespace(records={"train": train, "heldout": heldout})
+    train_value.save_problem_list(tmp_path / "problems.jsonl", labels)
+    assert read_jsonl(tmp_path / "problems.jsonl") == [
+        {"id": "a", "split": "train", "question_key": "6d0b55cc1a669634"},
+        {"id": "b", "split": "heldout", "question_key": "4016dfc61ac56ef9"},
+    ]
+
+
 # ---- Scoring -------------------------------------------------------------------------------------
 
 
@@ -296,6 +397,20 @@ def test_out_of_memory_splits_the_batch(records, model, monkeypatch, capsys):
     monkeypatch.setattr(ValueModel, "outputs", scarce_outputs)
     assert score(model, states, batch_tokens=100_000) == pytest.approx(expected, abs=1e-5)
     assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_batch_is_split_in_its_middle_and_a_single_row_is_an_error(model, capsys):
+    lengths = [10, 11, 12, 13, 77]
+    assert model._split([4, 2], lengths) == [[4], [2]]
+    message = "out of memory: 2 transcripts are scored in two batches\n"
+    assert capsys.readouterr().err == message
+    assert model._split([4, 0, 1, 2, 3], lengths) == [[4, 0], [1, 2, 3]]
+    assert model._split([0, 1, 2, 3], lengths) == [[0, 1], [2, 3]]
+
+    with pytest.raises(InputError) as error:
+        model._split([4], lengths)
+    message = "out of memory with one transcript of 77 tokens; take a smaller --backbone"
+    assert str(error.value) == message
 
 
 def test_equal_states_are_read_once_and_charged_once(model):
@@ -1069,3 +1184,176 @@ def test_measuring_leaves_no_progress_bar_on_the_model(records):
 def test_a_v_whose_training_is_not_finished_is_refused(saved):
     change_config(saved, finished=False)
     assert "not finished" in refusal(saved)
+
+
+# ---- What training prints and records ------------------------------------------------------------
+
+
+def test_an_epoch_that_is_done_again_replaces_its_line(tmp_path, capsys):
+    report = {"A": {"rmse": 0.25, "n": 3}, "B": {"rmse": 0.12345, "n": 1}}
+    path = tmp_path / "metrics.jsonl"
+    with open_to_append(path) as log:
+        for epoch in range(3):
+            train_value.log_epoch(log, epoch, 1.5 - epoch, report)
+    assert capsys.readouterr().out.splitlines()[2:4] == [
+        "epoch 2: training loss 0.5000",
+        "  held-out RMSE: A 0.250, B 0.123",
+    ]
+    lines = [{"epoch": i, "train_loss": 1.5 - i, "heldout": report} for i in range(3)]
+    assert read_jsonl(path) == lines
+
+    with open_to_append(path) as log:
+        train_value.log_epoch(log, 1, 7.0, report)
+    assert read_jsonl(path) == [lines[0], lines[1] | {"train_loss": 7.0}]
+    with open_to_append(path) as log:
+        train_value.log_epoch(log, 0, 8.0, report)
+    assert read_jsonl(path) == [lines[0] | {"train_loss": 8.0}]
+
+
+def test_v_is_measured_on_every_label_in_its_order(monkeypatch):
+    """The first row has the labels of A and B, the second one has another label of A."""
+    state = State("q", ())
+    edges = [
+        Edge("p", "heldout", 0, *label, visits=1)
+        for label in (("A", state, 0.5), ("B", state, -1.0), ("A", state, 0.0))
+    ]
+    rows = [Row([1, 2], [0, 1], [0.5, -1.0], []), Row([1], [0], [0.0], [])]
+    bars = []
+
+    class RecordedProgress(NoProgress):
+        def __init__(self, total, description):
+            bars.append((total, description))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error): ...
+
+        def advance(self, amount):
+            bars.append(amount)
+
+    class FixedModel:
+        def predict(self, rows, *, batch_tokens):
+            assert batch_tokens == 99
+            self.on_rows(len(rows))
+            return [[0.5, -0.5], [0.25]]
+
+    monkeypatch.setattr(train_value, "Progress", RecordedProgress)
+    report = train_value.measure(FixedModel(), rows, edges, batch_tokens=99)
+    assert bars == [(2, "held-out"), 2]
+    assert {agent: row["n"] for agent, row in report.items()} == {"A": 2, "B": 1}
+    assert report["A"]["rmse"] == pytest.approx(math.sqrt(0.25**2 / 2))
+    assert report["B"]["rmse"] == 0.5
+
+
+def test_training_is_described_by_its_sizes():
+    model = SimpleNamespace(
+        trained_parameters=lambda: {"a": torch.zeros(40, 50), "b": torch.zeros(3)}
+    )
+    rows = [Row([1, 2, 3], [1, 2], [0.0, 1.0], []), Row([1, 2, 4], [2], [1.0], [])]
+    labels = SimpleNamespace(records={"train": [{}, {}, {}, {}, {}]})
+    assert train_value.describe_training(model, rows, labels, [None] * 7) == (
+        "3 labelled states of 5 problems in 2 rows; 7 held-out states\n"
+        "6 tokens an epoch (1.50 times the distinct ones)\n"
+        "2,003 trained parameters"
+    )
+
+
+def test_peak_memory_is_in_gibibytes(monkeypatch):
+    usage = SimpleNamespace(ru_maxrss=5 * 2**19)  # KiB
+    monkeypatch.setattr(train_value.resource, "getrusage", lambda who: usage)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7 * 2**29)
+    assert train_value.peak_memory("cpu") == "2.5 GiB of the process"
+    assert train_value.peak_memory("cuda:1") == "3.5 GiB allocated on the GPU"
+
+
+def test_all_settings_of_the_weights_are_recorded(records, monkeypatch):
+    asked = []
+
+    def recorded_setting(*args):
+        asked.append(args)
+        return "the backbone"
+
+    monkeypatch.setattr(train_value, "backbone_setting", recorded_setting)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    of_splits = {"train": {"num": 1}, "heldout": {"num": 2}}
+    labels = train_value.Labels(CHAIN, of_splits, {"train": records[:1], "heldout": []}, {})
+    args = train_value.parse_args(["--backbone", "b", "--device", "cpu"])
+    model = SimpleNamespace(backbone="weights")
+
+    settings = train_value.value_settings(args, labels, model, Path("f"))
+    assert asked == [("b", "weights", Path("f"))]
+    assert settings == {
+        "target": "search",
+        "view": "full",
+        "loss": "huber",
+        "quantize": True,
+        "lora_rank": 16,
+        "lr": 2e-3,
+        "epochs": 2,
+        "label_weights": "equal",
+        "huber_delta": 1.0,
+        "train_batch_tokens": 4096,
+        "seed": args.seed,
+        "dtype": "float32",
+        "backbone": "the backbone",
+        "processes": 3,
+        "graph": asdict(CHAIN),
+        "rendering": rendering_fingerprint(CHAIN, "full"),
+        "rollouts": {"num": 1},
+        "heldout_rollouts": {"num": 2},
+        "trees": train_value.trees_fingerprint(labels.records),
+    }
+
+
+def test_an_untrained_v_has_the_view_and_the_loss_of_the_flags():
+    argv = ["--view", "local", "--loss", "dist", "--lora-rank", "2", "--no-quantize"]
+    model = train_value.make_value_model(train_value.parse_args(argv), CHAIN, "cpu")
+    assert (model.view, model.loss, model.mas) == ("local", "dist", CHAIN)
+
+
+# ---- Several processes and checkpoints, without starting any -------------------------------------
+
+
+def test_gradients_of_all_processes_are_summed(monkeypatch):
+    """The other process has the gradients 10, 20, ...; a parameter may be unused in this one."""
+
+    def add_other_process(flat):
+        flat += 10 * torch.arange(1, len(flat) + 1)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_other_process)
+    used, unused = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1, 2))
+    used.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    train_value.sum_gradients({"used": used, "unused": unused})
+    assert used.grad.tolist() == [[11.0, 22.0], [33.0, 44.0]]
+    assert unused.grad.tolist() == [[50.0, 60.0]]
+
+
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda:1", "nccl")])
+def test_processes_wait_a_day_for_each_other(monkeypatch, device, backend):
+    calls = []
+
+    def init_process_group(backend, *, timeout):
+        calls.append((backend, timeout.total_seconds()))
+
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    train_value.start_data_parallel(device)
+    chosen = [device] if device != "cpu" else []
+    assert calls == [*chosen, (backend, 24 * 60 * 60)]
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    torch.save({"epoch": Path("x"), "trained": {}}, tmp_path / "checkpoint.pt")
+    model = SimpleNamespace(backbone=SimpleNamespace(device="cpu"))
+    with pytest.raises(pickle.UnpicklingError):
+        train_value.load_checkpoint(tmp_path / "checkpoint.pt", model, None, None)
+
+
+def test_trees_that_fill_a_batch_exactly_share_it():
+    rows = [Row([1] * 5, [4], [0.0], [(problem_id, "A")]) for problem_id in "aabb"]
+    lengths = [5] * 4
+    [batch] = train_value.whole_tree_batches(rows, lengths, 20, seeded(0))
+    assert sorted(batch) == [0, 1, 2, 3]
+    batches = train_value.whole_tree_batches(rows, lengths, 19, seeded(0))
+    assert sorted(map(sorted, batches)) == [[0, 1], [2, 3]]
