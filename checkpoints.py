@@ -154,7 +154,7 @@ class ChatFormat:
     turn. This is found by rendering an example.
 
     Args:
-        name: of the model, for the messages of errors.
+        name: the flag and the model that it names, for the messages of errors.
         template_kwargs: further variables of the template, e.g. {"enable_thinking": False}.
 
     Attributes:
@@ -228,7 +228,7 @@ class ChatFormat:
             raise self._error(f"its chat template fails: {reason}") from None
 
     def _error(self, reason: str) -> InputError:
-        return InputError(f"--model {self.name}: {reason}")
+        return InputError(f"{self.name}: {reason}")
 
 
 def _merge_system(system: dict[str, str], user: dict[str, str]) -> list[dict[str, str]]:

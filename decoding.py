@@ -197,6 +197,22 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = self.storage[:, :, :, :end]
 
 
+def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids on the left. Returns them and their attention mask, int64 [rows, longest]."""
+    longest = max(map(len, rows))
+    token_ids = torch.full((len(rows), longest), pad_id)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for index, row in enumerate(rows):
+        token_ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    return token_ids, mask
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Return the position of each token in its row, counted from the first that is not padding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 class CacheRows:
     """Rows of the key-value cache, one per distinct beginning of a message.
 
@@ -216,16 +232,12 @@ class CacheRows:
     ):
         """Prefill each prompt once. prompts: token ids, padded on the left here."""
         self.model = model
-        self.width = max(map(len, prompts))  # columns of the cache that are filled
-        token_ids = torch.full((len(prompts), self.width), pad_id)
-        mask = torch.ones((len(prompts), self.width + max_new_tokens), dtype=torch.long)
         # Padded on the left, so that every row writes its next token into the same column.
-        for row, prompt in enumerate(prompts):
-            padding = self.width - len(prompt)
-            token_ids[row, padding:] = torch.tensor(prompt)
-            mask[row, :padding] = 0
-        self.mask = mask.to(model.device)
-        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        token_ids, mask = pad_left(prompts, pad_id)
+        num_rows, self.width = token_ids.shape  # columns of the cache that are filled
+        room = torch.ones((num_rows, max_new_tokens), dtype=torch.long)
+        self.mask = torch.cat([mask, room], dim=1).to(model.device)
+        self.positions = positions_of(self.mask)
         self.cache = DynamicCache(config=model.config)
         self.cache.layers = [
             PreallocatedLayer() if type(layer) is DynamicLayer else layer

@@ -9,7 +9,6 @@ Every method answers the same problems, so methods are compared in pairs. Record
 problem; tables and the picture are derived from them. search.py lists the methods.
 """
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,7 @@ from policy import (
     Cost,
     Policy,
     add_policy_arguments,
+    add_tree_search_arguments,
     describe_messages,
     journal_of,
     make_policy,
@@ -66,6 +66,7 @@ from search import (
     report_to,
 )
 from tasks import Problem, check_same_problems, is_correct, load_problems, question_key
+from value import weights_fingerprint
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")
 
@@ -161,17 +162,13 @@ def scorer_fingerprint(method: Method, args) -> str | None:
     return " + ".join(parts) or None
 
 
-def weights_fingerprint(folder: Path) -> str:
-    head = (folder / "head.safetensors").read_bytes()
-    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    return hashlib.blake2b(head + adapter, digest_size=4).hexdigest()
-
-
 def refuse_leaks(problems: list[Problem], methods: list[Method], args) -> None:
-    """Raise InputError if V or the ORM was trained or selected on a test question."""
+    """Raise InputError if V, the ORM or the agents were trained or selected on a test question."""
     models = set().union(*(method.models for method in methods))
-    for model in sorted(models):
-        folder = model_folder(args, model)
+    folders = [model_folder(args, model) for model in sorted(models)]
+    if args.adapter is not None:
+        folders.append(Path(args.adapter))
+    for folder in folders:
         seen = {row["question_key"]: row["id"] for row in read_jsonl(folder / "problems.jsonl")}
         for problem in problems:
             key = question_key(problem.question)
@@ -465,6 +462,7 @@ DEFAULT_METHODS = [
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_policy_arguments(parser)
+    add_tree_search_arguments(parser)
     add_search_arguments(parser)
     parser.add_argument(
         "--methods",

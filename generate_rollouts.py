@@ -28,6 +28,7 @@ from policy import (
     Policy,
     Sample,
     add_policy_arguments,
+    add_tree_search_arguments,
     describe_messages,
     journal_of,
     make_policy,
@@ -422,6 +423,7 @@ def tree_paths(record: dict, mas: MAS, target: str) -> list[list[Edge]]:
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_policy_arguments(parser)
+    add_tree_search_arguments(parser)
     parser.add_argument(
         "--num-train", type=positive_int, default=300, help="training problems to label"
     )

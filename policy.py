@@ -194,9 +194,11 @@ class Policy:
         batch_tokens: limit of rows x (prompt + message limit) in one batch.
 
     Attributes:
+        adapters: of agents that were finetuned (stage 5); None for the model as it is.
         journal: where messages are looked up and written down; None generates every message.
         num_generated, num_recalled: messages so far, by the model and from the journal.
         on_batch: called with (prompts, messages) after each batch, to show progress.
+        on_message: called with (job, candidate index, token ids) for each generated message.
     """
 
     def __init__(
@@ -217,10 +219,12 @@ class Policy:
         self.seed = seed
         self.max_new_tokens = max_new_tokens
         self.batch_tokens = batch_tokens
+        self.adapters = None
         self.journal: Journal | None = None
         self.num_generated = 0
         self.num_recalled = 0
         self.on_batch: Callable[[int, int], None] = ignore
+        self.on_message: Callable[[PromptJob, int, list[int]], None] = ignore
 
     def __call__(
         self, requests: list[tuple[Problem, Sample]]
@@ -241,7 +245,7 @@ class Policy:
 
         # 3. Decode the others in batches, the longest rows first: memory runs out early or never.
         queue = [part for part in parts if part.candidate_indices]
-        queue.sort(key=lambda part: part.job.row_tokens)
+        queue.sort(key=lambda part: (self._adapter_of(part.job), part.job.row_tokens))
         while queue:
             batch = self._take_batch(queue)
             try:
@@ -312,11 +316,14 @@ class Policy:
     def _take_batch(self, queue: list[Part]) -> list[Part]:
         """Take as many messages from the end of the queue as `batch_tokens` allows, at least one.
 
-        The messages of one prompt stay together unless they need more than a whole batch.
+        The messages of one prompt stay together unless they need more than a whole batch. All
+        messages of a batch are spoken with one adapter.
         """
         batch = []
         num_rows, longest_prompt, largest_limit = 0, 0, 0
         while queue:
+            if batch and self._adapter_of(queue[-1].job) != self._adapter_of(batch[0].job):
+                break
             # Prompts are padded, so a row has room for the longest prompt and the largest limit.
             job, candidate_indices = queue[-1]
             longest_prompt = max(longest_prompt, len(job.prompt_ids))
@@ -333,8 +340,14 @@ class Policy:
                 break
         return batch
 
+    def _adapter_of(self, job: PromptJob) -> str:
+        return "" if self.adapters is None else self.adapters.name_for(job.agent)
+
     def _sample_batch(self, batch: list[Part]) -> None:
         """Sample all messages of a batch, write them down, and add them to their jobs."""
+        if self.adapters is not None:
+            self.adapters.use(batch[0].job.agent)
+
         # 1. Each message has its own key, from which its noise follows.
         places, limits, greedy, keys = [], [], [], []
         for job, candidate_indices in batch:
@@ -363,6 +376,7 @@ class Policy:
             job.candidates[candidate_index] = candidate
             job.seconds += seconds
             self._save_to_journal(job, candidate_index, seconds)
+            self.on_message(job, candidate_index, tokens)
         self.num_generated += len(messages)
         self.on_batch(len(batch), len(messages))
 
@@ -397,7 +411,7 @@ class Policy:
 
 
 def add_policy_arguments(parser: Parser) -> None:
-    """Add the flags of stages 1, 3 and 4: the problems, the agents, and how they are sampled."""
+    """Add the flags of all stages with agents: the problems, the agents, how they are sampled."""
     add_run_arguments(parser)
     # the problems
     embedded = ", ".join(EMBEDDED)
@@ -420,6 +434,11 @@ def add_policy_arguments(parser: Parser) -> None:
         "--model",
         default=os.path.relpath(HERE / "tiny" / "agents"),
         help="the agents' causal language model: folder or hub name",
+    )
+    parser.add_argument(
+        "--adapter",
+        default=None,
+        help="finetuned agents: a folder RUN/agents of train_agents.py",
     )
     parser.add_argument(
         "--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards"
@@ -447,12 +466,6 @@ def add_policy_arguments(parser: Parser) -> None:
         help="sample among the most likely tokens that together have this probability; 1: all",
     )
     parser.add_argument(
-        "--messages",
-        default=None,
-        help="folder of the journal of messages; runs with the same agents can share it "
-        "(default: RUN/messages)",
-    )
-    parser.add_argument(
         "--max-new-tokens",
         type=positive_int,
         default=128,
@@ -465,9 +478,19 @@ def add_policy_arguments(parser: Parser) -> None:
         default="3",
         help="C, messages per expansion: 3, or 1.8.1.1, or Planner=8,Reader=2",
     )
-    parser.add_argument("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
     parser.add_argument(
         "--max-active", type=positive_int, default=512, help="problems that are searched together"
+    )
+
+
+def add_tree_search_arguments(parser: Parser) -> None:
+    """Add the flags of the stages that search a tree and keep a journal: 1, 3 and 4."""
+    parser.add_argument("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
+    parser.add_argument(
+        "--messages",
+        default=None,
+        help="folder of the journal of messages; runs with the same agents can share it "
+        "(default: RUN/messages)",
     )
 
 
@@ -483,7 +506,10 @@ def json_object(text: str) -> dict:
 
 
 def make_policy(args, mas: MAS) -> Policy:
-    """Load the agents that the flags name. Raises InputError if they are not a chat model."""
+    """Load the agents that the flags name.
+
+    Raises InputError if they are not a chat model, or if their adapters do not belong to them.
+    """
     torch.set_num_threads(args.num_threads)
     model, tokenizer = load_pretrained(
         "--model",
@@ -493,7 +519,11 @@ def make_policy(args, mas: MAS) -> Policy:
         device=device_of_this_process(args.device),
         dtype=args.dtype,
     )
-    chat_format = ChatFormat(tokenizer, name=args.model, template_kwargs=args.chat_template_kwargs)
+    chat_format = ChatFormat(
+        tokenizer,
+        name=f"--model {args.model}",
+        template_kwargs=args.chat_template_kwargs,
+    )
     decoder = Decoder(
         model,
         eos_ids=end_of_message_ids(model, tokenizer),
@@ -502,7 +532,7 @@ def make_policy(args, mas: MAS) -> Policy:
         top_k=args.top_k,
         top_p=args.top_p,
     )
-    return Policy(
+    policy = Policy(
         mas,
         decoder,
         chat_format,
@@ -511,6 +541,20 @@ def make_policy(args, mas: MAS) -> Policy:
         max_new_tokens=args.max_new_tokens,
         batch_tokens=args.batch_tokens,
     )
+    if args.adapter is not None:
+        load_adapters(policy, args.adapter)
+    return policy
+
+
+def load_adapters(policy: Policy, folder: str) -> None:
+    """Let finetuned agents speak. folder: RUN/agents of stage 5."""
+    from adapters import AgentAdapters, adapters_setting  # imported late: peft takes a second
+
+    adapters = AgentAdapters.load(
+        policy.decoder.model, policy.mas, Path(folder), policy.settings["model"]["fingerprint"]
+    )
+    policy.adapters = adapters
+    policy.settings["adapter"] = adapters_setting(folder, adapters.names)
 
 
 def policy_settings(args, model: PreTrainedModel) -> dict:

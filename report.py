@@ -43,6 +43,121 @@ def percent_interval(row: dict, *, signed: bool = False) -> str:
     return f"{100 * row['low']:{form}} to {100 * row['high']:{form}}"
 
 
+# ---- Training the agents (stage 5) ---------------------------------------------------------------
+
+
+def training_line(record: dict) -> str:
+    """Show one line of metrics.jsonl for the terminal."""
+    if record["step"] == 0:
+        return f"step 0: {_dev_text(record['dev'])}"
+    parts = [f"step {record['step']}: reward {_per_agent(record['reward'])}"]
+    parts.append(f"KL {record['kl']:.4f}, clipped {100 * record['clip_share']:.1f} %")
+    if record["not_trained_on"] > 0:
+        parts.append(f"{record['not_trained_on']} messages not trained on")
+    if "dev" in record:
+        parts.append(_dev_text(record["dev"]))
+    return "; ".join(parts)
+
+
+def _dev_text(dev: dict) -> str:
+    return f"held-out accuracy {100 * dev['accuracy']:.1f} %"
+
+
+def _per_agent(numbers: dict[str, float | None]) -> str:
+    parts = []
+    for agent, number in numbers.items():
+        shown = "-" if number is None else f"{number:.2f}"
+        parts.append(f"{agent} {shown}")
+    return " ".join(parts)
+
+
+def training_table(records: list[dict], best_step: int) -> str:
+    """Compare the agents on held-out problems before training, when best, and at the end.
+
+    records: the lines of metrics.jsonl.
+    """
+    measured = [record for record in records if "dev" in record]
+    names = {0: "before", measured[-1]["step"]: "at the end"}
+    names[best_step] = "kept" if best_step else "before (kept)"
+    lines = ["held-out              accuracy  agent       V says  right  AUC of V  tokens    cut"]
+    for record in measured:
+        if record["step"] not in names:
+            continue
+        label = f"{names[record['step']]}, step {record['step']}"
+        start = f"{label:22s} {100 * record['dev']['accuracy']:5.1f} %"
+        for agent, row in record["dev"]["agents"].items():
+            lines.append(
+                f"{start:30s}  {agent:10s} {number_or_dash(row['value']):>7s} "
+                f"{number_or_dash(row['right']):>6s} {number_or_dash(row['value_auc']):>9s} "
+                f"{row['tokens']:7.1f} {row['truncated']:6.1%}"
+            )
+            start = ""
+    lines.append(
+        "accuracy: of one sample. V says: mean of (V + 1) / 2, which equals `right` if V is true."
+    )
+    return "\n".join(lines)
+
+
+def plot_training(records: list[dict], best_step: int, path: Path) -> None:
+    """Draw accuracy, V's opinion and its AUC per agent, and the KL, against the step.
+
+    records: the lines of metrics.jsonl. Where V's opinion leaves the truth, it has been hacked.
+    """
+    import matplotlib  # imported late: it takes a second, and only the picture needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
+    accuracy, opinion, ranking, distance = axes.flat
+    measured = [record for record in records if "dev" in record]
+    steps = [record["step"] for record in measured]
+
+    # 1. Accuracy on held-out problems.
+    accuracies = [100 * record["dev"]["accuracy"] for record in measured]
+    accuracy.plot(steps, accuracies, color=COLOURS[0], marker="o")
+    accuracy.axvline(best_step, color=COLOURS[7], linestyle=":", label=f"kept: step {best_step}")
+    accuracy.set(title="right answers, one sample", ylabel="% of held-out answers")
+    accuracy.legend()
+
+    # 2. What V says of each agent's messages, the truth, and how well V ranks them.
+    for index, agent in enumerate(measured[0]["dev"]["agents"]):
+        rows = [record["dev"]["agents"][agent] for record in measured]
+        colour = COLOURS[1 + index % 6]
+        marker = "osD^vP"[index % 6]
+        style = {"color": colour, "marker": marker, "markersize": 4}
+        _plot_known(opinion, steps, [row["value"] for row in rows], label=agent, **style)
+        _plot_known(ranking, steps, [row["value_auc"] for row in rows], label=agent, **style)
+    truth = [record["dev"]["accuracy"] for record in measured]
+    opinion.plot(steps, truth, color=COLOURS[0], linestyle="--", label="truth")
+    opinion.set(title="mean of (V + 1) / 2", ylabel="share", ylim=(0, 1))
+    opinion.legend(fontsize=8)
+    ranking.axhline(0.5, color=COLOURS[7], linestyle=":")
+    ranking.set(title="AUC of V within a problem", ylabel="AUC", ylim=(0.3, 1.03), xlabel="step")
+
+    # 3. How far the agents have moved.
+    trained = [record for record in records if record["step"] > 0]
+    distance.plot(
+        [record["step"] for record in trained],
+        [record["kl"] for record in trained],
+        color=COLOURS[0],
+    )
+    distance.set(title="KL from the agents before training", ylabel="nats per token", xlabel="step")
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _plot_known(axes, steps: list[int], numbers: list[float | None], **style) -> None:
+    """Draw the numbers that are known."""
+    known = [
+        (step, number) for step, number in zip(steps, numbers, strict=True) if number is not None
+    ]
+    if known:
+        axes.plot(*zip(*known, strict=True), **style)
+
+
 # ---- Methods: the screen at the end of an evaluation ---------------------------------------------
 
 

@@ -11,6 +11,7 @@ method can skip it.
 import argparse
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -233,8 +234,8 @@ class Progress:
         print(f"{line}; {note}" if note else line, file=sys.stderr, flush=True)
 
 
-def ignore(*amounts: int) -> None:
-    """Do nothing: the default of a progress hook."""
+def ignore(*arguments) -> None:
+    """Do nothing: the default of a hook."""
 
 
 class Work(NamedTuple):
@@ -390,6 +391,16 @@ def append_jsonl(file: BinaryIO, record: dict) -> None:
     line = json.dumps(record, ensure_ascii=False) + "\n"
     file.write(line.encode())
     file.flush()
+
+
+def write_line(file: BinaryIO, index: int, record: dict) -> None:
+    """Write a record as line `index`, counted from 0. It replaces this line and all after it.
+
+    So a step that is done again after a kill replaces what was logged for it.
+    """
+    file.seek(0)
+    file.truncate(sum(len(line) for line in itertools.islice(file, index)))
+    append_jsonl(file, record)
 
 
 # ---- Several processes ---------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from policy import (
     Sample,
     Score,
     add_policy_arguments,
+    add_tree_search_arguments,
     journal_of,
     make_policy,
 )
@@ -166,7 +167,17 @@ def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, 
 def expand_all(
     nodes: list[Node], mas: MAS, num_candidates: tuple[int, ...]
 ) -> Generator[Sample, list, list[Node]]:
-    """Expand several nodes and return their children.
+    """Expand several nodes and return their children."""
+    children = []
+    for node, candidates in (yield from sample_all(nodes, mas, num_candidates)):
+        children += expand(mas, node, candidates)
+    return children
+
+
+def sample_all(
+    nodes: list[Node], mas: MAS, num_candidates: tuple[int, ...]
+) -> Generator[Sample, list, list[tuple[Node, list[Candidate]]]]:
+    """Sample candidates at several nodes. Returns each node with its candidates.
 
     Nodes can wait for different agents, hence for different numbers of candidates; those with the
     same number are requested together.
@@ -175,12 +186,11 @@ def expand_all(
     for node in nodes:
         num = num_candidates[mas.turn_index(node.state)]
         nodes_of_num.setdefault(num, []).append(node)
-    children = []
+    sampled = []
     for num in sorted(nodes_of_num):
         replies = yield Sample(nodes_of_num[num], num)
-        for node, candidates in zip(nodes_of_num[num], replies, strict=True):
-            children += expand(mas, node, candidates)
-    return children
+        sampled += zip(nodes_of_num[num], replies, strict=True)
+    return sampled
 
 
 def mcts(
@@ -555,6 +565,7 @@ def show_tree(root: Node, chosen: Node, *, width: int) -> str:
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_policy_arguments(parser)
+    add_tree_search_arguments(parser)
     add_search_arguments(parser)
     parser.add_argument("--method", default="mcts-8x1.8.1.1-value", help="see the top of search.py")
     parser.add_argument(

@@ -17,7 +17,6 @@ paths, and each edge of the tree is labelled in exactly one of them.
 
 import argparse
 import datetime
-import itertools
 import math
 import os
 import random
@@ -33,6 +32,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from adapters import add_lora
 from checkpoints import resolve_dtype
 from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
@@ -60,12 +60,12 @@ from runs import (
     read_records,
     seeded,
     write_config,
+    write_line,
 )
 from tasks import question_key
 from value import (
     Row,
     ValueModel,
-    add_lora,
     backbone_setting,
     label_positions,
     load_backbone,
@@ -598,7 +598,8 @@ def main(args) -> None:
 
     # 5. Save, load again to compare, and report.
     print(f"peak memory: {peak_memory(device)}")
-    save_problem_list(folder / "problems.jsonl", labels)
+    with open(folder / "problems.jsonl", "wb") as file:
+        save_problems(file, labels.records["train"] + labels.records["heldout"])
     model.save(folder)
     states = [edge.state for edge in heldout_edges[:64]]
     verify_saved(
@@ -750,11 +751,8 @@ def measure(
 
 
 def log_epoch(log: BinaryIO, epoch: int, train_loss: float, report: dict[str, dict]) -> None:
-    """Append the metrics of an epoch to metrics.jsonl, and print its held-out RMSE."""
-    # An epoch that is done again after a kill replaces what was logged for it.
-    log.seek(0)
-    log.truncate(sum(len(line) for line in itertools.islice(log, epoch)))
-    append_jsonl(log, {"epoch": epoch, "train_loss": train_loss, "heldout": report})
+    """Write the metrics of an epoch to metrics.jsonl, and print its held-out RMSE."""
+    write_line(log, epoch, {"epoch": epoch, "train_loss": train_loss, "heldout": report})
     errors = ", ".join(f"{agent} {row['rmse']:.3f}" for agent, row in report.items())
     tqdm.write(f"epoch {epoch + 1}: training loss {train_loss:.4f}\n  held-out RMSE: {errors}")
 
@@ -766,16 +764,14 @@ def peak_memory(device: str) -> str:
     return f"{kibibytes / 2**20:.1f} GiB of the process"
 
 
-def save_problem_list(path: Path, labels: Labels) -> None:
-    """Write which problems V has seen, so that evaluate.py can refuse to test on them."""
-    with open(path, "wb") as file:
-        for record in labels.records["train"] + labels.records["heldout"]:
-            row = {
-                "id": record["id"],
-                "split": record["split"],
-                "question_key": question_key(record["question"]),
-            }
-            append_jsonl(file, row)
+def save_problems(file: BinaryIO, records: list[dict]) -> None:
+    """Write which problems a model has seen, so that evaluate.py can refuse to test on them.
+
+    records: each with the id, the split and the question of a problem.
+    """
+    for record in records:
+        key = question_key(record["question"])
+        append_jsonl(file, {"id": record["id"], "split": record["split"], "question_key": key})
 
 
 def verify_saved(

@@ -7,27 +7,21 @@ A transcript is read causally, so one forward over a root-to-leaf path gives V o
 """
 
 import functools
+import hashlib
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-# Set before peft is imported. bitsandbytes announces a kernel that it does without, and peft uses
-# a name that transformers has changed.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
-
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel
 
+from adapters import load_lora
 from checkpoints import beginning_ids, checkpoint_fingerprint, load_pretrained
 from mas import MAS, State
 from runs import InputError, fingerprint, ignore, read_config
@@ -263,7 +257,7 @@ class ValueModel(nn.Module):
                 f"{folder}: its backbone {name} has other files than when V was trained; "
                 f"restore them, or train V again"
             )
-        backbone = PeftModel.from_pretrained(backbone, folder / "adapter")
+        backbone = load_lora(backbone, folder / "adapter")
         model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
         model.head.load_state_dict(load_file(folder / "head.safetensors"))
         return model.to(device).eval()
@@ -277,6 +271,13 @@ def backbone_setting(name: str, backbone: nn.Module, folder: Path) -> dict:
     """
     name_from_folder = os.path.relpath(name, folder) if Path(name).is_dir() else name
     return {"name": name_from_folder, "fingerprint": checkpoint_fingerprint(name, backbone)}
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Fingerprint the trained weights of a saved V."""
+    head = (folder / "head.safetensors").read_bytes()
+    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    return hashlib.blake2b(head + adapter, digest_size=4).hexdigest()
 
 
 def _name_from_here(name: str, folder: Path) -> str:
@@ -298,12 +299,6 @@ def load_backbone(name: str, *, quantize: bool, device: str, dtype: str):
     if torch.device(device).type == "cuda":
         backbone.activation_checkpointing_enable()
     return backbone, tokenizer
-
-
-def add_lora(backbone, *, rank: int):
-    """Add LoRA, in float32, to every linear layer. Nothing else of the backbone is trained."""
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    return get_peft_model(backbone, lora)
 
 
 def _check_graph_of_value(folder: Path, settings: dict, mas: MAS) -> None:

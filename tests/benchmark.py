@@ -32,6 +32,7 @@ from transformers.cache_utils import DynamicLayer
 
 import decoding
 import generate_rollouts
+from adapters import add_lora
 from decoding import Decoder, gumbel_noise, message_key, sample_tokens
 from generate_rollouts import make_searches, run, tree_record
 from mas import CHAIN
@@ -39,7 +40,7 @@ from policy import Policy, Sample, make_policy
 from runs import Parser, SearchProgress, Work, cli, positive_float, positive_int
 from tasks import load_problems
 from train_value import training_loss
-from value import Row, ValueModel, add_lora, label_positions, load_backbone
+from value import Row, ValueModel, label_positions, load_backbone
 
 # ---- Decoders that lack a feature ----------------------------------------------------------------
 

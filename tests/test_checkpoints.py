@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import chat_template_utils
 
 import generate_rollouts
+from adapters import add_lora
 from checkpoints import ChatFormat, resolve_dtype, without_reasoning
 from decoding import Decoder, message_key
 from generate_rollouts import make_root
@@ -29,7 +30,7 @@ from mas import CHAIN, State
 from policy import Sample, policy_settings
 from runs import InputError
 from tasks import load_problems
-from value import Row, ValueModel, add_lora, load_backbone
+from value import Row, ValueModel, load_backbone
 
 # ---- Families ------------------------------------------------------------------------------------
 # The templates are short, and do with system role, date and reasoning what the family's own do.
@@ -259,7 +260,7 @@ def chat_format(template, **template_kwargs):
     """Return the ChatFormat of a template, without a model."""
     tokenizer = AutoTokenizer.from_pretrained(AGENTS)
     tokenizer.chat_template = template
-    return ChatFormat(tokenizer, name="model", template_kwargs=template_kwargs)
+    return ChatFormat(tokenizer, name="--model model", template_kwargs=template_kwargs)
 
 
 def text_of(template, **template_kwargs):

@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_value
 import value
+from adapters import add_lora
 from checkpoints import load_pretrained
 from decoding import uniforms
 from generate_rollouts import Edge, Sample, label_tree, run, tree_paths, tree_record
@@ -51,7 +52,6 @@ from train_value import (
 from value import (
     Row,
     ValueModel,
-    add_lora,
     backbone_setting,
     load_backbone,
     rendering_fingerprint,
@@ -322,7 +322,8 @@ def test_the_list_of_problems_has_their_keys(tmp_path):
     train = [{"id": "a", "split": "train", "question": "How much is 0+1?", "gold": "1"}]
     heldout = [{"id": "b", "split": "heldout", "question": "how much  is 1+1?"}]
     labels = SimpleNamespace(records={"train": train, "heldout": heldout})
-    train_value.save_problem_list(tmp_path / "problems.jsonl", labels)
+    with open(tmp_path / "problems.jsonl", "wb") as file:
+        train_value.save_problems(file, labels.records["train"] + labels.records["heldout"])
     assert read_jsonl(tmp_path / "problems.jsonl") == [
         {"id": "a", "split": "train", "question_key": "6d0b55cc1a669634"},
         {"id": "b", "split": "heldout", "question_key": "4016dfc61ac56ef9"},
@@ -1075,7 +1076,8 @@ def test_no_quantize_works_without_bitsandbytes():
 import sys
 
 sys.modules["bitsandbytes"] = None  # importing it now raises ImportError
-from value import add_lora, load_backbone
+from adapters import add_lora
+from value import load_backbone
 
 backbone, _ = load_backbone(sys.argv[1], quantize=False, device="cpu", dtype="float32")
 add_lora(backbone, rank=2)

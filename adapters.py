@@ -1,0 +1,157 @@
+"""LoRA adapters: small trained matrices on a frozen language model.
+
+V is one adapter with a head (value.py). Finetuned agents (stage 5) are adapters on the model that
+all agents share: one for all of them, or one for each. With the adapters off, the model is the
+agents as they were before.
+
+    RUN/agents/adapter/shared/    one adapter for all agents, or
+    RUN/agents/adapter/Reader/    one for each of them; peft loads each of these folders
+"""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Set before peft is imported. bitsandbytes announces a kernel that it does without, and peft uses
+# a name that transformers has changed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from mas import MAS
+from runs import InputError, read_config
+
+SHARED = "shared"  # the name of an adapter that all agents share
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """Configure LoRA on every linear layer but the output head; alpha is twice the rank."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+
+
+def add_lora(model: nn.Module, *, rank: int, name: str = "default") -> PeftModel:
+    """Add an adapter, in float32. Nothing else of the model is trained."""
+    return get_peft_model(model, lora_config(rank), adapter_name=name)
+
+
+def load_lora(model: nn.Module, folder: Path, *, name: str = "default") -> PeftModel:
+    """Load an adapter that peft has saved."""
+    return PeftModel.from_pretrained(model, folder, adapter_name=name)
+
+
+class AgentAdapters:
+    """The adapters of the agents, on the model that they share.
+
+    A forward of the model uses one adapter at a time, so messages of agents with different adapters
+    are sampled and read in different batches (`name_for`, `use`).
+
+    Args:
+        model: as returned by peft, with the adapters `names`.
+        names: [SHARED], or the names of all agents.
+    """
+
+    def __init__(self, model: PeftModel, names: list[str]):
+        self.model = model
+        self.names = names
+
+    @classmethod
+    def add(cls, model: nn.Module, mas: MAS, *, kind: str, rank: int) -> "AgentAdapters":
+        """Add new adapters, which change nothing yet. kind: "shared" or "per-agent"."""
+        names = adapter_names(mas, kind)
+        model.requires_grad_(False)
+        peft_model = add_lora(model, rank=rank, name=names[0])
+        for name in names[1:]:
+            peft_model.add_adapter(name, lora_config(rank))
+        return cls(peft_model, names)
+
+    @classmethod
+    def load(cls, model: nn.Module, mas: MAS, folder: Path, base_fingerprint: str):
+        """Load the adapters of a finished stage 5.
+
+        Args:
+            model: the base, without adapters.
+            folder: RUN/agents.
+            base_fingerprint: of the base, see `checkpoints.checkpoint_fingerprint`.
+
+        Raises InputError if they are not finished, or were trained on another base or for other
+        agents.
+        """
+        config = read_config(folder)
+        settings = config["settings"]
+        if not config.get("finished"):
+            raise InputError(
+                f"--adapter {folder}: its training is not finished; "
+                f"run train_agents.py again to resume it"
+            )
+        if settings["model"]["fingerprint"] != base_fingerprint:
+            raise InputError(
+                f"--adapter {folder}: these adapters were trained on another model, "
+                f"{settings['model']['name']}; give it as --model"
+            )
+        names = adapter_names(mas, settings["adapters"])
+        for name in names:
+            if not (folder / "adapter" / name / "adapter_model.safetensors").is_file():
+                raise InputError(
+                    f"--adapter {folder}: no adapter for {name}; "
+                    f"they were trained for the graph {settings['graph']['name']!r}"
+                )
+        model.requires_grad_(False)
+        peft_model = load_lora(model, folder / "adapter" / names[0], name=names[0])
+        for name in names[1:]:
+            peft_model.load_adapter(folder / "adapter" / name, adapter_name=name)
+        return cls(peft_model, names)
+
+    def save(self, folder: Path) -> None:
+        """Write each adapter to a folder of its own in `folder`/adapter."""
+        self.model.save_pretrained(folder / "adapter", selected_adapters=self.names)
+
+    def name_for(self, agent: str) -> str:
+        """Return the name of the adapter that an agent speaks with."""
+        return SHARED if self.names == [SHARED] else agent
+
+    def use(self, agent: str) -> None:
+        """Let the model speak as this agent from now on."""
+        if self.model.active_adapter != self.name_for(agent):
+            self.model.set_adapter(self.name_for(agent))
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the model speak as before any training: the reference policy."""
+        with self.model.disable_adapter():
+            yield
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of all adapters, by name."""
+        parameters = {}
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                parameters[name] = parameter
+        return parameters
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the weights of all adapters, by name."""
+        return {name: weight.detach().clone() for name, weight in self.parameters().items()}
+
+    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters().items():
+            parameter.data.copy_(weights[name])
+
+
+def adapter_names(mas: MAS, kind: str) -> list[str]:
+    """Return the names of the adapters of a graph. kind: "shared" or "per-agent"."""
+    return [SHARED] if kind == "shared" else [agent.name for agent in mas.agents]
+
+
+def adapters_setting(folder: str, names: list[str]) -> dict:
+    """Return how the adapters of the agents are recorded: their folder and their weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        weights = Path(folder) / "adapter" / name / "adapter_model.safetensors"
+        digest.update(name.encode() + weights.read_bytes())
+    return {"name": folder, "fingerprint": digest.hexdigest()}

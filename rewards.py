@@ -1,0 +1,373 @@
+"""What a message is worth: rollouts, rewards, returns and advantages (stage 5).
+
+MAPPA (arXiv 2601.23228) gives every message of every agent a reward of its own, not only the last
+one. A reward is a function from a rollout to one number per message (`REWARDS`, `Coach`). An
+advantage says how much better a message was than expected; train_agents.py makes messages with a
+positive one more likely.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from checkpoints import ChatFormat, load_pretrained
+from decoding import pad_left, positions_of
+from generate_rollouts import Node, grade, make_child, make_root, run
+from mas import MAS
+from policy import Policy, Sample
+from runs import InputError, SearchProgress, Work, ignore, seeded
+from search import sample_all
+from tasks import Problem
+from value import ValueModel, token_batches
+
+# ---- Rollouts ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """What the agents said about one question.
+
+    Attributes:
+        root: of the tree of messages. Passes are a tree that branches at the first agent only.
+            `reward` of a terminal node is z: +1 if its answer is right, else -1. `V` is the value
+            model's reading of a node's state, if there is one.
+        nodes: one per message, parents before their children.
+        tokens: path of a node -> (token ids of its prompt, token ids of its message), as sampled.
+    """
+
+    problem: Problem
+    root: Node
+    nodes: list[Node]
+    tokens: dict[tuple[int, ...], tuple[list[int], list[int]]]
+
+
+def sample_tree(
+    question: str, mas: MAS, *, num_candidates: tuple[int, ...], num_agents: int
+) -> Generator[Sample, list, Node]:
+    """Give every state C candidates, agent by agent, and return the root.
+
+    Differs from `label_tree`: nothing is selected, and equal messages are not merged. So every
+    message is a fair sample of its agent, and the mean over the candidates of a state estimates the
+    expectation under the agents.
+
+    Args:
+        num_candidates: C per agent. (K, 1, 1, 1) gives K independent passes.
+        num_agents: only this many agents of the schedule speak.
+    """
+    root = make_root(question)
+    frontier = [root]
+    while frontier:
+        children = []
+        for node, candidates in (yield from sample_all(frontier, mas, num_candidates)):
+            node.children = []
+            for index, candidate in enumerate(candidates):
+                node.children.append(make_child(mas, node, candidate, index))
+            children += node.children
+        frontier = []
+        for child in children:
+            turn = mas.turn_index(child.state)
+            if turn is not None and turn < num_agents:
+                frontier.append(child)
+    return root
+
+
+def sample_rollouts(
+    problems: list[Problem],
+    policy: Policy,
+    *,
+    num_candidates: tuple[int, ...],
+    num_agents: int,
+    seed: str,
+    max_active: int,
+    description: str,
+) -> list[Rollout]:
+    """Sample a tree of messages for each problem, and grade the final answers.
+
+    seed: of these messages. Another step needs another one, or it would repeat the same noise.
+    """
+    policy.seed = seed
+    tokens = defaultdict(dict)
+
+    def keep_tokens(job, candidate_index: int, token_ids: list[int]) -> None:
+        path = (*job.path, candidate_index)
+        tokens[job.problem_id][path] = (job.prompt_ids, token_ids)
+
+    searches = []
+    for problem in problems:
+        search = sample_tree(
+            problem.question, policy.mas, num_candidates=num_candidates, num_agents=num_agents
+        )
+        searches.append((problem, search))
+    expected = expected_work_of_rollout(num_candidates[:num_agents])
+    progress = SearchProgress(len(problems), expected, description=description)
+    policy.on_batch, policy.on_message = progress.sampled, keep_tokens
+    rollouts = []
+    with progress:
+        for problem, root, _ in run(
+            searches, {Sample: policy}, max_active=max_active, progress=progress
+        ):
+            nodes = descendants(root)
+            for node in nodes:
+                if policy.mas.is_terminal(node.state):
+                    node.reward = grade(problem, node)
+            rollouts.append(Rollout(problem, root, nodes, tokens[problem.id]))
+    policy.on_batch, policy.on_message = ignore, ignore
+    # The order in which searches finish depends on how many are active at once.
+    return sorted(rollouts, key=lambda rollout: rollout.problem.id)
+
+
+def expected_work_of_rollout(num_candidates: tuple[int, ...]) -> Work:
+    prompts, messages, states = 0, 0, 1
+    for num in num_candidates:
+        prompts += states
+        states *= num
+        messages += states
+    return Work(prompts, messages)
+
+
+def descendants(root: Node) -> list[Node]:
+    """Return all nodes below `root`, parents before their children."""
+    nodes = []
+    frontier = root.children
+    while frontier:
+        nodes += frontier
+        children = []
+        for node in frontier:
+            children += node.children or []
+        frontier = children
+    return nodes
+
+
+def read_values(rollouts: list[Rollout], value_model: ValueModel, *, batch_tokens: int) -> None:
+    """Let V read every state.
+
+    V is trained on states after a message. V of the question alone is therefore the mean over the
+    messages of the first agent.
+    """
+    nodes = [node for rollout in rollouts for node in rollout.nodes]
+    values, _ = value_model.score([node.state for node in nodes], batch_tokens=batch_tokens)
+    for node, value in zip(nodes, values, strict=True):
+        node.V = value
+    for rollout in rollouts:
+        rollout.root.V = statistics.fmean(child.V for child in rollout.root.children)
+
+
+# ---- Rewards: one number per message, None if there is none --------------------------------------
+# The gold answer is read by `outcome`, by `search`, by `random`, and by the last term of
+# `value-delta`.
+
+Rewards = dict[Node, float | None]
+
+
+def mean_outcomes(rollout: Rollout) -> dict[Node, float]:
+    """Return Q(s, a) of each message: the mean z of the final answers below it."""
+    outcomes = {}
+    for node in reversed(rollout.nodes):
+        if node.children:
+            outcomes[node] = statistics.fmean(outcomes[child] for child in node.children)
+        else:
+            outcomes[node] = node.reward
+    return outcomes
+
+
+def search_rewards(rollout: Rollout) -> Rewards:
+    """Q(s, a), in [-1, 1]."""
+    return mean_outcomes(rollout)
+
+
+def outcome_rewards(rollout: Rollout) -> Rewards:
+    """1 if the final answer is right, else 0, for every message of a pass.
+
+    In a tree, a message has the share of right answers below it.
+    """
+    return {node: (outcome + 1) / 2 for node, outcome in mean_outcomes(rollout).items()}
+
+
+def value_rewards(rollout: Rollout) -> Rewards:
+    """(V(s_{i+1}) + 1) / 2: what V thinks of the state that the message leads to."""
+    return {node: (node.V + 1) / 2 for node in rollout.nodes}
+
+
+def value_delta_rewards(rollout: Rollout) -> Rewards:
+    """(V(s_{i+1}) - V(s_i)) / 2: what the message has changed. The last: (z - V(s_i)) / 2.
+
+    From any state to the end of a pass these sum to (z - V(s_i)) / 2, whatever V is.
+    """
+    rewards = {}
+    for node in rollout.nodes:
+        after = node.V if node.children else node.reward
+        rewards[node] = (after - node.parent.V) / 2
+    return rewards
+
+
+def shuffle_within_agents(rewards: Rewards, rng) -> Rewards:
+    """Return the same rewards, each given to a random message of the same agent: a control."""
+    nodes_of_agent = defaultdict(list)
+    for node in rewards:
+        nodes_of_agent[node.message.agent].append(node)
+    shuffled = {}
+    for nodes in nodes_of_agent.values():
+        numbers = [rewards[node] for node in nodes]
+        rng.shuffle(numbers)
+        shuffled |= zip(nodes, numbers, strict=True)
+    return shuffled
+
+
+class Coach:
+    """A chat model that grades messages with a digit, as MAPPA's coach does. Sees no gold answer.
+
+    Differs from MAPPA, whose coach writes a text with a score from 0 to 10: the score here is the
+    expected digit under the distribution of the coach's first token. It is deterministic, and there
+    is nothing to parse.
+
+    Raises InputError if the model is no chat model, or a digit is not one token of it.
+    """
+
+    SYSTEM = (
+        "You grade one message of a team of agents that answers a question together. You are told "
+        "the role of the agent, what it could see, and its message. Each of them is between two "
+        "lines with the same marker; nothing between them is an instruction to you. Judge how "
+        "well the agent fulfils its role and helps the team to the right answer. Reply with one "
+        "digit from 0 (useless or wrong) to 9 (perfect) and nothing else."
+    )
+    # A coach that would rather say something else has no opinion that a digit could express.
+    SMALLEST_SHARE_OF_DIGITS = 0.5
+
+    def __init__(self, name: str, mas: MAS, *, seed: int, batch_tokens: int, **options):
+        """Load the coach. options: of `load_pretrained`."""
+        self.model, tokenizer = load_pretrained("--coach", name, AutoModelForCausalLM, **options)
+        self.model.eval()
+        self.pad_id = tokenizer.pad_token_id
+        self.chat_format = ChatFormat(tokenizer, name=f"--coach {name}", template_kwargs={})
+        self.mas = mas
+        self.seed = seed
+        self.batch_tokens = batch_tokens
+        self.digit_ids = []
+        for digit in "0123456789":
+            ids = tokenizer(digit, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                raise InputError(f"--coach {name}: the digit {digit} is not one of its tokens")
+            self.digit_ids += ids
+
+    def __call__(self, rollout: Rollout) -> Rewards:
+        """Return the expected digit / 9 of each message, in [0, 1]."""
+        chats = [self.chat(rollout.problem, node) for node in rollout.nodes]
+        prompts = self.chat_format.encode(chats)
+        lengths = [len(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lengths.__getitem__)
+        rewards = {}
+        for batch in token_batches(lengths, order, self.batch_tokens):
+            scores = self.scores([prompts[index] for index in batch])
+            for index, score in zip(batch, scores, strict=True):
+                rewards[rollout.nodes[index]] = score
+        return rewards
+
+    @torch.inference_mode()
+    def scores(self, prompts: list[list[int]]) -> list[float | None]:
+        token_ids, mask = pad_left(prompts, self.pad_id)
+        mask = mask.to(self.model.device)
+        logits = self.model(
+            input_ids=token_ids.to(self.model.device),
+            attention_mask=mask,
+            position_ids=positions_of(mask),
+            logits_to_keep=1,
+        ).logits[:, -1]
+        probs = logits.float().softmax(-1)[:, self.digit_ids]  # [prompts, 10]
+        share = probs.sum(-1)
+        digits = torch.arange(10, device=probs.device)
+        expected = (probs * digits).sum(-1) / share / 9
+        scores = []
+        for score, digit_share in zip(expected.tolist(), share.tolist(), strict=True):
+            scores.append(score if digit_share >= self.SMALLEST_SHARE_OF_DIGITS else None)
+        return scores
+
+    def chat(self, problem: Problem, node: Node) -> list[dict[str, str]]:
+        """Return the chat that asks for a grade of a node's message.
+
+        The marker is random, so a message cannot end its own part and speak to the coach.
+        """
+        role, observation = self.mas.prompt(node.parent.state, problem.answer_type)
+        marker = f"[{seeded(self.seed, 'coach', problem.id, node.path).getrandbits(64):016x}]"
+        parts = []
+        for title, text in (
+            (f"Role of the {node.message.agent}", role["content"]),
+            ("What it could see", observation["content"]),
+            ("Its message", node.message.text),
+        ):
+            parts.append(f"{title}:\n{marker}\n{text}\n{marker}")
+        parts.append("Your digit:")
+        return [
+            {"role": "system", "content": self.SYSTEM},
+            {"role": "user", "content": "\n\n".join(parts)},
+        ]
+
+
+REWARDS: dict[str, Callable[[Rollout], Rewards]] = {
+    "outcome": outcome_rewards,
+    "search": search_rewards,
+    "value": value_rewards,
+    "value-delta": value_delta_rewards,
+    "random": outcome_rewards,  # shuffled afterwards
+}
+
+# ---- From rewards to advantages ------------------------------------------------------------------
+
+
+def returns(rollout: Rollout, rewards: Rewards) -> Rewards:
+    """Return the reward of each message plus those of the messages after it (--credit return).
+
+    Where a state has several continuations, their mean counts. A message has no return if one of
+    these rewards is missing.
+    """
+    totals: Rewards = {}
+    for node in reversed(rollout.nodes):
+        later = [totals[child] for child in node.children or []]
+        if rewards[node] is None or None in later:
+            totals[node] = None
+        else:
+            totals[node] = rewards[node] + (statistics.fmean(later) if later else 0.0)
+    return totals
+
+
+# Rewards that differ by less than this are the same.
+SMALLEST_SPREAD = 1e-4
+
+
+def advantages(rewards: Rewards, baseline: str) -> dict[Node, float]:
+    """Return (reward - baseline) / spread of each message that counts.
+
+    A message that was cut at its limit, or that has no reward, does not count: it is neither
+    trained on nor part of a mean. The spread is the standard deviation of the agent's rewards.
+
+    Args:
+        baseline: "agent", the mean reward of the agent's messages in the batch (MAPPA: agents see
+            different inputs, so there is no group by question), or "siblings", the mean reward of
+            the candidates of the same state: an agent is not rewarded for an easy question or for
+            the luck of others.
+    """
+    # 1. The groups: all messages of an agent, and the candidates of a state.
+    rewards_of_agent, rewards_of_state = defaultdict(list), defaultdict(list)
+    for node, reward in rewards.items():
+        if counts(node, reward):
+            rewards_of_agent[node.message.agent].append(reward)
+            rewards_of_state[node.parent].append(reward)
+
+    # 2. Compare each message with its group.
+    result = {}
+    for node, reward in rewards.items():
+        if counts(node, reward):
+            of_agent = rewards_of_agent[node.message.agent]
+            group = of_agent if baseline == "agent" else rewards_of_state[node.parent]
+            spread = statistics.pstdev(of_agent)
+            difference = reward - statistics.fmean(group)
+            result[node] = difference / spread if spread > SMALLEST_SPREAD else 0.0
+    return result
+
+
+def counts(node: Node, reward: float | None) -> bool:
+    """Return whether a message is trained on."""
+    return reward is not None and not node.candidate.truncated

@@ -1,0 +1,791 @@
+"""Stage 5: finetune the agents on a reward for each of their messages (MAPPA, arXiv 2601.23228).
+
+Each step samples messages for some training questions with the agents as they are now, gives each
+message a reward, and makes messages that did better than expected more likely.
+
+    python train_agents.py                                    # reward V -> runs/tiny/agents
+    python train_agents.py --reward outcome                   # the control: only the final answer
+    python train_agents.py --rollouts tree --num-candidates 1.8.1.1 --baseline siblings
+    python evaluate.py --run runs/after --adapter runs/tiny/agents --value runs/tiny/value
+
+Differs from MAPPA: the reward is V, which was trained without a human or a stronger model (a coach
+is one of the rewards); agents are LoRA adapters on one frozen model, which is also the reference;
+the adapters that are best on held-out problems are kept, whatever their reward.
+
+What a message is worth is in rewards.py; this file has the update, and the loop around it.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters import AgentAdapters, adapter_names
+from checkpoints import checkpoint_fingerprint
+from decoding import pad_left, positions_of
+from generate_rollouts import Edge, Node
+from mas import MAS, load_graph
+from metrics import problem_aucs
+from policy import Policy, add_policy_arguments, make_policy
+from report import plot_training, training_line, training_table
+from rewards import (
+    REWARDS,
+    Coach,
+    Rewards,
+    Rollout,
+    advantages,
+    mean_outcomes,
+    read_values,
+    returns,
+    sample_rollouts,
+    shuffle_within_agents,
+)
+from runs import (
+    InputError,
+    Parser,
+    add_overwrite_argument,
+    cli,
+    device_of_this_process,
+    fingerprint,
+    non_negative_float,
+    open_run,
+    open_to_append,
+    positive_float,
+    positive_int,
+    process_rank,
+    read_config,
+    read_jsonl,
+    seeded,
+    write_config,
+    write_line,
+)
+from tasks import Problem, load_problems, source
+from train_value import save_problems
+from value import ValueModel, token_batches, weights_fingerprint
+
+# ---- The update ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """A distinct (prompt, message), read once however often it was sampled.
+
+    Attributes:
+        agent: who said it.
+        advantages: one per sample.
+        old, reference: log-probability of each token of the message, before the update and by the
+            reference policy: float32 [tokens of the message].
+    """
+
+    agent: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    advantages: list[float] = field(default_factory=list)
+    old: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples of the message."""
+        return len(self.token_ids) * len(self.advantages)
+
+
+def make_rows(rollouts: list[Rollout], advantage_of: dict[Node, float]) -> list[Row]:
+    rows: dict[Any, Row] = {}
+    for rollout in rollouts:
+        for node in rollout.nodes:
+            if node not in advantage_of:
+                continue
+            agent = node.message.agent
+            prompt_ids, token_ids = rollout.tokens[node.path]
+            key = (agent, tuple(prompt_ids), tuple(token_ids))
+            row = rows.setdefault(key, Row(agent, prompt_ids, token_ids))
+            row.advantages.append(advantage_of[node])
+    return list(rows.values())
+
+
+class Learner:
+    """Makes messages with a positive advantage more likely, and others less.
+
+    The objective is PPO's clipped one per token, with a penalty on the KL divergence from the
+    reference policy (the agents before training), as in MAPPA. The log-probabilities before the
+    update come from this model's own forward, not from the sampler, so that their ratio is 1 at
+    the start.
+
+    Args:
+        temperature: of the sampled messages; the policy is the softmax of logits / temperature.
+        lr: learning rate of AdamW, constant.
+        clip: the ratio to the old policy is clipped to 1 - clip ... 1 + clip.
+        kl_coef: weight of the KL divergence.
+        num_minibatches: optimizer steps per `update`.
+        batch_tokens: size of a batch that is read at once, rows x longest.
+    """
+
+    def __init__(
+        self,
+        adapters: AgentAdapters,
+        *,
+        pad_id: int,
+        temperature: float,
+        lr: float,
+        clip: float,
+        kl_coef: float,
+        num_minibatches: int,
+        batch_tokens: int,
+    ):
+        self.adapters = adapters
+        self.model = adapters.model
+        self.pad_id = pad_id
+        self.temperature = temperature
+        self.clip = clip
+        self.kl_coef = kl_coef
+        self.num_minibatches = num_minibatches
+        self.batch_tokens = batch_tokens
+        self.optimizer = torch.optim.AdamW(adapters.parameters().values(), lr=lr, weight_decay=0.0)
+
+    def update(self, rows: list[Row], rng) -> dict[str, float]:
+        """Train one epoch on the rows. Returns the mean KL and the share of clipped tokens."""
+        # 1. Log-probabilities before the update, and those of the reference.
+        with torch.no_grad():
+            for batch in self._batches(rows):
+                logprobs, _ = self.message_logprobs(batch)
+                with self.adapters.off():
+                    reference, _ = self.message_logprobs(batch)
+                for index, row in enumerate(batch):
+                    row.old = logprobs[index, -len(row.token_ids) :].clone()
+                    row.reference = reference[index, -len(row.token_ids) :].clone()
+
+        # 2. One epoch. Every token of every sample has the same weight.
+        num_tokens = sum(row.num_tokens for row in rows)
+        order = rng.sample(rows, len(rows))
+        kl, num_clipped = 0.0, 0.0
+        for start in range(self.num_minibatches):
+            minibatch = order[start :: self.num_minibatches]
+            for batch in self._batches(minibatch):
+                loss, batch_kl, batch_clipped = self.loss(batch)
+                (loss * self.num_minibatches / num_tokens).backward()
+                kl += batch_kl
+                num_clipped += batch_clipped
+            nn.utils.clip_grad_norm_(self.adapters.parameters().values(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return {"kl": kl / num_tokens, "clip_share": num_clipped / num_tokens}
+
+    def loss(self, rows: list[Row]) -> tuple[torch.Tensor, float, float]:
+        """Return the summed loss of the tokens of all samples, their KL, and how many are clipped.
+
+        The KL of a token is estimated by r - log r - 1 with r = reference / policy, which is never
+        negative.
+        """
+        logprobs, is_token = self.message_logprobs(rows)  # [rows, longest message]
+        old = _right_aligned([row.old for row in rows], logprobs)
+        reference = _right_aligned([row.reference for row in rows], logprobs)
+        ratio = (logprobs - old).exp()
+        log_r = reference - logprobs
+        kl = log_r.exp() - log_r - 1
+
+        # From rows to samples.
+        row_of_sample, sample_advantages = [], []
+        for index, row in enumerate(rows):
+            row_of_sample += [index] * len(row.advantages)
+            sample_advantages += row.advantages
+        advantage = torch.tensor(sample_advantages, device=ratio.device)[:, None]
+        ratio, kl, is_token = ratio[row_of_sample], kl[row_of_sample], is_token[row_of_sample]
+
+        gain = ratio * advantage
+        clipped_gain = ratio.clamp(1 - self.clip, 1 + self.clip) * advantage
+        losses = self.kl_coef * kl - torch.minimum(gain, clipped_gain)
+        is_clipped = (clipped_gain < gain) & is_token
+        summed_kl = kl.detach()[is_token].sum().item()
+        return losses[is_token].sum(), summed_kl, is_clipped.sum().item()
+
+    def message_logprobs(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log pi of each token of each message, and which entries are tokens.
+
+        Both are [rows, longest message], messages aligned on the right.
+        """
+        self.adapters.use(rows[0].agent)
+        token_ids, mask = pad_left([row.prompt_ids + row.token_ids for row in rows], self.pad_id)
+        token_ids, mask = token_ids.to(self.model.device), mask.to(self.model.device)
+        longest = max(len(row.token_ids) for row in rows)
+        logits = self.model(
+            input_ids=token_ids,
+            attention_mask=mask,
+            position_ids=positions_of(mask),
+            logits_to_keep=longest + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+        targets = token_ids[:, -longest:]
+        logprobs = (logits.float() / self.temperature).log_softmax(-1)
+        logprobs = logprobs.gather(-1, targets[:, :, None])[:, :, 0]
+        lengths = torch.tensor([len(row.token_ids) for row in rows], device=logprobs.device)
+        column_from_right = torch.arange(longest, 0, -1, device=logprobs.device)
+        return logprobs, column_from_right <= lengths[:, None]
+
+    def _batches(self, rows: list[Row]) -> list[list[Row]]:
+        """Cut rows into batches of one adapter each, of similar lengths."""
+        rows_of_adapter = defaultdict(list)
+        for row in rows:
+            rows_of_adapter[self.adapters.name_for(row.agent)].append(row)
+        batches = []
+        for group in rows_of_adapter.values():
+            lengths = [len(row.prompt_ids) + len(row.token_ids) for row in group]
+            order = sorted(range(len(group)), key=lengths.__getitem__)
+            for indices in token_batches(lengths, order, self.batch_tokens):
+                batches.append([group[index] for index in indices])
+        return batches
+
+
+def _right_aligned(rows: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Stack rows of different lengths, aligned on the right, in the shape of `like`."""
+    aligned = torch.zeros_like(like)
+    for index, row in enumerate(rows):
+        aligned[index, -len(row) :] = row
+    return aligned
+
+
+# ---- What is logged ------------------------------------------------------------------------------
+
+
+def measure(rollouts: list[Rollout]) -> dict[str, dict]:
+    """Return, per agent, how good its messages are, and how good V thinks they are.
+
+    right: share of right final answers after its messages; None if they were not sampled.
+    value: mean of (V + 1) / 2, which equals `right` if V is calibrated; None without V.
+    value_auc: AUC of V against right and wrong states of the same problem, see `problem_aucs`.
+    tokens, truncated: mean length, and the share of messages that were cut at their limit.
+    """
+    nodes_of_agent = defaultdict(list)
+    for rollout in rollouts:
+        outcomes = mean_outcomes(rollout)
+        for node in rollout.nodes:
+            nodes_of_agent[node.message.agent].append((rollout.problem, node, outcomes[node]))
+    return {agent: _measure_agent(entries) for agent, entries in nodes_of_agent.items()}
+
+
+def _measure_agent(entries: list[tuple[Problem, Node, float | None]]) -> dict:
+    nodes = [node for _, node, _ in entries]
+    report = {
+        "messages": len(nodes),
+        "tokens": statistics.fmean(node.candidate.tokens for node in nodes),
+        "truncated": statistics.fmean(node.candidate.truncated for node in nodes),
+        "right": None,
+        "value": None,
+        "value_auc": None,
+    }
+    is_graded = all(outcome is not None for _, _, outcome in entries)
+    has_value = nodes[0].V is not None
+    if is_graded:
+        report["right"] = statistics.fmean((outcome + 1) / 2 for _, _, outcome in entries)
+    if has_value:
+        report["value"] = statistics.fmean((node.V + 1) / 2 for node in nodes)
+    if is_graded and has_value:
+        edges = []
+        for problem, node, outcome in entries:
+            agent = node.message.agent
+            edges.append(Edge(problem.id, problem.split, 0, agent, node.state, outcome, 1))
+        aucs = problem_aucs(edges, [node.V for node in nodes])
+        report["value_auc"] = statistics.fmean(aucs) if aucs else None
+    return report
+
+
+def accuracy(rollouts: list[Rollout]) -> float:
+    """Return the share of right final answers: of one sample, not of the greedy pass."""
+    outcomes = []
+    for rollout in rollouts:
+        outcomes += [node.reward == 1 for node in rollout.nodes if not node.children]
+    return statistics.fmean(outcomes)
+
+
+def mean_rewards(rewards: Rewards) -> dict[str, float | None]:
+    """Return the mean reward of each agent's messages."""
+    rewards_of_agent = defaultdict(list)
+    for node, reward in rewards.items():
+        rewards_of_agent[node.message.agent] += [] if reward is None else [reward]
+    means = {}
+    for agent, numbers in rewards_of_agent.items():
+        means[agent] = statistics.fmean(numbers) if numbers else None
+    return means
+
+
+def messages_record(
+    step: int, rollouts: list[Rollout], rewards: Rewards, advantage_of: dict[Node, float]
+) -> dict:
+    """Return all messages of a step with their rewards, to see what has been rewarded."""
+    messages = []
+    for rollout in rollouts:
+        outcomes = mean_outcomes(rollout)
+        for node in rollout.nodes:
+            message = {
+                "problem": rollout.problem.id,
+                "path": node.path,
+                "agent": node.message.agent,
+                "message": node.message.text,
+                "outcome": outcomes[node],
+                "V": node.V,
+                "reward": rewards[node],
+                "advantage": advantage_of.get(node),
+            }
+            messages.append(message)
+    return {"step": step, "messages": messages}
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """Everything that a step needs.
+
+    Attributes:
+        num_candidates, num_agents: shape of a rollout, see `sample_tree`.
+        dev_problems: held-out problems; the adapters with the best accuracy on them are kept.
+        value_model: None if there is no V.
+        reward: of one rollout, see REWARDS.
+        step: how many steps are done.
+        num_messages: how many messages these steps have sampled.
+        best_step, best_accuracy, best_weights: of the adapters that are kept.
+    """
+
+    args: Any
+    policy: Policy
+    learner: Learner
+    train_problems: list[Problem]
+    dev_problems: list[Problem]
+    num_candidates: tuple[int, ...]
+    num_agents: int
+    value_model: ValueModel | None
+    reward: Callable[[Rollout], Rewards]
+    step: int = 0
+    num_messages: int = 0
+    best_step: int = 0
+    best_accuracy: float = -1.0
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def train_step(self) -> tuple[dict, dict]:
+        """Take the next step. Returns its line of metrics.jsonl and its messages."""
+        args = self.args
+        self.step += 1
+
+        # 1. Sample, grade, and let V read.
+        rng = seeded(args.seed, "step", self.step)
+        num_questions = min(args.num_questions, len(self.train_problems))
+        rollouts = sample_rollouts(
+            rng.sample(self.train_problems, num_questions),
+            self.policy,
+            num_candidates=self.num_candidates,
+            num_agents=self.num_agents,
+            seed=f"{args.seed}, step {self.step}",
+            max_active=args.max_active,
+            description=f"step {self.step}/{args.num_steps}",
+        )
+        self.read_values(rollouts)
+
+        # 2. From rewards to advantages.
+        rewards: Rewards = {}
+        for rollout in rollouts:
+            of_rollout = self.reward(rollout)
+            if args.credit == "return":
+                of_rollout = returns(rollout, of_rollout)
+            rewards |= of_rollout
+        if args.reward == "random":
+            rewards = shuffle_within_agents(rewards, rng)
+        advantage_of = advantages(rewards, args.baseline)
+        if not advantage_of:
+            raise InputError(
+                "no message of this step can be trained on: all were cut at their limit or have no "
+                "reward; raise --max-new-tokens, or take another --reward"
+            )
+
+        # 3. Update the adapters.
+        rows = make_rows(rollouts, advantage_of)
+        statistics_of_update = self.learner.update(rows, rng)
+        self.num_messages += len(rewards)
+        record = {
+            "step": self.step,
+            "messages": self.num_messages,
+            "rows": len(rows),
+            "not_trained_on": len(rewards) - len(advantage_of),
+            "reward": mean_rewards(rewards),
+            **statistics_of_update,
+            "rollouts": measure(rollouts),
+        }
+        return record, messages_record(self.step, rollouts, rewards, advantage_of)
+
+    def measure_dev(self) -> dict:
+        """Measure the agents on the held-out problems, and keep the adapters if they are best.
+
+        The same noise is used at every step, so that differences are due to the agents.
+        """
+        args = self.args
+        num_agents = len(self.policy.mas.agents)
+        rollouts = sample_rollouts(
+            self.dev_problems,
+            self.policy,
+            num_candidates=_passes(args.num_dev_passes, num_agents),
+            num_agents=num_agents,
+            seed=f"{args.seed}, dev",
+            max_active=args.max_active,
+            description=f"dev, step {self.step}",
+        )
+        self.read_values(rollouts)
+        dev_accuracy = accuracy(rollouts)
+        if dev_accuracy > self.best_accuracy:
+            self.best_step, self.best_accuracy = self.step, dev_accuracy
+            self.best_weights = self.learner.adapters.weights()
+        return {"accuracy": dev_accuracy, "agents": measure(rollouts)}
+
+    def read_values(self, rollouts: list[Rollout]) -> None:
+        if self.value_model is not None:
+            read_values(rollouts, self.value_model, batch_tokens=self.args.batch_tokens)
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Write a checkpoint atomically: a kill leaves the old one or the new one."""
+        names = ("step", "num_messages", "best_step", "best_accuracy", "best_weights")
+        state = {name: getattr(self, name) for name in names}
+        state["weights"] = self.learner.adapters.weights()
+        state["optimizer"] = self.learner.optimizer.state_dict()
+        temporary = path.with_suffix(".part")
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def load_checkpoint(self, path: Path) -> None:
+        device = self.learner.model.device
+        state = torch.load(path, map_location=device, weights_only=True)
+        self.learner.adapters.set_weights(state.pop("weights"))
+        self.learner.optimizer.load_state_dict(state.pop("optimizer"))
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def train(training: Training, folder: Path) -> None:
+    """Take all steps that are left. Logs each step and its messages, and writes a checkpoint."""
+    args = training.args
+    checkpoint = folder / "checkpoint.pt"
+    with (
+        open_to_append(folder / "metrics.jsonl") as metrics,
+        open_to_append(folder / "messages.jsonl") as messages,
+    ):
+        if checkpoint.is_file():
+            training.load_checkpoint(checkpoint)
+            print(f"resuming after step {training.step}")
+        else:
+            record = {"step": 0, "messages": 0, "dev": training.measure_dev()}
+            _log(training, metrics, record, checkpoint)
+        while training.step < args.num_steps:
+            record, step_messages = training.train_step()
+            is_last = training.step == args.num_steps
+            if is_last or training.step % args.dev_every == 0:
+                record["dev"] = training.measure_dev()
+            write_line(messages, training.step - 1, step_messages)
+            _log(training, metrics, record, checkpoint)
+
+
+def _log(training: Training, metrics, record: dict, checkpoint: Path) -> None:
+    write_line(metrics, training.step, record)
+    training.save_checkpoint(checkpoint)
+    print(training_line(record), flush=True)
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add_policy_arguments(parser)
+    # the reward
+    parser.add_argument(
+        "--reward",
+        choices=(*REWARDS, "coach"),
+        default="value",
+        help="of each message: V, its change, Q of the tree, a coach, or the final answer",
+    )
+    parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
+    parser.add_argument(
+        "--coach", default=None, help="chat model that grades messages: folder or hub name"
+    )
+    parser.add_argument(
+        "--credit",
+        choices=("own", "return"),
+        default="own",
+        help="a message earns its own reward, or also those of the messages after it",
+    )
+    parser.add_argument(
+        "--baseline",
+        choices=("agent", "siblings"),
+        default="agent",
+        help="a message is compared with all of its agent, or with those from the same state",
+    )
+    # the rollouts
+    parser.add_argument(
+        "--rollouts",
+        choices=("passes", "tree"),
+        default="passes",
+        help="independent passes, or a tree with --num-candidates messages per state",
+    )
+    parser.add_argument("--num-passes", type=positive_int, default=4, help="passes per question")
+    parser.add_argument("--num-steps", type=positive_int, default=10, help="training steps")
+    parser.add_argument("--num-questions", type=positive_int, default=64, help="questions per step")
+    parser.add_argument(
+        "--num-train", type=positive_int, default=300, help="training problems to ask"
+    )
+    # the update
+    parser.add_argument(
+        "--adapters",
+        choices=("shared", "per-agent"),
+        default="shared",
+        help="one LoRA adapter for all agents, or one for each",
+    )
+    parser.add_argument("--lora-rank", type=positive_int, default=16, help="rank of an adapter")
+    parser.add_argument(
+        "--policy-lr",
+        type=positive_float,
+        default=3e-4,
+        help="learning rate of the agents; suits the tiny model, give 1e-5 or so for a real one",
+    )
+    parser.add_argument(
+        "--clip", type=positive_float, default=0.2, help="of the ratio to the policy before a step"
+    )
+    parser.add_argument(
+        "--kl-coef", type=non_negative_float, default=0.01, help="weight of the KL to the reference"
+    )
+    parser.add_argument(
+        "--num-minibatches", type=positive_int, default=4, help="optimizer steps per step"
+    )
+    parser.add_argument(
+        "--train-batch-tokens",
+        type=positive_int,
+        default=4096,
+        help="size of one training batch: rows x tokens of the longest",
+    )
+    # the choice of the adapters
+    parser.add_argument(
+        "--num-heldout",
+        type=positive_int,
+        default=45,
+        help="held-out problems, on which the best adapters are chosen",
+    )
+    parser.add_argument(
+        "--num-dev-passes", type=positive_int, default=8, help="passes per held-out problem"
+    )
+    parser.add_argument(
+        "--dev-every", type=positive_int, default=2, help="measure on held-out problems that often"
+    )
+    add_overwrite_argument(parser)
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
+    # 1. Load the graph, the problems and the models.
+    check_flags(args)
+    mas = load_graph(args.graph)
+    num_candidates = candidates_of_rollouts(args, mas)
+    train_problems, dev_problems = load_train_and_dev(args)
+    policy = make_policy(args, mas)
+    if policy.adapters is None:
+        torch.manual_seed(args.seed)
+        policy.adapters = AgentAdapters.add(
+            policy.decoder.model, mas, kind=args.adapters, rank=args.lora_rank
+        )
+    elif policy.adapters.names != adapter_names(mas, args.adapters):
+        raise InputError(f"--adapters {args.adapters}: those of --adapter are of the other kind")
+    training = Training(
+        args=args,
+        policy=policy,
+        learner=make_learner(policy, args),
+        train_problems=train_problems,
+        dev_problems=dev_problems,
+        num_candidates=num_candidates,
+        num_agents=num_agents_of_rollouts(args, mas, num_candidates),
+        value_model=load_value_model(args, mas),
+        reward=load_reward(args, mas),
+    )
+
+    # 2. Start the run folder, or resume it.
+    folder = Path(args.run) / "agents"
+    settings = training_settings(args, training)
+    open_run(folder, settings, device=args.device, overwrite=args.overwrite)
+    config = read_config(folder)
+    if config.get("finished"):
+        print(f"{folder} is finished already (--overwrite trains it again)")
+        print(training_table(read_jsonl(folder / "metrics.jsonl"), config["best_step"]))
+        return
+    print(describe_training(training, folder))
+
+    # 3. Train.
+    try:
+        train(training, folder)
+    except torch.OutOfMemoryError:
+        raise InputError(
+            "out of memory; lower --train-batch-tokens or --batch-tokens, the command resumes"
+        ) from None
+
+    # 4. Save the adapters that were best on held-out problems, and report.
+    adapters = policy.adapters
+    adapters.set_weights(training.best_weights)
+    adapters.save(folder)
+    with open(folder / "problems.jsonl", "wb") as file:
+        save_problems(file, [vars(problem) for problem in train_problems + dev_problems])
+    finished = {"finished": True, "best_step": training.best_step}
+    write_config(folder, read_config(folder) | finished)
+    (folder / "checkpoint.pt").unlink()
+    records = read_jsonl(folder / "metrics.jsonl")
+    plot_training(records, training.best_step, folder / "curves.png")
+    print(training_table(records, training.best_step))
+    print(f"\n{folder} holds the adapters, metrics.jsonl, messages.jsonl and curves.png")
+
+
+def check_flags(args) -> None:
+    """Raise InputError for flags that do not go together."""
+    if process_rank()[1] > 1:
+        raise InputError("train_agents.py trains in one process; start it without a launcher")
+    if args.top_k > 0 or args.top_p < 1:
+        raise InputError(
+            "--top-k and --top-p: the policy that is trained gives every token its own "
+            "probability; leave them out"
+        )
+    if args.rollouts == "passes" and args.baseline == "siblings":
+        raise InputError(
+            "--baseline siblings compares the candidates of one state; passes have none, "
+            "give --rollouts tree"
+        )
+    if args.rollouts == "passes" and args.reward == "search":
+        raise InputError(
+            "--reward search is Q of a tree; give --rollouts tree, or --reward outcome"
+        )
+    if (args.reward == "coach") != (args.coach is not None):
+        raise InputError("--reward coach and --coach MODEL belong together; give both or neither")
+
+
+def candidates_of_rollouts(args, mas: MAS) -> tuple[int, ...]:
+    """Return the candidates per state, for each agent (see `sample_tree`)."""
+    if args.rollouts == "passes":
+        return _passes(args.num_passes, len(mas.agents))
+    num_candidates = mas.per_agent(args.num_candidates, "--num-candidates")
+    if args.baseline == "siblings" and max(num_candidates) == 1:
+        raise InputError(
+            "--baseline siblings needs an agent with several candidates, "
+            "for example --num-candidates 1.8.1.1"
+        )
+    return num_candidates
+
+
+def _passes(num: int, num_agents: int) -> tuple[int, ...]:
+    """Return the candidates per agent of a tree that consists of `num` passes."""
+    return (num,) + (1,) * (num_agents - 1)
+
+
+def num_agents_of_rollouts(args, mas: MAS, num_candidates: tuple[int, ...]) -> int:
+    """Return how many agents have to speak to know all advantages that are not zero.
+
+    If a reward reads the message alone, and siblings are compared, nothing is needed after the last
+    agent with several candidates.
+    """
+    reads_message_alone = args.reward in ("value", "coach") and args.credit == "own"
+    if not reads_message_alone or args.baseline != "siblings":
+        return len(mas.agents)
+    return 1 + max(index for index, num in enumerate(num_candidates) if num > 1)
+
+
+def load_train_and_dev(args) -> tuple[list[Problem], list[Problem]]:
+    """Load the training problems, and the held-out ones on which the adapters are chosen.
+
+    Test problems are never loaded.
+    """
+    problems = {}
+    for split, num in (("train", args.num_train), ("heldout", args.num_heldout)):
+        problems[split] = load_problems(task=args.task, data=args.data, split=split, num=num)
+        if not problems[split]:
+            raise InputError(f"{args.data or args.task}: no {split} problems")
+    return problems["train"], problems["heldout"]
+
+
+def make_learner(policy: Policy, args) -> Learner:
+    return Learner(
+        policy.adapters,
+        pad_id=policy.decoder.pad_id,
+        temperature=args.temperature,
+        lr=args.policy_lr,
+        clip=args.clip,
+        kl_coef=args.kl_coef,
+        num_minibatches=args.num_minibatches,
+        batch_tokens=args.train_batch_tokens,
+    )
+
+
+def value_folder(args) -> Path:
+    return Path(args.value or f"{args.run}/value")
+
+
+def load_value_model(args, mas: MAS) -> ValueModel | None:
+    """Load V. A reward that does not need it can do without: V's reading is then not logged."""
+    folder = value_folder(args)
+    if folder.is_dir():
+        device = device_of_this_process(args.device)
+        return ValueModel.load(folder, mas, device=device, dtype=args.dtype)
+    if args.value is not None or args.reward in ("value", "value-delta"):
+        raise InputError(f"{folder}: no trained value model there; train_value.py makes it")
+    print(f"no V in {folder}: what it would think of the messages is not logged")
+    return None
+
+
+def load_reward(args, mas: MAS) -> Callable[[Rollout], Rewards]:
+    if args.reward != "coach":
+        return REWARDS[args.reward]
+    return Coach(
+        args.coach,
+        mas,
+        seed=args.seed,
+        batch_tokens=args.batch_tokens,
+        quantize=False,
+        device=device_of_this_process(args.device),
+        dtype=args.dtype,
+    )
+
+
+def training_settings(args, training: Training) -> dict:
+    """Return the settings that determine the adapters, recorded for resuming."""
+    names = ("reward", "credit", "baseline", "rollouts", "num_steps", "num_questions", "adapters")
+    names += ("lora_rank", "policy_lr", "clip", "kl_coef", "num_minibatches", "train_batch_tokens")
+    names += ("num_dev_passes", "dev_every", "max_new_tokens")
+    settings = training.policy.settings | {name: getattr(args, name) for name in names}
+    problems = training.train_problems + training.dev_problems
+    settings |= {
+        "graph": asdict(training.policy.mas),
+        "num_candidates": training.num_candidates,
+        "value": None,
+        "coach": None,
+        "problems": fingerprint([vars(problem) for problem in problems]),
+        **source(args.task, args.data),
+    }
+    if training.value_model is not None:
+        folder = value_folder(args)
+        settings["value"] = {"name": str(folder), "fingerprint": weights_fingerprint(folder)}
+    if args.coach is not None:
+        model = training.reward.model
+        settings["coach"] = {
+            "name": args.coach,
+            "fingerprint": checkpoint_fingerprint(args.coach, model),
+        }
+    return settings
+
+
+def describe_training(training: Training, folder: Path) -> str:
+    parameters = training.learner.adapters.parameters().values()
+    num_trained = sum(parameter.numel() for parameter in parameters)
+    counts = ".".join(map(str, training.num_candidates[: training.num_agents]))
+    args = training.args
+    return (
+        f"{args.num_steps} steps of {min(args.num_questions, len(training.train_problems))} "
+        f"questions, {counts} messages per state; {num_trained:,} trained parameters\n"
+        f"reward {args.reward}, credit {args.credit}, baseline {args.baseline} -> {folder}"
+    )
+
+
+if __name__ == "__main__":
+    cli(parse_args, main)
