@@ -105,7 +105,10 @@ class AgentAdapters:
         peft_model = load_lora(model, folder / "adapter" / names[0], name=names[0])
         for name in names[1:]:
             peft_model.load_adapter(folder / "adapter" / name, adapter_name=name)
-        return cls(peft_model, names)
+        adapters = cls(peft_model, names)
+        for parameter in adapters.parameters().values():
+            parameter.requires_grad_(True)  # peft loads adapters frozen; stage 5 may train on
+        return adapters
 
     def save(self, folder: Path) -> None:
         """Write each adapter to a folder of its own in `folder`/adapter."""

@@ -131,7 +131,7 @@ def models(tmp_path):
     """Flags that name a V trained on "Asked of V?" and an ORM trained on "Asked of the ORM?"."""
     make_model_folder(tmp_path / "value", b"v", ["Asked of V?", "Another of V?"])
     make_model_folder(tmp_path / "orm", b"o", ["Asked of the ORM?"])
-    return SimpleNamespace(run=tmp_path, value=None, orm=None)
+    return SimpleNamespace(run=tmp_path, value=None, orm=None, adapter=None)
 
 
 def method_named(name):

@@ -1,0 +1,700 @@
+"""Tests of stage 5: the update by hand, adapters, choosing and resuming, and a planted reward."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import AGENTS, make_tiny_policy
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import evaluate
+import generate_rollouts
+import search
+import train_agents
+from adapters import AgentAdapters
+from generate_rollouts import Node
+from mas import CHAIN, DEBATE, State
+from policy import Candidate, Sample
+from rewards import advantages, sample_rollouts
+from runs import HERE, InputError, read_config, read_jsonl, seeded
+from tasks import Problem, load_problems
+from train_agents import Learner, Row, Training, make_rows
+
+# ---- Pieces --------------------------------------------------------------------------------------
+
+
+def trained_policy(kind="shared"):
+    """Return the tiny agents with new adapters, which change nothing yet."""
+    policy = make_tiny_policy(CHAIN)
+    torch.manual_seed(0)
+    policy.adapters = AgentAdapters.add(policy.decoder.model, CHAIN, kind=kind, rank=8)
+    return policy
+
+
+def make_learner(policy, **changes):
+    settings = {"temperature": 1.0, "lr": 1e-3, "clip": 0.2, "kl_coef": 0.01}
+    settings |= {"num_minibatches": 1, "batch_tokens": 4096} | changes
+    return Learner(policy.adapters, pad_id=policy.decoder.pad_id, **settings)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """Agents whose adapters were never trained, and who are left as they are."""
+    return trained_policy()
+
+
+@pytest.fixture
+def learner(shared):
+    """Return a learner of agents that are as before when the test ends."""
+    weights = shared.adapters.weights()
+    yield make_learner(shared)
+    shared.adapters.set_weights(weights)
+
+
+def problems_of(split="train", num=2):
+    return load_problems(task="tiny", data=None, split=split, num=num)
+
+
+def rollouts_of(policy, *, counts=(2, 1, 1, 1), num_agents=4, num=2, seed="s"):
+    return sample_rollouts(
+        problems_of(num=num),
+        policy,
+        num_candidates=counts,
+        num_agents=num_agents,
+        seed=seed,
+        max_active=64,
+        description="",
+    )
+
+
+@pytest.fixture(scope="module")
+def rollouts(shared):
+    return rollouts_of(shared)
+
+
+def rows_of(rollouts, advantage=1.0):
+    nodes = [node for rollout in rollouts for node in rollout.nodes]
+    return make_rows(rollouts, dict.fromkeys(nodes, advantage))
+
+
+def logprobs_of(learner, rows):
+    """Return the summed log-probability of each message."""
+    with torch.no_grad():
+        logprobs, is_token = learner.message_logprobs(rows)
+    return (logprobs * is_token).sum(-1).tolist()
+
+
+def gradient_of(learner, rows):
+    """Return the gradient of the loss of these rows, as one vector."""
+    for row in rows:
+        with torch.no_grad():
+            logprobs, is_token = learner.message_logprobs([row])
+        row.old = row.reference = logprobs[0][is_token[0]]
+    learner.optimizer.zero_grad(set_to_none=True)
+    loss, _, _ = learner.loss(rows)
+    loss.backward()
+    parameters = learner.adapters.parameters().values()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    learner.optimizer.zero_grad(set_to_none=True)
+    return gradient
+
+
+# ---- Log-probabilities ---------------------------------------------------------------------------
+
+
+def test_before_training_the_ratio_to_the_sampler_is_1_and_the_kl_is_0(learner, rollouts):
+    """The forward that trains reads the same ids at the same places as the one that sampled."""
+    for rollout in rollouts:
+        for node in rollout.nodes:
+            row = Row(node.message.agent, *rollout.tokens[node.path])
+            [logprob] = logprobs_of(learner, [row])
+            assert logprob == pytest.approx(node.candidate.logprob, abs=1e-3)
+            assert len(row.token_ids) == node.candidate.tokens
+    statistics = learner.update(rows_of(rollouts), seeded(0))
+    assert statistics["kl"] == pytest.approx(0, abs=1e-6)
+    assert statistics["clip_share"] == 0
+
+
+def test_log_probabilities_do_not_depend_on_the_batch(learner, rollouts):
+    """Prompts and messages of different lengths are padded."""
+    rows = rows_of(rollouts)
+    together, is_token = learner.message_logprobs(rows)
+    assert is_token.sum(-1).tolist() == [len(row.token_ids) for row in rows]
+    for row, batched, mask in zip(rows, together, is_token, strict=True):
+        alone, _ = learner.message_logprobs([row])
+        torch.testing.assert_close(batched[mask], alone[0], atol=1e-5, rtol=0)
+
+
+def test_the_policy_is_the_softmax_at_the_sampling_temperature(shared, rollouts):
+    """By hand, from the model's own logits."""
+    [row, *_] = rows_of(rollouts)
+    learner = make_learner(shared, temperature=1.7)
+    logprobs, _ = learner.message_logprobs([row])
+    ids = torch.tensor([row.prompt_ids + row.token_ids])
+    logits = learner.model(input_ids=ids).logits[0]
+    for index, token in enumerate(row.token_ids):
+        at = len(row.prompt_ids) + index - 1
+        expected = (logits[at] / 1.7).log_softmax(-1)[token]
+        assert logprobs[0, index].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+# ---- The loss by hand ----------------------------------------------------------------------------
+
+
+def loss_by_hand(learner, monkeypatch, *, new, old, reference, advantages):
+    """Return the loss of one message whose tokens have these log-probabilities."""
+    row = Row("Reader", [1], [2] * len(new), list(advantages))
+    row.old, row.reference = torch.tensor(old), torch.tensor(reference)
+    logprobs = torch.tensor([new], requires_grad=True)
+    is_token = torch.ones(1, len(new), dtype=torch.bool)
+    monkeypatch.setattr(learner, "message_logprobs", lambda rows: (logprobs, is_token))
+    loss, kl, num_clipped = learner.loss([row])
+    return loss.item(), kl, num_clipped
+
+
+CLIPPED = [  # ratio, advantage, gain, clipped
+    (1.0, 2.0, 2.0, 0),
+    (1.1, 1.0, 1.1, 0),
+    (1.5, 1.0, 1.2, 1),  # no more to gain above 1 + clip
+    (0.5, 1.0, 0.5, 0),
+    (0.5, -1.0, -0.8, 1),  # no more to gain below 1 - clip
+    (1.5, -1.0, -1.5, 0),
+]
+
+
+@pytest.mark.parametrize("ratio, advantage, gain, clipped", CLIPPED)
+def test_the_clipped_objective_by_hand(learner, monkeypatch, ratio, advantage, gain, clipped):
+    new = [torch.tensor(ratio).log().item()]
+    loss, kl, num_clipped = loss_by_hand(
+        learner, monkeypatch, new=new, old=[0.0], reference=new, advantages=[advantage]
+    )
+    assert (loss, kl, num_clipped) == (pytest.approx(-gain, abs=1e-6), 0, clipped)
+
+
+def test_the_kl_penalty_by_hand(learner, monkeypatch):
+    """r - log r - 1 per token, with r = reference / policy, and never negative."""
+    new, reference = [-1.0, -2.0], [-1.5, -1.0]
+    loss, kl, _ = loss_by_hand(
+        learner, monkeypatch, new=new, old=new, reference=reference, advantages=[0.0]
+    )
+    log_r = torch.tensor(reference) - torch.tensor(new)
+    expected = (log_r.exp() - log_r - 1).sum().item()
+    assert kl == pytest.approx(expected)
+    assert loss == pytest.approx(0.01 * expected)
+    assert expected > 0
+
+
+def test_every_sample_of_a_row_counts_with_its_own_advantage(learner, monkeypatch):
+    """Clipping depends on the sign, so the mean advantage of equal messages would not do."""
+    new = [torch.tensor(1.5).log().item()]
+    loss, _, num_clipped = loss_by_hand(
+        learner, monkeypatch, new=new, old=[0.0], reference=new, advantages=[1.0, 1.0, -1.0]
+    )
+    assert loss == pytest.approx(-(1.2 + 1.2 - 1.5), abs=1e-6)
+    assert num_clipped == 2
+
+
+def test_equal_messages_are_read_once_and_weighted(learner, rollouts):
+    [row, *_] = rows_of(rollouts)
+
+    def copy_with(*advantages):
+        return Row(row.agent, row.prompt_ids, row.token_ids, list(advantages))
+
+    once = gradient_of(learner, [copy_with(1.0, 0.5)])
+    twice = gradient_of(learner, [copy_with(1.0), copy_with(0.5)])
+    torch.testing.assert_close(once, twice, atol=1e-5, rtol=1e-4)
+    assert once.abs().max() > 0
+
+
+def test_rows_are_distinct_messages_of_distinct_prompts(rollouts):
+    nodes = [node for rollout in rollouts for node in rollout.nodes]
+    doubled = copy.copy(rollouts[0])
+    rows = make_rows([*rollouts, doubled], {node: 1.0 for node in nodes})
+    alone = make_rows(rollouts, {node: 1.0 for node in nodes})
+    assert len(rows) == len(alone) <= len(nodes)
+    samples = sum(len(row.advantages) for row in rows)
+    assert samples == len(nodes) + len(rollouts[0].nodes)
+    kept = {(row.agent, tuple(row.prompt_ids), tuple(row.token_ids)) for row in rows}
+    assert len(kept) == len(rows)
+
+
+def test_every_token_of_every_sample_has_the_same_weight(shared, rollouts, monkeypatch):
+    """Token mean over the step, whatever the minibatches and batches are."""
+    rows = rows_of(rollouts)[:6]
+    learner = make_learner(shared, lr=1e-12, kl_coef=0.0, num_minibatches=1, batch_tokens=500)
+    steps = []
+    monkeypatch.setattr(learner.optimizer, "step", lambda: steps.append(gradient_now(learner)))
+    monkeypatch.setattr(train_agents.nn.utils, "clip_grad_norm_", lambda *args: None)
+    learner.update(rows, seeded(0))
+    expected = gradient_of(make_learner(shared, kl_coef=0.0), rows)
+    expected /= sum(len(row.token_ids) for row in rows)
+    torch.testing.assert_close(steps[0], expected, atol=1e-5, rtol=1e-3)
+
+    # With two minibatches, the mean of their gradients is the same.
+    steps.clear()
+    learner.num_minibatches = 2
+    learner.update(rows, seeded(0))
+    assert len(steps) == 2
+    torch.testing.assert_close((steps[0] + steps[1]) / 2, expected, atol=1e-5, rtol=1e-3)
+
+
+def gradient_now(learner):
+    parameters = learner.adapters.parameters().values()
+    return torch.cat([parameter.grad.flatten().clone() for parameter in parameters])
+
+
+def test_gradients_are_clipped_to_norm_1(shared, rollouts, monkeypatch):
+    learner = make_learner(shared)
+    norms = []
+    monkeypatch.setattr(
+        learner.optimizer, "step", lambda: norms.append(gradient_now(learner).norm().item())
+    )
+    learner.update(rows_of(rollouts, advantage=1e4), seeded(0))
+    assert norms == [pytest.approx(1.0, abs=1e-3)]
+
+
+# ---- What an update moves ------------------------------------------------------------------------
+
+
+def test_a_step_raises_messages_with_a_positive_advantage_and_lowers_the_others(learner, rollouts):
+    rows = [row for row in rows_of(rollouts) if row.agent == "Reader"][:2]
+    rows[0].advantages, rows[1].advantages = [1.0], [-1.0]
+    before = logprobs_of(learner, rows)
+    learner.update(rows, seeded(0))
+    after = logprobs_of(learner, rows)
+    assert after[0] > before[0] and after[1] < before[1]
+
+
+def test_masked_messages_move_nothing(shared, rollouts):
+    """A message that was cut gives no gradient, and changes none."""
+    [rollout, *_] = rollouts
+    rewards = {node: float(index) for index, node in enumerate(rollout.nodes)}
+    cut = rollout.nodes[0]
+    candidate = cut.candidate
+    cut.candidate = candidate._replace(truncated=True)
+    try:
+        with_cut = make_rows([rollout], advantages(rewards, "agent"))
+        del rewards[cut]
+        without = make_rows([rollout], advantages(rewards, "agent"))
+    finally:
+        cut.candidate = candidate
+    assert [vars(row) for row in with_cut] == [vars(row) for row in without]
+    assert tuple(rollout.tokens[cut.path][1]) not in {
+        tuple(row.token_ids) for row in with_cut if row.prompt_ids == rollout.tokens[cut.path][0]
+    }
+
+
+def test_neither_the_base_nor_v_is_moved_by_an_update():
+    policy = trained_policy()
+    model = policy.decoder.model
+    before = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name
+    }
+    learner = make_learner(policy)
+    rows = rows_of(rollouts_of(policy, num_agents=2))
+    learner.update(rows, seeded(0))
+    after = dict(model.named_parameters())
+    assert before and all(torch.equal(after[name], weight) for name, weight in before.items())
+    trained = {id(parameter) for parameter in policy.adapters.parameters().values()}
+    assert {id(p) for group in learner.optimizer.param_groups for p in group["params"]} == trained
+
+
+def test_with_per_agent_adapters_only_that_of_the_speaker_moves():
+    policy = trained_policy("per-agent")
+    learner = make_learner(policy)
+    rows = [row for row in rows_of(rollouts_of(policy, num_agents=2)) if row.agent == "Planner"]
+    before = policy.adapters.weights()
+    learner.update(rows, seeded(0))
+    after = policy.adapters.weights()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".Planner." in name for name in moved)
+    names = {name.split(".")[-2] for name in before}
+    assert names == {"Reader", "Planner", "Solver", "Verifier"}
+
+
+def test_agents_with_adapters_of_their_own_speak_with_them():
+    """Also when their messages are asked for together."""
+    policy = trained_policy("per-agent")
+    root = Node(State("What is 3 + 4?", ()), None, None, ())
+    problem = Problem("p", "train", "What is 3 + 4?", "7", "number")
+    planner = Node(CHAIN.step(root.state, "facts"), root, Candidate("facts", 1, 0.0, False), (0,))
+    request = [(problem, Sample([root], 1, True)), (problem, Sample([planner], 1, True))]
+
+    def texts():
+        return [reply[0][0].text for reply, _ in policy(request)]
+
+    before = texts()
+    weights = policy.adapters.weights()
+    noisy = {}
+    for name, weight in weights.items():
+        noisy[name] = torch.randn_like(weight) if ".Planner." in name else weight
+    policy.adapters.set_weights(noisy)
+    after = texts()
+    assert after[0] == before[0] and after[1] != before[1]
+    assert texts() == after
+
+
+def test_the_reference_is_the_model_with_its_adapters_off(learner, rollouts):
+    rows = rows_of(rollouts)[:2]
+    before = logprobs_of(learner, rows)
+    learner.adapters.set_weights(
+        {name: torch.randn_like(weight) for name, weight in learner.adapters.weights().items()}
+    )
+    assert logprobs_of(learner, rows) != pytest.approx(before, abs=1e-2)
+    with learner.adapters.off():
+        assert logprobs_of(learner, rows) == pytest.approx(before, abs=1e-4)
+    learner.update(rows, seeded(0))
+    with learner.adapters.off():
+        expected, is_token = learner.message_logprobs(rows)
+    for row, logprobs, mask in zip(rows, expected, is_token, strict=True):
+        torch.testing.assert_close(row.reference, logprobs[mask], atol=1e-4, rtol=0)
+
+
+# ---- It learns -----------------------------------------------------------------------------------
+
+
+def test_a_planted_reward_is_learnt():
+    """The Reader lists its facts in random order. Reward it for starting with the total."""
+    policy = trained_policy()
+    learner = make_learner(policy, lr=3e-3, num_minibatches=2)
+    problems = problems_of(num=24)
+    shares = []
+    for step in range(6):
+        rollouts = sample_rollouts(
+            problems[4 * step : 4 * step + 4],
+            policy,
+            num_candidates=(12, 1, 1, 1),
+            num_agents=1,
+            seed=f"step {step}",
+            max_active=64,
+            description="",
+        )
+        rewards = {}
+        for rollout in rollouts:
+            for node in rollout.nodes:
+                rewards[node] = float(node.message.text.startswith("Facts: total"))
+        shares.append(sum(rewards.values()) / len(rewards))
+        rows = make_rows(rollouts, advantages(rewards, "siblings"))
+        learner.update(rows, seeded(step))
+    assert shares[0] < 0.5
+    assert shares[-1] > 0.85
+
+
+# ---- Choosing the adapters -----------------------------------------------------------------------
+
+
+def training_with(monkeypatch, accuracies):
+    """Return a Training whose accuracy on held-out problems is given, and whose agents change."""
+    weights = iter(range(100))
+    adapters = SimpleNamespace(weights=lambda: {"w": next(weights)})
+    training = Training(
+        args=train_agents.parse_args([]),
+        policy=SimpleNamespace(mas=CHAIN),
+        learner=SimpleNamespace(adapters=adapters),
+        train_problems=[],
+        dev_problems=problems_of("heldout", 1),
+        num_candidates=(1, 1, 1, 1),
+        num_agents=4,
+        value_model=None,
+        reward=None,
+    )
+    given = iter(accuracies)
+    monkeypatch.setattr(train_agents, "sample_rollouts", lambda *args, **kwargs: [])
+    monkeypatch.setattr(train_agents, "accuracy", lambda rollouts: next(given))
+    return training
+
+
+def test_the_adapters_with_the_best_held_out_accuracy_are_kept(monkeypatch):
+    """Whatever the reward is; the first of equally good ones."""
+    training = training_with(monkeypatch, [0.3, 0.5, 0.4, 0.5])
+    kept = []
+    for step in range(4):
+        training.step = step
+        training.measure_dev()
+        kept.append((training.best_step, training.best_accuracy, dict(training.best_weights)))
+    assert kept[0] == (0, 0.3, {"w": 0})
+    assert kept[1:] == [(1, 0.5, {"w": 1})] * 3
+
+
+def test_accuracy_is_the_share_of_right_final_answers(duo):
+    root = Node(State("q", ()), None, None, ())
+    first = Node(duo.step(root.state, "a"), root, None, (0,))
+    leaves = [Node(duo.step(first.state, "b"), first, None, (0, index)) for index in range(4)]
+    first.children = leaves
+    for leaf, z in zip(leaves, [1.0, -1.0, -1.0, -1.0], strict=True):
+        leaf.reward = z
+    rollout = SimpleNamespace(nodes=[first, *leaves])
+    assert train_agents.accuracy([rollout]) == 0.25
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+SMALL = ["--device", "cpu", "--num-threads", "1", "--num-questions", "2", "--num-passes", "2"]
+SMALL += ["--num-train", "6", "--num-heldout", "2", "--num-dev-passes", "1", "--reward", "outcome"]
+SMALL += ["--policy-lr", "3e-3", "--dev-every", "1", "--num-steps", "3"]
+
+
+def run_stage(run, *flags):
+    train_agents.main(train_agents.parse_args(["--run", str(run), *SMALL, *flags]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return a run folder whose agents have been trained for three small steps."""
+    run = tmp_path_factory.mktemp("finished")
+    run_stage(run)
+    return run
+
+
+def test_the_folder_of_a_finished_run(finished):
+    folder = finished / "agents"
+    config = read_config(folder)
+    records = read_jsonl(folder / "metrics.jsonl")
+    assert config["finished"] and not (folder / "checkpoint.pt").exists()
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    accuracies = [record["dev"]["accuracy"] for record in records]
+    assert config["best_step"] == accuracies.index(max(accuracies))
+    assert [record["messages"] for record in records] == [0, 16, 32, 48]
+    steps = read_jsonl(folder / "messages.jsonl")
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert [len(step["messages"]) for step in steps] == [16, 16, 16]
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_only_training_problems_are_trained_on(finished):
+    seen = set()
+    for step in read_jsonl(finished / "agents" / "messages.jsonl"):
+        seen |= {message["problem"] for message in step["messages"]}
+    assert seen <= {problem.id for problem in problems_of("train", 6)}
+    rows = read_jsonl(finished / "agents" / "problems.jsonl")
+    assert {row["split"] for row in rows} == {"train", "heldout"}
+    assert len(rows) == 8
+
+
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch):
+    """Killed while it samples, and after a line was logged but before its checkpoint."""
+
+    class KillError(BaseException):
+        pass
+
+    def kill_at(step, name):
+        original = getattr(Training, name)
+
+        def until_killed(self, *args):
+            if self.step == step:
+                raise KillError
+            return original(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, name, until_killed)
+            with pytest.raises(KillError):
+                run_stage(tmp_path)
+
+    kill_at(1, "train_step")
+    kill_at(2, "save_checkpoint")
+    run_stage(tmp_path)
+    for name in ("metrics.jsonl", "messages.jsonl", "adapter/shared/adapter_model.safetensors"):
+        resumed, uninterrupted = tmp_path / "agents" / name, finished / "agents" / name
+        assert resumed.read_bytes() == uninterrupted.read_bytes(), name
+
+
+def test_a_finished_run_is_not_trained_again(finished, monkeypatch, capsys):
+    monkeypatch.setattr(train_agents, "train", None)
+    run_stage(finished)
+    output = capsys.readouterr().out
+    assert "is finished already" in output and "before" in output
+
+
+OTHER_SETTINGS = [
+    ["--reward", "random"],
+    ["--credit", "return"],
+    ["--rollouts", "tree"],
+    ["--num-passes", "3"],
+    ["--num-steps", "4"],
+    ["--num-questions", "1"],
+    ["--num-train", "5"],
+    ["--num-heldout", "1"],
+    ["--adapters", "per-agent"],
+    ["--lora-rank", "4"],
+    ["--policy-lr", "0.1"],
+    ["--clip", "0.1"],
+    ["--kl-coef", "0"],
+    ["--num-minibatches", "1"],
+    ["--num-dev-passes", "2"],
+    ["--dev-every", "2"],
+    ["--seed", "1"],
+    ["--temperature", "0.5"],
+]
+
+
+@pytest.mark.parametrize("flags", OTHER_SETTINGS, ids=" ".join)
+def test_another_setting_in_the_same_folder_is_refused(finished, flags):
+    with pytest.raises(InputError, match="another configuration"):
+        run_stage(finished, *flags)
+
+
+def test_saved_adapters_load_with_plain_peft(finished, rollouts):
+    """And give the log-probabilities of `--adapter`."""
+    folder = finished / "agents" / "adapter" / "shared"
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(AGENTS), folder)
+    policy = make_tiny_policy(CHAIN, adapter=finished / "agents")
+    rows = rows_of(rollouts)[:2]
+    ours = logprobs_of(make_learner(policy), rows)
+    for row, logprob in zip(rows, ours, strict=True):
+        logits = plain(input_ids=torch.tensor([row.prompt_ids + row.token_ids])).logits[0]
+        at = slice(len(row.prompt_ids) - 1, -1)
+        tokens = torch.tensor(row.token_ids)[:, None]
+        expected = logits[at].log_softmax(-1).gather(-1, tokens).sum()
+        assert logprob == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_the_kept_adapters_are_those_of_the_best_step(tmp_path, monkeypatch):
+    """Here the second: the weights after the last step are another set."""
+    given = iter([0.1, 0.2, 0.9, 0.3])
+    snapshots = []
+    monkeypatch.setattr(train_agents, "accuracy", lambda rollouts: next(given))
+    original = Training.save_checkpoint
+
+    def keep(self, path):
+        snapshots.append(self.learner.adapters.weights())
+        original(self, path)
+
+    monkeypatch.setattr(Training, "save_checkpoint", keep)
+    run_stage(tmp_path)
+    saved = load_file(tmp_path / "agents/adapter/shared/adapter_model.safetensors")
+    assert read_config(tmp_path / "agents")["best_step"] == 2
+    for name, weight in saved.items():
+        name = name.replace(".weight", ".shared.weight")
+        assert torch.equal(weight, snapshots[2][name])
+        differs = not torch.equal(snapshots[3][name], weight)
+        assert differs or "lora_A" in name
+
+
+def test_later_stages_use_the_adapters_and_record_them(finished, tmp_path):
+    base = make_tiny_policy(CHAIN)
+    trained = make_tiny_policy(CHAIN, adapter=finished / "agents")
+    assert "adapter" not in base.settings  # a journal of the base stays valid
+    recorded = trained.settings["adapter"]
+    assert recorded["name"] == str(finished / "agents") and len(recorded["fingerprint"]) == 32
+    for module in (generate_rollouts, search, evaluate):
+        assert module.parse_args(["--adapter", "x"]).adapter == "x"
+
+
+def test_other_weights_have_another_fingerprint(finished, tmp_path):
+    import shutil
+
+    copied = tmp_path / "agents"
+    shutil.copytree(finished / "agents", copied)
+    same = make_tiny_policy(CHAIN, adapter=copied).settings["adapter"]["fingerprint"]
+    weights = copied / "adapter/shared/adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    other = make_tiny_policy(CHAIN, adapter=copied).settings["adapter"]["fingerprint"]
+    original = make_tiny_policy(CHAIN, adapter=finished / "agents").settings["adapter"]
+    assert original["fingerprint"] == same != other
+
+
+def test_training_goes_on_from_given_adapters(finished, tmp_path):
+    """The loop: relabel with the new agents, a fresh V, and on with `--adapter`."""
+    args = train_agents.parse_args(["--run", str(tmp_path), *SMALL])
+    args.adapter = str(finished / "agents")
+    policy = train_agents.make_policy(args, CHAIN)
+    saved = load_file(finished / "agents/adapter/shared/adapter_model.safetensors")
+    for name, parameter in policy.adapters.parameters().items():
+        assert torch.equal(parameter, saved[name.replace(".shared", "")])
+        assert parameter.requires_grad
+    with pytest.raises(InputError, match="of the other kind"):
+        run_stage(tmp_path, "--adapter", str(finished / "agents"), "--adapters", "per-agent")
+
+
+def test_test_questions_that_the_agents_were_trained_on_are_refused(finished):
+    args = SimpleNamespace(value=None, orm=None, run="r", adapter=str(finished / "agents"))
+    fresh = load_problems(task="tiny", data=None, split="test", num=3)
+    evaluate.refuse_leaks(fresh, [], args)
+    for split in ("train", "heldout"):
+        [leaked] = load_problems(task="tiny", data=None, split=split, num=1)
+        with pytest.raises(InputError, match="was trained or selected on"):
+            evaluate.refuse_leaks([*fresh, leaked], [], args)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+REFUSED = [
+    (["--reward", "bogus"], "invalid choice: 'bogus'"),
+    (["--reward", "search"], "give --rollouts tree"),
+    (["--baseline", "siblings"], "give --rollouts tree"),
+    (
+        ["--baseline", "siblings", "--rollouts", "tree", "--num-candidates", "1"],
+        "needs an agent with several",
+    ),
+    (["--reward", "coach"], "belong together"),
+    (["--coach", AGENTS], "belong together"),
+    (["--reward", "value"], "no trained value model there"),
+    (["--reward", "value-delta"], "no trained value model there"),
+    (["--value", "nowhere"], "nowhere: no trained value model there"),
+    (["--top-p", "0.9"], "leave them out"),
+    (["--top-k", "5"], "leave them out"),
+    (["--reward", "coach", "--coach", str(HERE / "tests")], "--coach .*: no model here"),
+    (["--adapter", "nowhere"], "nowhere: no config.json here"),
+]
+
+
+@pytest.mark.parametrize("flags, complaint", REFUSED, ids=lambda value: " ".join(value)[:40])
+def test_flags_that_make_no_sense_are_refused_in_one_line(tmp_path, flags, complaint):
+    with pytest.raises(InputError, match=complaint) as refusal:
+        run_stage(tmp_path, *flags)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "agents").exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="in one process"):
+        run_stage(tmp_path)
+
+
+def edit_config(folder, **changes):
+    config = read_config(folder)
+    for key, value in changes.items():
+        if key in config["settings"]:
+            config["settings"][key] = value
+        else:
+            config[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    import shutil
+
+    return shutil.copytree(finished / "agents", tmp_path / "copy")
+
+
+def test_adapters_of_another_base_or_other_agents_are_refused(copied):
+    edit_config(copied, model={"name": "other/model", "fingerprint": "0"})
+    with pytest.raises(InputError, match="trained on another model, other/model"):
+        make_tiny_policy(CHAIN, adapter=copied)
+
+
+def test_unfinished_adapters_are_refused(copied):
+    edit_config(copied, finished=False)
+    with pytest.raises(InputError, match="its training is not finished"):
+        make_tiny_policy(CHAIN, adapter=copied)
+
+
+def test_adapters_for_the_agents_of_another_graph_are_refused(copied):
+    edit_config(copied, adapters="per-agent")
+    with pytest.raises(InputError, match="no adapter for First; .* the graph 'chain'"):
+        make_tiny_policy(DEBATE, adapter=copied)
+
+
+def test_a_step_in_which_every_message_is_cut_is_refused(tmp_path):
+    with pytest.raises(InputError, match="raise --max-new-tokens"):
+        run_stage(tmp_path, "--max-new-tokens", "1")
