@@ -12,8 +12,11 @@ The agents are trained on correct work only:
 - The Refiner of the graph `refine` proposes another pair if the check fails.
 
 Reading, multiplying and comparing are learnt well. The Planner would have to divide, so it is left
-guessing. The prompts are those of mas.py in the model's chat template, as for any checkpoint. The
-model and the tokenizer are saved in Hugging Face format.
+guessing. In the last phase it learns, from few examples, that it may try again if the last digit is
+off: a rare habit that finetuning (train_agents.py) can make common.
+
+The prompts are those of mas.py in the model's chat template, as for any checkpoint. The model and
+the tokenizer are saved in Hugging Face format.
 """
 
 import argparse
@@ -78,6 +81,11 @@ def planner_message(
         bounds = f"If all: {all_first}, {all_second}. "
     plan = facts + bounds + candidate_sentence(puzzle, x, y, rng)
     return plan, rough_check(puzzle, x, y)
+
+
+def second_try(puzzle: Puzzle, x: int, y: int, rng: random.Random) -> str:
+    """Write what the Planner adds if the last digit of its first candidate is off."""
+    return f" {candidate_sentence(puzzle, x, y, rng)}{rough_check(puzzle, x, y)}"
 
 
 def solver_message(puzzle: Puzzle, x: int, y: int) -> str:
@@ -240,7 +248,9 @@ class Example(NamedTuple):
     target: str
 
 
-def make_example(puzzle: Puzzle, agent: str, rng: random.Random, *, estimate: bool) -> Example:
+def make_example(
+    puzzle: Puzzle, agent: str, rng: random.Random, *, estimate: bool, retry_share: float
+) -> Example:
     """Make an example of one turn in which an agent does correct work.
 
     A wrong candidate is never learnt, only the work that follows from it. The Solver and the
@@ -249,8 +259,15 @@ def make_example(puzzle: Puzzle, agent: str, rng: random.Random, *, estimate: bo
 
     Args:
         estimate: whether the Planner writes its bounds, see `planner_message`.
+        retry_share: the share of plans with two candidates, the first of which is wrong and seen to
+            be wrong. The Planner learns a second one that is right; the others work with the last.
     """
     solution = (puzzle.x, puzzle.y)
+    first_pair = None
+    if retry_share > 0 and rng.random() < retry_share:
+        first_pair = pair_seen_to_be_wrong(puzzle, rng)
+    if agent == "Planner" and first_pair is not None:
+        return _second_try_example(puzzle, first_pair, rng, estimate=estimate)
 
     # 1. choose the candidate of the chain; the Refiner speaks only after a wrong one
     pair = solution
@@ -259,7 +276,7 @@ def make_example(puzzle: Puzzle, agent: str, rng: random.Random, *, estimate: bo
         pair = wrong_pair(puzzle, rng)
 
     # 2. let correct workers speak until it is the agent's turn
-    messages = _chain_messages(puzzle, pair, rng, estimate=estimate)
+    messages = _chain_messages(puzzle, pair, first_pair, rng, estimate=estimate)
     state = State(puzzle.question, ())
     while REFINE.turn(state).name != agent:
         speaker = REFINE.turn(state).name
@@ -276,15 +293,24 @@ def make_example(puzzle: Puzzle, agent: str, rng: random.Random, *, estimate: bo
 
 
 def _chain_messages(
-    puzzle: Puzzle, pair: tuple[int, int], rng: random.Random, *, estimate: bool
+    puzzle: Puzzle,
+    pair: tuple[int, int],
+    first_pair: tuple[int, int] | None,
+    rng: random.Random,
+    *,
+    estimate: bool,
 ) -> dict[str, str]:
-    """Write the message of each agent of the chain if the Planner proposes `pair`."""
+    """Write the message of each agent of the chain if the Planner proposes `pair`.
+
+    first_pair: what the Planner has tried before, if anything.
+    """
     x, y = pair
     facts = reader_message(puzzle, rng)
-    plan, check = planner_message(puzzle, x, y, rng, estimate=estimate)
+    plan, check = planner_message(puzzle, *(first_pair or pair), rng, estimate=estimate)
+    retry = second_try(puzzle, x, y, rng) if first_pair else ""
     return {
         "Reader": facts,
-        "Planner": plan + check,
+        "Planner": plan + check + retry,
         "Solver": solver_message(puzzle, x, y),
         "Verifier": verifier_message(puzzle, x, y),
     }
@@ -300,6 +326,26 @@ def _refiner_example(puzzle: Puzzle, chat: list[dict[str, str]], rng: random.Ran
     if pair == solution:
         return Example(chat, prefix="", target=candidate + check_and_answer)
     return Example(chat, prefix=candidate, target=check_and_answer)
+
+
+def _second_try_example(
+    puzzle: Puzzle, first_pair: tuple[int, int], rng: random.Random, *, estimate: bool
+) -> Example:
+    """Make an example of a Planner that sees its guess fail, and then finds the solution."""
+    state = State(puzzle.question, ())
+    state = REFINE.step(state, reader_message(puzzle, rng))
+    plan, check = planner_message(puzzle, *first_pair, rng, estimate=estimate)
+    retry = second_try(puzzle, puzzle.x, puzzle.y, rng)
+    return Example(REFINE.prompt(state, "number"), prefix=plan, target=check + retry)
+
+
+def pair_seen_to_be_wrong(puzzle: Puzzle, rng: random.Random) -> tuple[int, int] | None:
+    """Draw a wrong candidate whose last digit is off; None if ten draws find none."""
+    for _ in range(10):
+        x, y = wrong_pair(puzzle, rng)
+        if total(puzzle.family, puzzle.a, puzzle.b, x, y) % 10 != puzzle.t % 10:
+            return x, y
+    return None
 
 
 def wrong_pair(puzzle: Puzzle, rng: random.Random) -> tuple[int, int]:
@@ -360,7 +406,7 @@ def tokenizer_texts(rng: random.Random) -> list[str]:
         family = FAMILIES[index % len(FAMILIES)]
         puzzle = make_puzzle(family, "agents", index)
         for agent in REFINE.agents:
-            example = make_example(puzzle, agent.name, rng, estimate=False)
+            example = make_example(puzzle, agent.name, rng, estimate=False, retry_share=0.0)
             texts += [turn["content"] for turn in example.chat]
             texts.append(example.prefix + example.target)
             texts += ["assistant", "system", "user"]
@@ -381,6 +427,7 @@ class Phase:
     steps: int
     learning_rate: float
     estimate: bool  # whether the Planner writes its bounds, see `planner_message`
+    retry_share: float  # the share of plans with a second try, see `make_example`
     # Pairs (start, weight of each agent in the examples), by rising `start`. The weights hold from
     # `start` on, a fraction of the phase's steps. They are in the order of REFINE.agents: Reader,
     # Planner, Solver, Verifier, Refiner.
@@ -401,6 +448,7 @@ PHASES = (
         steps=4000,
         learning_rate=2e-3,
         estimate=False,
+        retry_share=0.0,
         weights=(
             (0.0, (0.25, 0.25, 0.35, 0.10, 0.05)),
             (0.35, (0.08, 0.54, 0.24, 0.07, 0.07)),
@@ -411,7 +459,16 @@ PHASES = (
         steps=1200,
         learning_rate=1.5e-3,
         estimate=True,
+        retry_share=0.0,
         weights=((0.0, (0.07, 0.60, 0.10, 0.17, 0.06)),),
+    ),
+    # The Planner learns that it may try again, and the Solver to work with the last try.
+    Phase(
+        steps=560,
+        learning_rate=1e-3,
+        estimate=True,
+        retry_share=0.12,
+        weights=((0.0, (0.07, 0.55, 0.20, 0.12, 0.06)),),
     ),
 )
 
@@ -465,7 +522,14 @@ def batches(
             puzzle = make_puzzle(family, "agents", next_index[family])
             next_index[family] += 1
             [agent] = rng.choices(REFINE.agents, weights)
-            examples.append(make_example(puzzle, agent.name, rng, estimate=phase.estimate))
+            example = make_example(
+                puzzle,
+                agent.name,
+                rng,
+                estimate=phase.estimate,
+                retry_share=phase.retry_share,
+            )
+            examples.append(example)
 
         # 2. cut the sorted pool into batches; the last pool may have more than the phase needs
         pool = sorted(encode(tokenizer, examples), key=_num_tokens)
@@ -576,7 +640,8 @@ def check_saved_tokenizer(tokenizer, folder: str, rng: random.Random) -> None:
     for index in range(9):
         puzzle = make_puzzle(FAMILIES[0], "agents", index)
         for agent in REFINE.agents:
-            examples.append(make_example(puzzle, agent.name, rng, estimate=True))
+            example = make_example(puzzle, agent.name, rng, estimate=True, retry_share=0.5)
+            examples.append(example)
     expected = encode(tokenizer, examples)
     saved_tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = encode(saved_tokenizer, examples)
@@ -649,7 +714,7 @@ def target_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.T
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-MAX_NEW_TOKENS = 120
+MAX_NEW_TOKENS = 192
 ORDER_SEEDS = range(8)  # among these, both orders of the Planner's candidate occur
 
 
@@ -842,12 +907,21 @@ def _split_facts(text: str) -> tuple[list[str], str]:
 
 
 def _is_correct_planner(puzzle: Puzzle, text: str) -> bool:
-    """Return whether the Planner proposes the solution, in either order, and checks it."""
+    """Return whether the Planner proposes the solution, in either order, and checks it.
+
+    It may do so after another candidate that it has checked correctly.
+    """
+    candidates = read_candidates(puzzle, text)
+    if len(candidates) not in (1, 2) or candidates[-1] != (puzzle.x, puzzle.y):
+        return False
     for seed in ORDER_SEEDS:
-        plan, check = planner_message(
-            puzzle, puzzle.x, puzzle.y, random.Random(seed), estimate=True
-        )
-        if text == plan + check:
+        plan, check = planner_message(puzzle, *candidates[0], random.Random(seed), estimate=True)
+        if len(candidates) == 1:
+            retries = [""]
+        else:
+            rngs = [random.Random(retry_seed) for retry_seed in ORDER_SEEDS]
+            retries = [second_try(puzzle, puzzle.x, puzzle.y, rng) for rng in rngs]
+        if text in [plan + check + retry for retry in retries]:
             return True
     return False
 
@@ -861,15 +935,23 @@ def _is_correct_refiner(puzzle: Puzzle, text: str) -> bool:
 
 
 def read_candidate(puzzle: Puzzle, text: str) -> tuple[int, int] | None:
-    """Read (x, y) from "Try 4 small and 2 big." in a message; None if there is no such sentence."""
-    try:
-        sentence = text.split("Try ")[1].split(".")[0]
-        words = sentence.split()
-        counts = {words[1]: int(words[0]), words[4]: int(words[3])}
-        first_item, second_item = puzzle.item_names
-        return counts[first_item], counts[second_item]
-    except (IndexError, KeyError, ValueError):
-        return None
+    """Read the last candidate of a message; None if there is none."""
+    candidates = read_candidates(puzzle, text)
+    return candidates[-1] if candidates else None
+
+
+def read_candidates(puzzle: Puzzle, text: str) -> list[tuple[int, int]]:
+    """Read every (x, y) from sentences such as "Try 4 small and 2 big." in a message."""
+    candidates = []
+    for part in text.split("Try ")[1:]:
+        words = part.split(".")[0].split()
+        try:
+            counts = {words[1]: int(words[0]), words[4]: int(words[3])}
+            first_item, second_item = puzzle.item_names
+            candidates.append((counts[first_item], counts[second_item]))
+        except (IndexError, KeyError, ValueError):
+            continue
+    return candidates
 
 
 # ---- Command line --------------------------------------------------------------------------------
