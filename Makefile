@@ -2,13 +2,14 @@
 # make mutants: wrong programs that the tests must catch; make format: fix what the linter can fix.
 # make clean removes .venv, make clean-runs the results.
 # The paper's experiments in small: main and transfer (both after `make demo`), rollout-count,
-# lambda, losses (these three label with `hard` first), refine. All set up .venv if it is missing.
+# lambda, losses (these three label with `hard` first), refine. train-agents and loop (after `make
+# demo`) finetune the agents. All set up .venv if it is missing.
 PYTHON ?= python3
 RUN := .venv/bin/python
 SEARCHES := sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
 
 .PHONY: demo test mutants lint format clean clean-runs
-.PHONY: main hard rollout-count lambda transfer losses refine
+.PHONY: main hard rollout-count lambda transfer losses refine train-agents loop
 
 demo: .venv/.installed
 	$(RUN) generate_rollouts.py
@@ -94,6 +95,25 @@ refine: .venv/.installed
 	$(RUN) train_value.py --run runs/refine
 	$(RUN) evaluate.py --run runs/refine --graph refine \
 	  --methods greedy vote-4 sbs-2x1.6.1.1.1-value mcts-8x1.8.1.1.1-value
+
+# Finetune the agents on V, and measure them with and without search. V is that of `make demo`.
+PLANNER_TREES := --rollouts tree --num-candidates 1.8.1.1 --baseline siblings
+AFTER := --methods greedy vote-4 best_of-4-value $(SEARCHES)
+
+train-agents: .venv/.installed
+	$(RUN) train_agents.py $(PLANNER_TREES)
+	$(RUN) evaluate.py --run runs/trained --adapter runs/tiny/agents --value runs/tiny/value $(AFTER)
+	$(RUN) evaluate.py --compare runs/tiny runs/trained
+
+# Two rounds: finetune, label with the new agents, train a fresh V on these labels, and go on.
+loop: train-agents
+	$(RUN) generate_rollouts.py --run runs/loop1 --adapter runs/tiny/agents
+	$(RUN) train_value.py --run runs/loop1
+	$(RUN) train_agents.py --run runs/loop1 --adapter runs/tiny/agents $(PLANNER_TREES)
+	$(RUN) generate_rollouts.py --run runs/loop2 --adapter runs/loop1/agents
+	$(RUN) train_value.py --run runs/loop2
+	$(RUN) evaluate.py --run runs/loop2 --adapter runs/loop1/agents $(AFTER)
+	$(RUN) evaluate.py --compare runs/tiny runs/trained runs/loop2
 
 # ---- Set-up ----
 

@@ -415,7 +415,7 @@ AGENT_KEYS = {"name": str, "sees": list, "prompt": str, "max_new_tokens": int, "
 
 
 def load_graph(name: str) -> MAS:
-    """Return a graph by its name, or read it from a TOML file (README, "Your own model").
+    """Return a graph by its name, or read it from a TOML file (such as docs/editor.toml).
 
     Raises InputError if there is no such graph, or if the file does not describe one.
     """
