@@ -157,20 +157,24 @@ def read_values(rollouts: list[Rollout], value_model: ValueModel, *, batch_token
 
 
 # ---- Rewards: one number per message, None if there is none --------------------------------------
-# The gold answer is read by `outcome`, by `search`, by `random`, and by the last term of
-# `value-delta`.
+# The gold answer is read by `outcome`, by `search`, by `random`, by `mix_with_outcome`, and by the
+# last term of `value-delta`.
 
 Rewards = dict[Node, float | None]
 
 
-def mean_outcomes(rollout: Rollout) -> dict[Node, float]:
-    """Return Q(s, a) of each message: the mean z of the final answers below it."""
-    outcomes = {}
+def mean_outcomes(rollout: Rollout) -> Rewards:
+    """Return Q(s, a) of each message: the mean z of the final answers below it.
+
+    None if these were not sampled (`num_agents` of `sample_tree`).
+    """
+    outcomes: Rewards = {}
     for node in reversed(rollout.nodes):
-        if node.children:
-            outcomes[node] = statistics.fmean(outcomes[child] for child in node.children)
+        below = [outcomes[child] for child in node.children or []]
+        if None in below:
+            outcomes[node] = None
         else:
-            outcomes[node] = node.reward
+            outcomes[node] = statistics.fmean(below) if below else node.reward
     return outcomes
 
 
@@ -202,6 +206,15 @@ def value_delta_rewards(rollout: Rollout) -> Rewards:
         after = node.V if node.children else node.reward
         rewards[node] = (after - node.parent.V) / 2
     return rewards
+
+
+def mix_with_outcome(rollout: Rollout, rewards: Rewards, share: float) -> Rewards:
+    """Return (1 - share) * reward + share * outcome, so that the answer stays in sight."""
+    mixed: Rewards = {}
+    for node, outcome in outcome_rewards(rollout).items():
+        reward = rewards[node]
+        mixed[node] = None if reward is None else (1 - share) * reward + share * outcome
+    return mixed
 
 
 def shuffle_within_agents(rewards: Rewards, rng) -> Rewards:

@@ -40,6 +40,7 @@ from rewards import (
     Rollout,
     advantages,
     mean_outcomes,
+    mix_with_outcome,
     read_values,
     returns,
     sample_rollouts,
@@ -61,6 +62,7 @@ from runs import (
     read_config,
     read_jsonl,
     seeded,
+    unit_float,
     write_config,
     write_line,
 )
@@ -390,6 +392,8 @@ class Training:
         rewards: Rewards = {}
         for rollout in rollouts:
             of_rollout = self.reward(rollout)
+            if args.outcome_share > 0:
+                of_rollout = mix_with_outcome(rollout, of_rollout, args.outcome_share)
             if args.credit == "return":
                 of_rollout = returns(rollout, of_rollout)
             rewards |= of_rollout
@@ -508,6 +512,12 @@ def parse_args(argv=None):
     parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
     parser.add_argument(
         "--coach", default=None, help="chat model that grades messages: folder or hub name"
+    )
+    parser.add_argument(
+        "--outcome-share",
+        type=unit_float,
+        default=0.0,
+        help="mix the reward with the outcome: (1 - share) * reward + share * outcome",
     )
     parser.add_argument(
         "--credit",
@@ -687,7 +697,8 @@ def num_agents_of_rollouts(args, mas: MAS, num_candidates: tuple[int, ...]) -> i
     agent with several candidates.
     """
     reads_message_alone = args.reward in ("value", "coach") and args.credit == "own"
-    if not reads_message_alone or args.baseline != "siblings":
+    reads_outcome = args.outcome_share > 0
+    if not reads_message_alone or reads_outcome or args.baseline != "siblings":
         return len(mas.agents)
     return 1 + max(index for index, num in enumerate(num_candidates) if num > 1)
 
@@ -750,7 +761,16 @@ def load_reward(args, mas: MAS) -> Callable[[Rollout], Rewards]:
 
 def training_settings(args, training: Training) -> dict:
     """Return the settings that determine the adapters, recorded for resuming."""
-    names = ("reward", "credit", "baseline", "rollouts", "num_steps", "num_questions", "adapters")
+    names = (
+        "reward",
+        "outcome_share",
+        "credit",
+        "baseline",
+        "rollouts",
+        "num_steps",
+        "num_questions",
+        "adapters",
+    )
     names += ("lora_rank", "policy_lr", "clip", "kl_coef", "num_minibatches", "train_batch_tokens")
     names += ("num_dev_passes", "dev_every", "max_new_tokens")
     settings = training.policy.settings | {name: getattr(args, name) for name in names}

@@ -511,8 +511,30 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch, capsys):
     assert "is finished already" in output and "before" in output
 
 
+def test_what_is_not_needed_is_not_sampled(finished, tmp_path, monkeypatch):
+    """V reads the Planner's message alone, so that nobody has to speak after the Planner."""
+
+    class FakeValue:
+        def score(self, states, *, batch_tokens):
+            return [len(state.messages[-1].text) / 1000 for state in states], [1] * len(states)
+
+    monkeypatch.setattr(train_agents, "load_value_model", lambda args, mas: FakeValue())
+    monkeypatch.setattr(train_agents, "weights_fingerprint", lambda folder: "0")
+    flags = ["--reward", "value", "--rollouts", "tree", "--num-candidates", "1.3.1.1"]
+    run_stage(tmp_path, *flags, "--baseline", "siblings", "--num-steps", "1")
+    [step] = read_jsonl(tmp_path / "agents" / "messages.jsonl")
+    assert [message["agent"] for message in step["messages"]] == 2 * ["Reader", *3 * ["Planner"]]
+    for message in step["messages"]:
+        assert message["outcome"] is None
+        assert message["reward"] == pytest.approx((len(message["message"]) / 1000 + 1) / 2)
+    record = read_jsonl(tmp_path / "agents" / "metrics.jsonl")[1]
+    planner = record["rollouts"]["Planner"]
+    assert planner["right"] is None and planner["value_auc"] is None and planner["value"] > 0.5
+
+
 OTHER_SETTINGS = [
     ["--reward", "random"],
+    ["--outcome-share", "0.5"],
     ["--credit", "return"],
     ["--rollouts", "tree"],
     ["--num-passes", "3"],

@@ -18,6 +18,7 @@ from rewards import (
     advantages,
     descendants,
     mean_outcomes,
+    mix_with_outcome,
     outcome_rewards,
     read_values,
     returns,
@@ -213,6 +214,11 @@ def test_the_expectation_below_a_message_weighs_its_continuations_equally():
     assert by_path(mean_outcomes(rollout))[0,] == 0.0  # the mean of 1 and -1, not of 1, -1, -1
 
 
+def test_without_final_answers_there_are_no_outcomes(chain):
+    rollout = rollout_of(tree_of(chain, (1, 2, 1, 1), num_agents=2))
+    assert by_path(mean_outcomes(rollout)) == {(0,): None, (0, 0): None, (0, 1): None}
+
+
 def test_value_rewards_by_hand(tree):
     expected = {(0,): 0.75, (1,): 0.5, (0, 0): 0.9, (0, 1): 0.7, (1, 0): 0.4, (1, 1): 0.2}
     assert by_path(value_rewards(tree)) == pytest.approx(expected)
@@ -229,6 +235,15 @@ def test_value_delta_rewards_by_hand(tree):
         (1, 1): (-1 - 0.0) / 2,
     }
     assert by_path(value_delta_rewards(tree)) == pytest.approx(expected)
+
+
+def test_the_mix_with_the_outcome_by_hand(tree):
+    rewards = value_rewards(tree)
+    rewards[tree.nodes[-1]] = None
+    expected = {(0,): 0.8125, (1,): 0.5, (0, 0): 0.925, (0, 1): 0.775, (1, 0): 0.55}
+    mixed = by_path(mix_with_outcome(tree, rewards, 0.25))
+    assert mixed.pop((1, 1)) is None  # a message without a reward gets no neutral one
+    assert mixed == pytest.approx(expected)
 
 
 def test_v_of_the_question_is_the_mean_over_the_first_messages(duo):
