@@ -1,11 +1,11 @@
 """LoRA adapters: small trained matrices on a frozen language model.
 
 V is one adapter with a head (value.py). Finetuned agents (stage 5) are adapters on the model that
-all agents share: one for all of them, or one for each. With the adapters off, the model is the
-agents as they were before.
+all agents share, the base: one for all of them, or one for each. With the adapters off, the base
+itself speaks.
 
-    RUN/agents/adapter/shared/    one adapter for all agents, or
-    RUN/agents/adapter/Reader/    one for each of them; peft loads each of these folders
+    RUN/agents/adapter/shared/          one adapter for all agents, or
+    RUN/agents/adapter/agent_Reader/    one for each of them; peft loads each of these folders
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class AgentAdapters:
 
     Args:
         model: as returned by peft, with the adapters `names`.
-        names: [SHARED], or the names of all agents.
+        names: of the adapters, see `adapter_names`.
     """
 
     def __init__(self, model: PeftModel, names: list[str]):
@@ -71,28 +71,38 @@ class AgentAdapters:
         return cls(peft_model, names)
 
     @classmethod
-    def load(cls, model: nn.Module, mas: MAS, folder: Path, base_fingerprint: str):
+    def load(cls, model: nn.Module, mas: MAS, folder: Path, base: dict) -> "AgentAdapters":
         """Load the adapters of a finished stage 5.
+
+        Shared adapters may speak for the agents of any graph; others for those they belong to.
 
         Args:
             model: the base, without adapters.
             folder: RUN/agents.
-            base_fingerprint: of the base, see `checkpoints.checkpoint_fingerprint`.
+            base: the settings of the base: `model` with its fingerprint, and `quantize_policy`.
 
         Raises InputError if they are not finished, or were trained on another base or for other
         agents.
         """
         config = read_config(folder)
         settings = config["settings"]
+        if "adapters" not in settings:
+            raise InputError(f"--adapter {folder}: not a folder RUN/agents of train_agents.py")
         if not config.get("finished"):
             raise InputError(
                 f"--adapter {folder}: its training is not finished; "
                 f"run train_agents.py again to resume it"
             )
-        if settings["model"]["fingerprint"] != base_fingerprint:
+        if settings["model"]["fingerprint"] != base["model"]["fingerprint"]:
             raise InputError(
                 f"--adapter {folder}: these adapters were trained on another model, "
                 f"{settings['model']['name']}; give it as --model"
+            )
+        if settings["quantize_policy"] != base["quantize_policy"]:
+            remedy = "give" if settings["quantize_policy"] else "leave out"
+            raise InputError(
+                f"--adapter {folder}: these adapters were trained on other weights of the model; "
+                f"{remedy} --quantize-policy"
             )
         names = adapter_names(mas, settings["adapters"])
         for name in names:
@@ -116,18 +126,23 @@ class AgentAdapters:
 
     def name_for(self, agent: str) -> str:
         """Return the name of the adapter that an agent speaks with."""
-        return SHARED if self.names == [SHARED] else agent
+        return SHARED if self.names == [SHARED] else _name_of_own(agent)
 
     def use(self, agent: str) -> None:
-        """Let the model speak as this agent from now on."""
+        """Activate the adapter of this agent."""
         if self.model.active_adapter != self.name_for(agent):
             self.model.set_adapter(self.name_for(agent))
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let the model speak as before any training: the reference policy."""
+        """Deactivate all adapters: the base speaks, which is the reference policy."""
         with self.model.disable_adapter():
             yield
+
+    @property
+    def rank(self) -> int:
+        """The rank of the adapters."""
+        return self.model.peft_config[self.names[0]].r
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of all adapters, by name."""
@@ -148,7 +163,14 @@ class AgentAdapters:
 
 def adapter_names(mas: MAS, kind: str) -> list[str]:
     """Return the names of the adapters of a graph. kind: "shared" or "per-agent"."""
-    return [SHARED] if kind == "shared" else [agent.name for agent in mas.agents]
+    if kind == "shared":
+        return [SHARED]
+    return [_name_of_own(agent.name) for agent in mas.agents]
+
+
+def _name_of_own(agent: str) -> str:
+    # peft makes the name an attribute: an agent may be called "layers" or "default".
+    return f"agent_{agent}"
 
 
 def adapters_setting(folder: str, names: list[str]) -> dict:

@@ -438,7 +438,7 @@ def add_policy_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--adapter",
         default=None,
-        help="finetuned agents: a folder RUN/agents of train_agents.py",
+        help="use finetuned agents: a folder RUN/agents of train_agents.py",
     )
     parser.add_argument(
         "--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards"
@@ -550,9 +550,7 @@ def load_adapters(policy: Policy, folder: str) -> None:
     """Let finetuned agents speak. folder: RUN/agents of stage 5."""
     from adapters import AgentAdapters, adapters_setting  # imported late: peft takes a second
 
-    adapters = AgentAdapters.load(
-        policy.decoder.model, policy.mas, Path(folder), policy.settings["model"]["fingerprint"]
-    )
+    adapters = AgentAdapters.load(policy.decoder.model, policy.mas, Path(folder), policy.settings)
     policy.adapters = adapters
     policy.settings["adapter"] = adapters_setting(folder, adapters.names)
 

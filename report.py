@@ -52,8 +52,9 @@ def training_line(record: dict) -> str:
         return f"step 0: {_dev_text(record['dev'])}"
     parts = [f"step {record['step']}: reward {_per_agent(record['reward'])}"]
     parts.append(f"KL {record['kl']:.4f}, clipped {100 * record['clip_share']:.1f} %")
-    if record["not_trained_on"] > 0:
-        parts.append(f"{record['not_trained_on']} messages not trained on")
+    for name, text in (("cut", "cut"), ("without_reward", "without a reward")):
+        if record[name] > 0:
+            parts.append(f"{record[name]} messages {text}")
     if "dev" in record:
         parts.append(_dev_text(record["dev"]))
     return "; ".join(parts)
@@ -79,7 +80,7 @@ def training_table(records: list[dict], best_step: int) -> str:
     measured = [record for record in records if "dev" in record]
     names = {0: "before", measured[-1]["step"]: "at the end"}
     names[best_step] = "kept" if best_step else "before (kept)"
-    lines = ["held-out              accuracy  agent       V says  right  AUC of V  tokens    cut"]
+    lines = ["held-out              accuracy  agent       mean V  right  AUC of V  tokens    cut"]
     for record in measured:
         if record["step"] not in names:
             continue
@@ -93,67 +94,76 @@ def training_table(records: list[dict], best_step: int) -> str:
             )
             start = ""
     lines.append(
-        "accuracy: of one sample. V says: mean of (V + 1) / 2, which equals `right` if V is true."
+        "accuracy: of one sample; that of the kept step is the best of several, hence too high.\n"
+        "mean V: of (V + 1) / 2, which equals `right` if V is calibrated."
     )
     return "\n".join(lines)
 
 
 def plot_training(records: list[dict], best_step: int, path: Path) -> None:
-    """Draw accuracy, V's opinion and its AUC per agent, and the KL, against the step.
+    """Draw what happens to accuracy, to V's reading, to the reward and to the messages.
 
-    records: the lines of metrics.jsonl. Where V's opinion leaves the truth, it has been hacked.
+    records: the lines of metrics.jsonl. If the mean V of an agent rises above the share of right
+    answers, or its AUC falls, the agent has learnt what V reads instead of the work.
     """
     import matplotlib  # imported late: it takes a second, and only the picture needs it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
-    accuracy, opinion, ranking, distance = axes.flat
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained", sharex=True)
+    accuracy, reading, ranking, reward, distance, length = axes.flat
     measured = [record for record in records if "dev" in record]
-    steps = [record["step"] for record in measured]
-
-    # 1. Accuracy on held-out problems.
-    accuracies = [100 * record["dev"]["accuracy"] for record in measured]
-    accuracy.plot(steps, accuracies, color=COLOURS[0], marker="o")
-    accuracy.axvline(best_step, color=COLOURS[7], linestyle=":", label=f"kept: step {best_step}")
-    accuracy.set(title="right answers, one sample", ylabel="% of held-out answers")
-    accuracy.legend()
-
-    # 2. What V says of each agent's messages, the truth, and how well V ranks them.
-    for index, agent in enumerate(measured[0]["dev"]["agents"]):
-        rows = [record["dev"]["agents"][agent] for record in measured]
-        colour = COLOURS[1 + index % 6]
-        marker = "osD^vP"[index % 6]
-        style = {"color": colour, "marker": marker, "markersize": 4}
-        _plot_known(opinion, steps, [row["value"] for row in rows], label=agent, **style)
-        _plot_known(ranking, steps, [row["value_auc"] for row in rows], label=agent, **style)
-    truth = [record["dev"]["accuracy"] for record in measured]
-    opinion.plot(steps, truth, color=COLOURS[0], linestyle="--", label="truth")
-    opinion.set(title="mean of (V + 1) / 2", ylabel="share", ylim=(0, 1))
-    opinion.legend(fontsize=8)
-    ranking.axhline(0.5, color=COLOURS[7], linestyle=":")
-    ranking.set(title="AUC of V within a problem", ylabel="AUC", ylim=(0.3, 1.03), xlabel="step")
-
-    # 3. How far the agents have moved.
     trained = [record for record in records if record["step"] > 0]
-    distance.plot(
-        [record["step"] for record in trained],
-        [record["kl"] for record in trained],
-        color=COLOURS[0],
-    )
-    distance.set(title="KL from the agents before training", ylabel="nats per token", xlabel="step")
+    dev_steps = [record["step"] for record in measured]
+    steps = [record["step"] for record in trained]
+
+    # 1. Accuracy on held-out problems, and the distance from the base.
+    accuracies = [100 * record["dev"]["accuracy"] for record in measured]
+    accuracy.plot(dev_steps, accuracies, color=COLOURS[0], marker="o")
+    accuracy.axvline(best_step, color=COLOURS[7], linestyle=":", label=f"kept: step {best_step}")
+    accuracy.legend(fontsize=8)
+    distance.plot(steps, [record["kl"] for record in trained], color=COLOURS[0], label="KL")
+    clipped = [record["clip_share"] for record in trained]
+    distance.plot(steps, clipped, color=COLOURS[3], linestyle="--", label="share clipped")
+    distance.legend(fontsize=8)
+
+    # 2. Each agent: on held-out problems, and on the messages that it is trained on.
+    agents = {}
+    for record in measured:
+        agents |= dict.fromkeys(record["dev"]["agents"])
+    for index, agent in enumerate(agents):
+        marker = "osD^vP"[index % 6]
+        style = {"color": COLOURS[1 + index % 6], "marker": marker, "markersize": 4}
+        rows = [record["dev"]["agents"].get(agent, {}) for record in measured]
+        _plot_known(reading, dev_steps, [row.get("value") for row in rows], label=agent, **style)
+        _plot_known(ranking, dev_steps, [row.get("value_auc") for row in rows], **style)
+        _plot_known(length, dev_steps, [row.get("tokens") for row in rows], **style)
+        _plot_known(reward, steps, [record["reward"].get(agent) for record in trained], **style)
+    truth = [record["dev"]["accuracy"] for record in measured]
+    reading.plot(dev_steps, truth, color=COLOURS[0], linestyle="--", label="right answers")
+    reading.legend(fontsize=8)
+    ranking.axhline(0.5, color=COLOURS[7], linestyle=":")
+
+    # 3. Titles.
+    accuracy.set(title="held-out: right answers, one sample", ylabel="%")
+    reading.set(title="held-out: mean (V + 1) / 2", ylim=(0, 1))
+    ranking.set(title="held-out: AUC of V within a problem", ylim=(0.3, 1.03))
+    reward.set(title="training: mean reward", xlabel="step")
+    distance.set(title="training: KL from the base, nats per token", xlabel="step")
+    length.set(title="held-out: tokens of a message", xlabel="step")
     for panel in axes.flat:
         panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
 def _plot_known(axes, steps: list[int], numbers: list[float | None], **style) -> None:
     """Draw the numbers that are known."""
-    known = [
-        (step, number) for step, number in zip(steps, numbers, strict=True) if number is not None
-    ]
+    known = []
+    for step, number in zip(steps, numbers, strict=True):
+        if number is not None:
+            known.append((step, number))
     if known:
         axes.plot(*zip(*known, strict=True), **style)
 

@@ -1,9 +1,8 @@
 """What a message is worth: rollouts, rewards, returns and advantages (stage 5).
 
-MAPPA (arXiv 2601.23228) gives every message of every agent a reward of its own, not only the last
-one. A reward is a function from a rollout to one number per message (`REWARDS`, `Coach`). An
-advantage says how much better a message was than expected; train_agents.py makes messages with a
-positive one more likely.
+MAPPA (arXiv 2601.23228) rewards every message of every agent, not only the final answer. Each entry
+of REWARDS, and `Coach`, maps a rollout to one number per message. An advantage says how much better
+a message was than expected; train_agents.py makes messages with a positive one more likely.
 """
 
 import statistics
@@ -143,17 +142,16 @@ def descendants(root: Node) -> list[Node]:
 
 
 def read_values(rollouts: list[Rollout], value_model: ValueModel, *, batch_tokens: int) -> None:
-    """Let V read every state.
+    """Let V read every state, that of the question alone included.
 
-    V is trained on states after a message. V of the question alone is therefore the mean over the
-    messages of the first agent.
+    V was not trained on questions alone. But as a baseline it only must not depend on the messages.
     """
-    nodes = [node for rollout in rollouts for node in rollout.nodes]
+    nodes = []
+    for rollout in rollouts:
+        nodes += [rollout.root, *rollout.nodes]
     values, _ = value_model.score([node.state for node in nodes], batch_tokens=batch_tokens)
     for node, value in zip(nodes, values, strict=True):
         node.V = value
-    for rollout in rollouts:
-        rollout.root.V = statistics.fmean(child.V for child in rollout.root.children)
 
 
 # ---- Rewards: one number per message, None if there is none --------------------------------------
@@ -179,7 +177,7 @@ def mean_outcomes(rollout: Rollout) -> Rewards:
 
 
 def search_rewards(rollout: Rollout) -> Rewards:
-    """Q(s, a), in [-1, 1]."""
+    """Q(s, a), in [-1, 1]. On trees this is `outcome_rewards` in another scale."""
     return mean_outcomes(rollout)
 
 
@@ -199,7 +197,8 @@ def value_rewards(rollout: Rollout) -> Rewards:
 def value_delta_rewards(rollout: Rollout) -> Rewards:
     """(V(s_{i+1}) - V(s_i)) / 2: what the message has changed. The last: (z - V(s_i)) / 2.
 
-    From any state to the end of a pass these sum to (z - V(s_i)) / 2, whatever V is.
+    From any state to the end of a pass these sum to (z - V(s_i)) / 2, whatever V is. Siblings
+    share V(s_i), so between them this is `value_rewards` for all agents but the last.
     """
     rewards = {}
     for node in rollout.nodes:
@@ -209,7 +208,7 @@ def value_delta_rewards(rollout: Rollout) -> Rewards:
 
 
 def mix_with_outcome(rollout: Rollout, rewards: Rewards, share: float) -> Rewards:
-    """Return (1 - share) * reward + share * outcome, so that the answer stays in sight."""
+    """Return (1 - share) * reward + share * outcome, so that the final answer still counts."""
     mixed: Rewards = {}
     for node, outcome in outcome_rewards(rollout).items():
         reward = rewards[node]
@@ -247,15 +246,19 @@ class Coach:
         "well the agent fulfils its role and helps the team to the right answer. Reply with one "
         "digit from 0 (useless or wrong) to 9 (perfect) and nothing else."
     )
-    # A coach that would rather say something else has no opinion that a digit could express.
+    # If the digits hold less than half of the probability, the message has no score.
     SMALLEST_SHARE_OF_DIGITS = 0.5
 
-    def __init__(self, name: str, mas: MAS, *, seed: int, batch_tokens: int, **options):
-        """Load the coach. options: of `load_pretrained`."""
+    def __init__(
+        self, name: str, mas: MAS, *, seed: int, batch_tokens: int, template_kwargs: dict, **options
+    ):
+        """Load the coach. template_kwargs: of `ChatFormat`; options: of `load_pretrained`."""
         self.model, tokenizer = load_pretrained("--coach", name, AutoModelForCausalLM, **options)
         self.model.eval()
         self.pad_id = tokenizer.pad_token_id
-        self.chat_format = ChatFormat(tokenizer, name=f"--coach {name}", template_kwargs={})
+        self.chat_format = ChatFormat(
+            tokenizer, name=f"--coach {name}", template_kwargs=template_kwargs
+        )
         self.mas = mas
         self.seed = seed
         self.batch_tokens = batch_tokens
@@ -267,10 +270,19 @@ class Coach:
             self.digit_ids += ids
 
     def __call__(self, rollout: Rollout) -> Rewards:
-        """Return the expected digit / 9 of each message, in [0, 1]."""
+        """Return the expected digit / 9 of each message, in [0, 1].
+
+        Raises InputError if a prompt does not fit into the coach.
+        """
         chats = [self.chat(rollout.problem, node) for node in rollout.nodes]
         prompts = self.chat_format.encode(chats)
         lengths = [len(prompt) for prompt in prompts]
+        context = self.model.config.get_text_config().max_position_embeddings
+        if max(lengths) > context:
+            raise InputError(
+                f"problem {rollout.problem.id}: a prompt of {max(lengths)} tokens does not fit "
+                f"into the coach's {context}; lower --max-new-tokens or take another --coach"
+            )
         order = sorted(range(len(prompts)), key=lengths.__getitem__)
         rewards = {}
         for batch in token_batches(lengths, order, self.batch_tokens):
@@ -301,7 +313,7 @@ class Coach:
     def chat(self, problem: Problem, node: Node) -> list[dict[str, str]]:
         """Return the chat that asks for a grade of a node's message.
 
-        The marker is random, so a message cannot end its own part and speak to the coach.
+        No agent knows the marker, so a message cannot end its own part and speak to the coach.
         """
         role, observation = self.mas.prompt(node.parent.state, problem.answer_type)
         marker = f"[{seeded(self.seed, 'coach', problem.id, node.path).getrandbits(64):016x}]"
@@ -333,28 +345,28 @@ REWARDS: dict[str, Callable[[Rollout], Rewards]] = {
 def returns(rollout: Rollout, rewards: Rewards) -> Rewards:
     """Return the reward of each message plus those of the messages after it (--credit return).
 
-    Where a state has several continuations, their mean counts. A message has no return if one of
-    these rewards is missing.
+    Where a state has several continuations, their mean counts. Only for rewards that are changes
+    (`value_delta_rewards`): sums of other rewards grow with the number of agents that still speak,
+    and would pay the Verifier of `refine` for calling the Refiner.
     """
     totals: Rewards = {}
     for node in reversed(rollout.nodes):
         later = [totals[child] for child in node.children or []]
-        if rewards[node] is None or None in later:
-            totals[node] = None
-        else:
-            totals[node] = rewards[node] + (statistics.fmean(later) if later else 0.0)
+        totals[node] = rewards[node] + (statistics.fmean(later) if later else 0.0)
     return totals
 
 
-# Rewards that differ by less than this are the same.
+# Rewards of an agent that differ by less than this are the same.
 SMALLEST_SPREAD = 1e-4
 
 
 def advantages(rewards: Rewards, baseline: str) -> dict[Node, float]:
-    """Return (reward - baseline) / spread of each message that counts.
+    """Return (reward - baseline) / spread of each message that is trained on.
 
-    A message that was cut at its limit, or that has no reward, does not count: it is neither
-    trained on nor part of a mean. The spread is the standard deviation of the agent's rewards.
+    The spread is the standard deviation of all rewards of the agent in the batch, for both
+    baselines. Not trained on, and no part of any mean, are messages that were cut at their limit
+    and messages without a reward. Messages with nothing to compare them with have no advantage: all
+    those of an agent whose rewards are equal, and with "siblings" a message without siblings.
 
     Args:
         baseline: "agent", the mean reward of the agent's messages in the batch (MAPPA: agents see
@@ -372,15 +384,16 @@ def advantages(rewards: Rewards, baseline: str) -> dict[Node, float]:
     # 2. Compare each message with its group.
     result = {}
     for node, reward in rewards.items():
-        if counts(node, reward):
-            of_agent = rewards_of_agent[node.message.agent]
-            group = of_agent if baseline == "agent" else rewards_of_state[node.parent]
-            spread = statistics.pstdev(of_agent)
-            difference = reward - statistics.fmean(group)
-            result[node] = difference / spread if spread > SMALLEST_SPREAD else 0.0
+        if not counts(node, reward):
+            continue
+        of_agent = rewards_of_agent[node.message.agent]
+        group = of_agent if baseline == "agent" else rewards_of_state[node.parent]
+        spread = statistics.pstdev(of_agent)
+        if len(group) > 1 and spread > SMALLEST_SPREAD:
+            result[node] = (reward - statistics.fmean(group)) / spread
     return result
 
 
 def counts(node: Node, reward: float | None) -> bool:
-    """Return whether a message is trained on."""
+    """Return whether a message was finished and has a reward."""
     return reward is not None and not node.candidate.truncated

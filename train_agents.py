@@ -9,12 +9,13 @@ message a reward, and makes messages that did better than expected more likely.
     python evaluate.py --run runs/after --adapter runs/tiny/agents --value runs/tiny/value
 
 Differs from MAPPA: the reward is V, which was trained without a human or a stronger model (a coach
-is one of the rewards); agents are LoRA adapters on one frozen model, which is also the reference;
+is one of the rewards); agents are LoRA adapters on one frozen base, which is also the reference;
 the adapters that are best on held-out problems are kept, whatever their reward.
 
 What a message is worth is in rewards.py; this file has the update, and the loop around it.
 """
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from rewards import (
     Rewards,
     Rollout,
     advantages,
+    counts,
     mean_outcomes,
     mix_with_outcome,
     read_values,
@@ -50,6 +52,7 @@ from runs import (
     InputError,
     Parser,
     add_overwrite_argument,
+    append_jsonl,
     cli,
     device_of_this_process,
     fingerprint,
@@ -115,7 +118,7 @@ class Learner:
     """Makes messages with a positive advantage more likely, and others less.
 
     The objective is PPO's clipped one per token, with a penalty on the KL divergence from the
-    reference policy (the agents before training), as in MAPPA. The log-probabilities before the
+    reference policy (the base, without adapters), as in MAPPA. The log-probabilities before the
     update come from this model's own forward, not from the sampler, so that their ratio is 1 at
     the start.
 
@@ -152,64 +155,63 @@ class Learner:
 
     def update(self, rows: list[Row], rng) -> dict[str, float]:
         """Train one epoch on the rows. Returns the mean KL and the share of clipped tokens."""
-        # 1. Log-probabilities before the update, and those of the reference.
-        with torch.no_grad():
-            for batch in self._batches(rows):
-                logprobs, _ = self.message_logprobs(batch)
-                with self.adapters.off():
-                    reference, _ = self.message_logprobs(batch)
-                for index, row in enumerate(batch):
-                    row.old = logprobs[index, -len(row.token_ids) :].clone()
-                    row.reference = reference[index, -len(row.token_ids) :].clone()
-
-        # 2. One epoch. Every token of every sample has the same weight.
-        num_tokens = sum(row.num_tokens for row in rows)
+        # 1. The minibatches, each in batches that are read at once.
         order = rng.sample(rows, len(rows))
-        kl, num_clipped = 0.0, 0.0
-        for start in range(self.num_minibatches):
-            minibatch = order[start :: self.num_minibatches]
-            for batch in self._batches(minibatch):
+        minibatches = []
+        for index in range(self.num_minibatches):
+            minibatches.append(self._batches(order[index :: self.num_minibatches]))
+
+        # 2. Log-probabilities before the update, and those of the reference.
+        with torch.no_grad():
+            for batch in itertools.chain(*minibatches):
+                logprobs = self.message_logprobs(batch)
+                with self.adapters.off():
+                    reference = self.message_logprobs(batch)
+                for row, row_logprobs, row_reference in zip(
+                    batch, logprobs, reference, strict=True
+                ):
+                    row.old, row.reference = row_logprobs.clone(), row_reference.clone()
+
+        # 3. One epoch. Every token of every sample has the same weight.
+        num_tokens = max(1, sum(row.num_tokens for row in rows))
+        kl, num_clipped = 0.0, 0
+        for batches in minibatches:
+            for batch in batches:
                 loss, batch_kl, batch_clipped = self.loss(batch)
                 (loss * self.num_minibatches / num_tokens).backward()
                 kl += batch_kl
                 num_clipped += batch_clipped
-            nn.utils.clip_grad_norm_(self.adapters.parameters().values(), 1.0)
+            parameters = self.adapters.parameters().values()
+            nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return {"kl": kl / num_tokens, "clip_share": num_clipped / num_tokens}
 
-    def loss(self, rows: list[Row]) -> tuple[torch.Tensor, float, float]:
+    def loss(self, rows: list[Row]) -> tuple[torch.Tensor, float, int]:
         """Return the summed loss of the tokens of all samples, their KL, and how many are clipped.
 
-        The KL of a token is estimated by r - log r - 1 with r = reference / policy, which is never
-        negative.
+        The KL of a token is estimated, and penalised, as r - log r - 1 with r = reference / policy,
+        which is never negative.
         """
-        logprobs, is_token = self.message_logprobs(rows)  # [rows, longest message]
-        old = _right_aligned([row.old for row in rows], logprobs)
-        reference = _right_aligned([row.reference for row in rows], logprobs)
-        ratio = (logprobs - old).exp()
-        log_r = reference - logprobs
-        kl = log_r.exp() - log_r - 1
+        total = torch.zeros((), device=self.model.device)
+        total_kl, num_clipped = 0.0, 0
+        for row, logprobs in zip(rows, self.message_logprobs(rows), strict=True):
+            log_r = row.reference - logprobs  # [tokens]
+            kl = log_r.exp() - log_r - 1
+            ratio = (logprobs - row.old).exp()
+            clipped_ratio = ratio.clamp(1 - self.clip, 1 + self.clip)
+            advantage = torch.tensor(row.advantages, device=ratio.device)[:, None]  # [samples, 1]
+            gain, clipped_gain = ratio * advantage, clipped_ratio * advantage
+            losses = self.kl_coef * kl - torch.minimum(gain, clipped_gain)  # [samples, tokens]
+            total = total + losses.sum()
+            total_kl += len(row.advantages) * kl.sum().item()
+            num_clipped += (clipped_gain < gain).sum().item()
+        return total, total_kl, num_clipped
 
-        # From rows to samples.
-        row_of_sample, sample_advantages = [], []
-        for index, row in enumerate(rows):
-            row_of_sample += [index] * len(row.advantages)
-            sample_advantages += row.advantages
-        advantage = torch.tensor(sample_advantages, device=ratio.device)[:, None]
-        ratio, kl, is_token = ratio[row_of_sample], kl[row_of_sample], is_token[row_of_sample]
+    def message_logprobs(self, rows: list[Row]) -> list[torch.Tensor]:
+        """Return log pi of each token of each message: per row, float32 [tokens of the message].
 
-        gain = ratio * advantage
-        clipped_gain = ratio.clamp(1 - self.clip, 1 + self.clip) * advantage
-        losses = self.kl_coef * kl - torch.minimum(gain, clipped_gain)
-        is_clipped = (clipped_gain < gain) & is_token
-        summed_kl = kl.detach()[is_token].sum().item()
-        return losses[is_token].sum(), summed_kl, is_clipped.sum().item()
-
-    def message_logprobs(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log pi of each token of each message, and which entries are tokens.
-
-        Both are [rows, longest message], messages aligned on the right.
+        All rows are read with the adapter of the first one's agent.
         """
         self.adapters.use(rows[0].agent)
         token_ids, mask = pad_left([row.prompt_ids + row.token_ids for row in rows], self.pad_id)
@@ -225,9 +227,8 @@ class Learner:
         targets = token_ids[:, -longest:]
         logprobs = (logits.float() / self.temperature).log_softmax(-1)
         logprobs = logprobs.gather(-1, targets[:, :, None])[:, :, 0]
-        lengths = torch.tensor([len(row.token_ids) for row in rows], device=logprobs.device)
-        column_from_right = torch.arange(longest, 0, -1, device=logprobs.device)
-        return logprobs, column_from_right <= lengths[:, None]
+        # Padded on the left, so messages end in the last column.
+        return [logprobs[index, -len(row.token_ids) :] for index, row in enumerate(rows)]
 
     def _batches(self, rows: list[Row]) -> list[list[Row]]:
         """Cut rows into batches of one adapter each, of similar lengths."""
@@ -241,14 +242,6 @@ class Learner:
             for indices in token_batches(lengths, order, self.batch_tokens):
                 batches.append([group[index] for index in indices])
         return batches
-
-
-def _right_aligned(rows: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """Stack rows of different lengths, aligned on the right, in the shape of `like`."""
-    aligned = torch.zeros_like(like)
-    for index, row in enumerate(rows):
-        aligned[index, -len(row) :] = row
-    return aligned
 
 
 # ---- What is logged ------------------------------------------------------------------------------
@@ -305,7 +298,7 @@ def accuracy(rollouts: list[Rollout]) -> float:
 
 
 def mean_rewards(rewards: Rewards) -> dict[str, float | None]:
-    """Return the mean reward of each agent's messages."""
+    """Return the mean reward of each agent's messages; None if none has a reward."""
     rewards_of_agent = defaultdict(list)
     for node, reward in rewards.items():
         rewards_of_agent[node.message.agent] += [] if reward is None else [reward]
@@ -390,21 +383,23 @@ class Training:
 
         # 2. From rewards to advantages.
         rewards: Rewards = {}
+        credits: Rewards = {}
         for rollout in rollouts:
             of_rollout = self.reward(rollout)
-            if args.outcome_share > 0:
-                of_rollout = mix_with_outcome(rollout, of_rollout, args.outcome_share)
+            rewards |= of_rollout
             if args.credit == "return":
                 of_rollout = returns(rollout, of_rollout)
-            rewards |= of_rollout
+            if args.outcome_share > 0:
+                of_rollout = mix_with_outcome(rollout, of_rollout, args.outcome_share)
+            credits |= of_rollout
         if args.reward == "random":
-            rewards = shuffle_within_agents(rewards, rng)
-        advantage_of = advantages(rewards, args.baseline)
-        if not advantage_of:
+            credits = shuffle_within_agents(credits, rng)
+        if not any(counts(node, credit) for node, credit in credits.items()):
             raise InputError(
                 "no message of this step can be trained on: all were cut at their limit or have no "
                 "reward; raise --max-new-tokens, or take another --reward"
             )
+        advantage_of = advantages(credits, args.baseline)
 
         # 3. Update the adapters.
         rows = make_rows(rollouts, advantage_of)
@@ -413,8 +408,10 @@ class Training:
         record = {
             "step": self.step,
             "messages": self.num_messages,
-            "rows": len(rows),
-            "not_trained_on": len(rewards) - len(advantage_of),
+            "trained_on": len(advantage_of),
+            "distinct": len(rows),
+            "cut": sum(node.candidate.truncated for node in rewards),
+            "without_reward": sum(reward is None for reward in rewards.values()),
             "reward": mean_rewards(rewards),
             **statistics_of_update,
             "rollouts": measure(rollouts),
@@ -496,6 +493,9 @@ def _log(training: Training, metrics, record: dict, checkpoint: Path) -> None:
     print(training_line(record), flush=True)
 
 
+# The rewards that V gives.
+VALUE_REWARDS = ("value", "value-delta")
+
 # ---- The script ----------------------------------------------------------------------------------
 
 
@@ -517,13 +517,13 @@ def parse_args(argv=None):
         "--outcome-share",
         type=unit_float,
         default=0.0,
-        help="mix the reward with the outcome: (1 - share) * reward + share * outcome",
+        help="mix the credit with the outcome: (1 - share) * credit + share * outcome",
     )
     parser.add_argument(
         "--credit",
         choices=("own", "return"),
         default="own",
-        help="a message earns its own reward, or also those of the messages after it",
+        help="a message earns its own reward, or also those after it (value-delta)",
     )
     parser.add_argument(
         "--baseline",
@@ -538,7 +538,9 @@ def parse_args(argv=None):
         default="passes",
         help="independent passes, or a tree with --num-candidates messages per state",
     )
-    parser.add_argument("--num-passes", type=positive_int, default=4, help="passes per question")
+    parser.add_argument(
+        "--num-passes", type=positive_int, default=4, help="per question, for --rollouts passes"
+    )
     parser.add_argument("--num-steps", type=positive_int, default=10, help="training steps")
     parser.add_argument("--num-questions", type=positive_int, default=64, help="questions per step")
     parser.add_argument(
@@ -549,7 +551,7 @@ def parse_args(argv=None):
         "--adapters",
         choices=("shared", "per-agent"),
         default="shared",
-        help="one LoRA adapter for all agents, or one for each",
+        help="how many adapters are trained: one for all agents, or one for each",
     )
     parser.add_argument("--lora-rank", type=positive_int, default=16, help="rank of an adapter")
     parser.add_argument(
@@ -602,8 +604,9 @@ def main(args) -> None:
         policy.adapters = AgentAdapters.add(
             policy.decoder.model, mas, kind=args.adapters, rank=args.lora_rank
         )
-    elif policy.adapters.names != adapter_names(mas, args.adapters):
-        raise InputError(f"--adapters {args.adapters}: those of --adapter are of the other kind")
+    else:
+        check_start(args, policy.adapters, mas)
+    inherited = inherited_problems(args)
     training = Training(
         args=args,
         policy=policy,
@@ -636,18 +639,49 @@ def main(args) -> None:
         ) from None
 
     # 4. Save the adapters that were best on held-out problems, and report.
-    adapters = policy.adapters
-    adapters.set_weights(training.best_weights)
-    adapters.save(folder)
+    policy.adapters.set_weights(training.best_weights)
+    policy.adapters.save(folder)
     with open(folder / "problems.jsonl", "wb") as file:
         save_problems(file, [vars(problem) for problem in train_problems + dev_problems])
+        for row in inherited:
+            append_jsonl(file, row)
+    records = read_jsonl(folder / "metrics.jsonl")
+    plot_training(records, training.best_step, folder / "curves.png")
     finished = {"finished": True, "best_step": training.best_step}
     write_config(folder, read_config(folder) | finished)
     (folder / "checkpoint.pt").unlink()
-    records = read_jsonl(folder / "metrics.jsonl")
-    plot_training(records, training.best_step, folder / "curves.png")
     print(training_table(records, training.best_step))
     print(f"\n{folder} holds the adapters, metrics.jsonl, messages.jsonl and curves.png")
+
+
+def inherited_problems(args) -> list[dict]:
+    """Return the lines of problems.jsonl of the adapters to start from, and of a V that rewards.
+
+    The agents learn from what these have seen, so evaluate.py must not test on it either.
+    """
+    folders = []
+    if args.adapter is not None:
+        folders.append(Path(args.adapter))
+    if args.reward in VALUE_REWARDS:
+        folders.append(value_folder(args))
+    rows = []
+    for folder in folders:
+        rows += read_jsonl(folder / "problems.jsonl")
+    return rows
+
+
+def check_start(args, adapters: AgentAdapters, mas: MAS) -> None:
+    """Raise InputError if the adapters to start from are not those that the flags describe."""
+    if adapters.names != adapter_names(mas, args.adapters):
+        raise InputError(f"--adapters {args.adapters}: those of --adapter are of the other kind")
+    if adapters.rank != args.lora_rank:
+        raise InputError(
+            f"--lora-rank {args.lora_rank}: those of --adapter have rank {adapters.rank}"
+        )
+    if Path(args.adapter).resolve() == (Path(args.run) / "agents").resolve():
+        raise InputError(
+            f"--adapter {args.adapter}: this run would write where it reads; choose another --run"
+        )
 
 
 def check_flags(args) -> None:
@@ -668,6 +702,10 @@ def check_flags(args) -> None:
         raise InputError(
             "--reward search is Q of a tree; give --rollouts tree, or --reward outcome"
         )
+    if args.credit == "return" and args.reward != "value-delta":
+        raise InputError("--credit return adds up changes; give --reward value-delta")
+    if args.outcome_share > 0 and args.reward in ("outcome", "search", "random"):
+        raise InputError(f"--outcome-share: --reward {args.reward} is the outcome already")
     if (args.reward == "coach") != (args.coach is not None):
         raise InputError("--reward coach and --coach MODEL belong together; give both or neither")
 
@@ -734,14 +772,21 @@ def value_folder(args) -> Path:
 
 
 def load_value_model(args, mas: MAS) -> ValueModel | None:
-    """Load V. A reward that does not need it can do without: V's reading is then not logged."""
+    """Load V. If the reward does not need V and RUN has none, its reading is not logged."""
     folder = value_folder(args)
+    is_needed = args.value is not None or args.reward in VALUE_REWARDS
     if folder.is_dir():
         device = device_of_this_process(args.device)
-        return ValueModel.load(folder, mas, device=device, dtype=args.dtype)
-    if args.value is not None or args.reward in ("value", "value-delta"):
+        try:
+            return ValueModel.load(folder, mas, device=device, dtype=args.dtype)
+        except InputError as error:
+            if is_needed:
+                raise
+            print(f"V's reading is not logged: {error}")
+            return None
+    if is_needed:
         raise InputError(f"{folder}: no trained value model there; train_value.py makes it")
-    print(f"no V in {folder}: what it would think of the messages is not logged")
+    print(f"V's reading is not logged: {folder} has no trained value model")
     return None
 
 
@@ -753,6 +798,7 @@ def load_reward(args, mas: MAS) -> Callable[[Rollout], Rewards]:
         mas,
         seed=args.seed,
         batch_tokens=args.batch_tokens,
+        template_kwargs=args.chat_template_kwargs,
         quantize=False,
         device=device_of_this_process(args.device),
         dtype=args.dtype,
@@ -771,8 +817,8 @@ def training_settings(args, training: Training) -> dict:
         "num_questions",
         "adapters",
     )
-    names += ("lora_rank", "policy_lr", "clip", "kl_coef", "num_minibatches", "train_batch_tokens")
-    names += ("num_dev_passes", "dev_every", "max_new_tokens")
+    names += ("lora_rank", "policy_lr", "clip", "kl_coef", "num_minibatches", "num_dev_passes")
+    names += ("dev_every", "max_new_tokens")
     settings = training.policy.settings | {name: getattr(args, name) for name in names}
     problems = training.train_problems + training.dev_problems
     settings |= {
@@ -783,7 +829,7 @@ def training_settings(args, training: Training) -> dict:
         "problems": fingerprint([vars(problem) for problem in problems]),
         **source(args.task, args.data),
     }
-    if training.value_model is not None:
+    if args.reward in VALUE_REWARDS:
         folder = value_folder(args)
         settings["value"] = {"name": str(folder), "fingerprint": weights_fingerprint(folder)}
     if args.coach is not None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import AGENTS, make_tiny_policy
+from conftest import AGENTS, ScriptedPolicy, drive, make_tiny_policy
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -15,11 +15,21 @@ import evaluate
 import generate_rollouts
 import search
 import train_agents
-from adapters import AgentAdapters
+from adapters import AgentAdapters, adapters_setting
 from generate_rollouts import Node
 from mas import CHAIN, DEBATE, State
 from policy import Candidate, Sample
-from rewards import advantages, sample_rollouts
+from report import plot_training, training_line, training_table
+from rewards import (
+    REWARDS,
+    Rollout,
+    advantages,
+    descendants,
+    mix_with_outcome,
+    returns,
+    sample_rollouts,
+    sample_tree,
+)
 from runs import HERE, InputError, read_config, read_jsonl, seeded
 from tasks import Problem, load_problems
 from train_agents import Learner, Row, Training, make_rows
@@ -84,16 +94,15 @@ def rows_of(rollouts, advantage=1.0):
 def logprobs_of(learner, rows):
     """Return the summed log-probability of each message."""
     with torch.no_grad():
-        logprobs, is_token = learner.message_logprobs(rows)
-    return (logprobs * is_token).sum(-1).tolist()
+        return [logprobs.sum().item() for logprobs in learner.message_logprobs(rows)]
 
 
 def gradient_of(learner, rows):
     """Return the gradient of the loss of these rows, as one vector."""
     for row in rows:
         with torch.no_grad():
-            logprobs, is_token = learner.message_logprobs([row])
-        row.old = row.reference = logprobs[0][is_token[0]]
+            [logprobs] = learner.message_logprobs([row])
+        row.old = row.reference = logprobs
     learner.optimizer.zero_grad(set_to_none=True)
     loss, _, _ = learner.loss(rows)
     loss.backward()
@@ -122,24 +131,24 @@ def test_before_training_the_ratio_to_the_sampler_is_1_and_the_kl_is_0(learner, 
 def test_log_probabilities_do_not_depend_on_the_batch(learner, rollouts):
     """Prompts and messages of different lengths are padded."""
     rows = rows_of(rollouts)
-    together, is_token = learner.message_logprobs(rows)
-    assert is_token.sum(-1).tolist() == [len(row.token_ids) for row in rows]
-    for row, batched, mask in zip(rows, together, is_token, strict=True):
-        alone, _ = learner.message_logprobs([row])
-        torch.testing.assert_close(batched[mask], alone[0], atol=1e-5, rtol=0)
+    together = learner.message_logprobs(rows)
+    for row, batched in zip(rows, together, strict=True):
+        [alone] = learner.message_logprobs([row])
+        assert len(alone) == len(row.token_ids)
+        torch.testing.assert_close(batched, alone, atol=1e-5, rtol=0)
 
 
 def test_the_policy_is_the_softmax_at_the_sampling_temperature(shared, rollouts):
     """By hand, from the model's own logits."""
     [row, *_] = rows_of(rollouts)
     learner = make_learner(shared, temperature=1.7)
-    logprobs, _ = learner.message_logprobs([row])
+    [logprobs] = learner.message_logprobs([row])
     ids = torch.tensor([row.prompt_ids + row.token_ids])
     logits = learner.model(input_ids=ids).logits[0]
     for index, token in enumerate(row.token_ids):
         at = len(row.prompt_ids) + index - 1
         expected = (logits[at] / 1.7).log_softmax(-1)[token]
-        assert logprobs[0, index].item() == pytest.approx(expected.item(), abs=1e-4)
+        assert logprobs[index].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
 # ---- The loss by hand ----------------------------------------------------------------------------
@@ -149,9 +158,8 @@ def loss_by_hand(learner, monkeypatch, *, new, old, reference, advantages):
     """Return the loss of one message whose tokens have these log-probabilities."""
     row = Row("Reader", [1], [2] * len(new), list(advantages))
     row.old, row.reference = torch.tensor(old), torch.tensor(reference)
-    logprobs = torch.tensor([new], requires_grad=True)
-    is_token = torch.ones(1, len(new), dtype=torch.bool)
-    monkeypatch.setattr(learner, "message_logprobs", lambda rows: (logprobs, is_token))
+    logprobs = torch.tensor(new, requires_grad=True)
+    monkeypatch.setattr(learner, "message_logprobs", lambda rows: [logprobs])
     loss, kl, num_clipped = learner.loss([row])
     return loss.item(), kl, num_clipped
 
@@ -228,7 +236,7 @@ def test_every_token_of_every_sample_has_the_same_weight(shared, rollouts, monke
     learner = make_learner(shared, lr=1e-12, kl_coef=0.0, num_minibatches=1, batch_tokens=500)
     steps = []
     monkeypatch.setattr(learner.optimizer, "step", lambda: steps.append(gradient_now(learner)))
-    monkeypatch.setattr(train_agents.nn.utils, "clip_grad_norm_", lambda *args: None)
+    monkeypatch.setattr(train_agents.nn.utils, "clip_grad_norm_", lambda *args, **options: None)
     learner.update(rows, seeded(0))
     expected = gradient_of(make_learner(shared, kl_coef=0.0), rows)
     expected /= sum(len(row.token_ids) for row in rows)
@@ -313,9 +321,101 @@ def test_with_per_agent_adapters_only_that_of_the_speaker_moves():
     learner.update(rows, seeded(0))
     after = policy.adapters.weights()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and all(".Planner." in name for name in moved)
+    assert moved and all(".agent_Planner." in name for name in moved)
     names = {name.split(".")[-2] for name in before}
-    assert names == {"Reader", "Planner", "Solver", "Verifier"}
+    assert names == {"agent_Reader", "agent_Planner", "agent_Solver", "agent_Verifier"}
+
+
+def test_the_optimizer_and_the_adapters_have_the_settings_given(shared):
+    learner = make_learner(shared, lr=0.125)
+    [group] = learner.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.125, 0.0)
+    config = shared.adapters.model.peft_config["shared"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.0)
+    assert shared.adapters.rank == 8
+
+
+def randomised(policy, seed=0):
+    """Give every adapter its own random weights, which change every message."""
+    torch.manual_seed(seed)
+    weights = policy.adapters.weights()
+    policy.adapters.set_weights({name: torch.randn_like(w) for name, w in weights.items()})
+
+
+def test_every_agent_is_read_with_its_own_adapter_also_in_one_step(rollouts, tmp_path):
+    """And after saving and loading: each adapter is that of its agent."""
+    policy = trained_policy("per-agent")
+    randomised(policy)
+    learner = make_learner(policy)
+    rows = rows_of(rollouts)
+    expected = {}
+    for index, row in enumerate(rows):
+        policy.adapters.model.set_adapter(f"agent_{row.agent}")
+        ids = torch.tensor([row.prompt_ids + row.token_ids])
+        with torch.no_grad():
+            logits = learner.model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
+        tokens = torch.tensor(row.token_ids)[:, None]
+        expected[index] = logits.log_softmax(-1).gather(-1, tokens)[:, 0]
+    assert len({row.agent for row in rows}) == 4
+
+    learner.kl_coef = 0.0
+    for row in rows:
+        row.advantages = [0.0]  # nothing is moved
+    learner.update(rows, seeded(0))
+    for index, row in enumerate(rows):
+        torch.testing.assert_close(row.old, expected[index], atol=1e-3, rtol=1e-4)
+
+    policy.adapters.save(tmp_path)
+    names = sorted(path.name for path in (tmp_path / "adapter").iterdir() if path.is_dir())
+    assert names == ["agent_Planner", "agent_Reader", "agent_Solver", "agent_Verifier"]
+    settings = {"adapters": "per-agent", "graph": {"name": "chain"}}
+    settings |= {"model": policy.settings["model"], "quantize_policy": False}
+    config = {"settings": settings, "finished": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = make_tiny_policy(CHAIN, adapter=tmp_path)
+    for index, row in enumerate(rows):
+        [logprobs] = make_learner(loaded).message_logprobs([row])
+        torch.testing.assert_close(logprobs, expected[index], atol=1e-3, rtol=1e-4)
+
+    # The record of the adapters depends on each of them.
+    before = loaded.settings["adapter"]["fingerprint"]
+    weights = tmp_path / "adapter" / "agent_Verifier" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    after = adapters_setting(str(tmp_path), loaded.adapters.names)["fingerprint"]
+    assert before != after
+
+
+def test_an_update_at_a_low_temperature_is_finite(shared, rollouts):
+    """Prompts and padding have log-probabilities of minus hundreds there, and must not count."""
+    weights = shared.adapters.weights()
+    learner = make_learner(shared, temperature=0.05, lr=1e-9)
+    learner.update(rows_of(rollouts), seeded(0))
+    assert all(torch.isfinite(weight).all() for weight in shared.adapters.weights().values())
+    shared.adapters.set_weights(weights)
+
+
+def test_minibatches_are_drawn_at_random(learner, rollouts, monkeypatch):
+    """And every row is in exactly one of them."""
+    rows = rows_of(rollouts)
+    learner.num_minibatches = 2
+
+    def minibatches(seed):
+        batches = []
+
+        def loss(batch):
+            batches.append(batch)
+            return 0.0 * some_weight.sum(), 0.0, 0
+
+        monkeypatch.setattr(learner, "loss", loss)
+        learner.update(rows, seeded(seed))
+        order = [rows.index(row) for batch in batches for row in batch]
+        assert sorted(order) == list(range(len(rows)))
+        return order
+
+    some_weight = next(iter(learner.adapters.parameters().values()))
+    assert minibatches(0) == minibatches(0) != minibatches(1)
 
 
 def test_agents_with_adapters_of_their_own_speak_with_them():
@@ -333,7 +433,7 @@ def test_agents_with_adapters_of_their_own_speak_with_them():
     weights = policy.adapters.weights()
     noisy = {}
     for name, weight in weights.items():
-        noisy[name] = torch.randn_like(weight) if ".Planner." in name else weight
+        noisy[name] = torch.randn_like(weight) if ".agent_Planner." in name else weight
     policy.adapters.set_weights(noisy)
     after = texts()
     assert after[0] == before[0] and after[1] != before[1]
@@ -351,9 +451,9 @@ def test_the_reference_is_the_model_with_its_adapters_off(learner, rollouts):
         assert logprobs_of(learner, rows) == pytest.approx(before, abs=1e-4)
     learner.update(rows, seeded(0))
     with learner.adapters.off():
-        expected, is_token = learner.message_logprobs(rows)
-    for row, logprobs, mask in zip(rows, expected, is_token, strict=True):
-        torch.testing.assert_close(row.reference, logprobs[mask], atol=1e-4, rtol=0)
+        expected = learner.message_logprobs(rows)
+    for row, logprobs in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row.reference, logprobs, atol=1e-4, rtol=0)
 
 
 # ---- It learns -----------------------------------------------------------------------------------
@@ -384,6 +484,238 @@ def test_a_planted_reward_is_learnt():
         learner.update(rows, seeded(step))
     assert shares[0] < 0.5
     assert shares[-1] > 0.85
+
+
+# ---- A step: which numbers reach the update ------------------------------------------------------
+
+
+def scripted_rollouts(problems):
+    """Return a tree per problem: two messages of the Reader, each with two of the Planner."""
+    rollouts = []
+    for number, problem in enumerate(problems):
+        rng = seeded("scripted", number)
+        search = sample_tree(problem.question, CHAIN, num_candidates=(2, 2, 1, 1), num_agents=4)
+        policy = ScriptedPolicy(lambda path, number=number: f"message {path} {number}")
+        root = drive(search, {Sample: policy})
+        nodes = descendants(root)
+        tokens = {}
+        for node in [root, *nodes]:
+            node.V = rng.uniform(-1, 1)
+            tokens[node.path] = ([number], list(node.path))
+            if CHAIN.is_terminal(node.state):
+                node.reward = rng.choice([1.0, -1.0])
+        rollouts.append(Rollout(problem, root, nodes, tokens))
+    return rollouts
+
+
+def step_with(monkeypatch, *flags, reward="value"):
+    """Take a scripted step. Returns its rollouts, its records, and the rows of the update."""
+    updates = []
+
+    def update(rows, rng):
+        updates.append(rows)
+        return {"kl": 0.0, "clip_share": 0.0}
+
+    training = Training(
+        args=train_agents.parse_args(["--reward", reward, *flags]),
+        policy=SimpleNamespace(mas=CHAIN),
+        learner=SimpleNamespace(update=update),
+        train_problems=problems_of(num=3),
+        dev_problems=[],
+        num_candidates=(2, 2, 1, 1),
+        num_agents=4,
+        value_model=None,
+        reward=REWARDS[reward],
+    )
+    kept = []
+
+    def sample(problems, policy, **options):
+        kept.append(scripted_rollouts(problems))
+        return kept[-1]
+
+    monkeypatch.setattr(train_agents, "sample_rollouts", sample)
+    record, messages = training.train_step()
+    return kept[0], record, messages["messages"], updates[0]
+
+
+def check_step(step, expected_credits, baseline):
+    """Assert that the advantages of a step are those of these credits."""
+    rollouts, record, messages, rows = step
+    expected = advantages(expected_credits, baseline)
+    nodes = [node for rollout in rollouts for node in rollout.nodes]
+    assert [message["advantage"] for message in messages] == [expected.get(node) for node in nodes]
+    in_rows = sorted(advantage for row in rows for advantage in row.advantages)
+    assert in_rows == sorted(expected.values())
+    assert record["trained_on"] == len(expected) and record["messages"] == len(nodes)
+
+
+@pytest.mark.parametrize("baseline", ["agent", "siblings"])
+@pytest.mark.parametrize("reward", ["outcome", "search", "value", "value-delta"])
+def test_the_reward_and_the_baseline_of_the_flags_are_used(monkeypatch, reward, baseline):
+    flags = ["--rollouts", "tree", "--baseline", baseline]
+    step = step_with(monkeypatch, *flags, reward=reward)
+    credits = {}
+    for rollout in step[0]:
+        credits |= REWARDS[reward](rollout)
+    check_step(step, credits, baseline)
+    nodes = [node for rollout in step[0] for node in rollout.nodes]
+    assert [message["reward"] for message in step[2]] == [credits[node] for node in nodes]
+
+
+def test_credit_return_adds_up_the_changes_of_v(monkeypatch):
+    step = step_with(monkeypatch, "--credit", "return", reward="value-delta")
+    credits = {}
+    for rollout in step[0]:
+        credits |= returns(rollout, REWARDS["value-delta"](rollout))
+    check_step(step, credits, "agent")
+
+
+def test_the_outcome_is_mixed_into_the_credit(monkeypatch):
+    """After the returns, which would otherwise count the outcome once per agent."""
+    flags = ["--credit", "return", "--outcome-share", "0.25"]
+    step = step_with(monkeypatch, *flags, reward="value-delta")
+    credits = {}
+    for rollout in step[0]:
+        own = returns(rollout, REWARDS["value-delta"](rollout))
+        credits |= mix_with_outcome(rollout, own, 0.25)
+    check_step(step, credits, "agent")
+
+
+def test_random_credit_is_that_of_other_messages(monkeypatch):
+    rollouts, _, messages, _ = step_with(monkeypatch, reward="random")
+    credits = {}
+    for rollout in rollouts:
+        credits |= REWARDS["outcome"](rollout)
+    unshuffled = advantages(credits, "agent")
+    given = [message["advantage"] for message in messages if message["advantage"] is not None]
+    assert sorted(given) == pytest.approx(sorted(unshuffled.values()))
+    assert given != list(unshuffled.values())
+
+
+def test_every_step_asks_other_questions_with_other_noise(monkeypatch):
+    calls = []
+
+    def sample(problems, policy, *, seed, **options):
+        calls.append((seed, [problem.id for problem in problems]))
+        return scripted_rollouts(problems)
+
+    training = training_with(monkeypatch, [0.1, 0.2])
+    training.args.num_questions = 3
+    training.train_problems = problems_of(num=30)
+    training.reward = REWARDS["outcome"]
+    training.learner.update = lambda rows, rng: {"kl": 0.0, "clip_share": 0.0}
+    monkeypatch.setattr(train_agents, "sample_rollouts", sample)
+    training.train_step()
+    training.measure_dev()
+    training.train_step()
+    training.measure_dev()
+    (seed, ids), (dev_seed, dev_ids), (next_seed, next_ids), (next_dev_seed, next_dev_ids) = calls
+    assert len(set(ids)) == len(set(next_ids)) == 3
+    assert ids != next_ids and seed != next_seed
+    assert (dev_seed, dev_ids) == (next_dev_seed, next_dev_ids)  # differences are due to the agents
+    assert dev_seed not in (seed, next_seed)
+
+
+def test_the_held_out_measurement_has_the_passes_of_the_flag_and_v(monkeypatch):
+    asked = []
+
+    def sample(problems, policy, *, num_candidates, num_agents, **options):
+        asked.append((num_candidates, num_agents))
+        return scripted_rollouts(problems)
+
+    training = training_with(monkeypatch, [0.1])
+    training.args.num_dev_passes = 5
+    monkeypatch.setattr(train_agents, "sample_rollouts", sample)
+    read = []
+    monkeypatch.setattr(train_agents, "read_values", lambda *args, **kwargs: read.append(args))
+    training.value_model = "V"
+    training.measure_dev()
+    assert asked == [((5, 1, 1, 1), 4)]
+    assert [args[1] for args in read] == ["V"]
+
+
+NUM_AGENTS = [  # flags, candidates, and how many agents have to speak
+    (["--reward", "value", "--baseline", "siblings"], (1, 3, 1, 1), 2),
+    (["--reward", "value", "--baseline", "siblings"], (2, 1, 1, 1), 1),
+    (["--reward", "value", "--baseline", "siblings"], (2, 1, 2, 1), 3),
+    (["--reward", "coach", "--baseline", "siblings"], (1, 3, 1, 1), 2),
+    (["--reward", "value", "--baseline", "agent"], (1, 3, 1, 1), 4),
+    (["--reward", "value", "--rollouts", "passes"], (4, 1, 1, 1), 4),
+    (["--reward", "outcome", "--baseline", "siblings"], (1, 3, 1, 1), 4),
+    (["--reward", "search", "--baseline", "siblings"], (1, 3, 1, 1), 4),
+    (["--reward", "random", "--baseline", "siblings"], (1, 3, 1, 1), 4),
+    (["--reward", "value-delta", "--baseline", "siblings"], (1, 3, 1, 1), 4),
+    (
+        ["--reward", "value", "--baseline", "siblings", "--outcome-share", "0.5"],
+        (1, 3, 1, 1),
+        4,
+    ),
+]
+
+
+@pytest.mark.parametrize("flags, num_candidates, expected", NUM_AGENTS)
+def test_how_many_agents_have_to_speak(flags, num_candidates, expected):
+    args = train_agents.parse_args(flags)
+    assert train_agents.num_agents_of_rollouts(args, CHAIN, num_candidates) == expected
+
+
+def test_the_learner_has_the_settings_of_the_flags(shared):
+    flags = ["--policy-lr", "0.5", "--clip", "0.4", "--kl-coef", "0.3", "--num-minibatches", "7"]
+    flags += ["--train-batch-tokens", "99", "--temperature", "1.5"]
+    learner = train_agents.make_learner(shared, train_agents.parse_args(flags))
+    assert learner.optimizer.param_groups[0]["lr"] == 0.5
+    assert (learner.clip, learner.kl_coef, learner.num_minibatches) == (0.4, 0.3, 7)
+    assert (learner.batch_tokens, learner.temperature) == (99, 1.5)
+    assert learner.pad_id == shared.decoder.pad_id
+
+
+# ---- What is logged ------------------------------------------------------------------------------
+
+
+def test_the_measures_of_an_agent_by_hand(monkeypatch):
+    [rollout] = scripted_rollouts(problems_of(num=1))
+    planner = [node for node in rollout.nodes if node.message.agent == "Planner"]
+    leaves = [node for node in rollout.nodes if not node.children]
+    for node, z in zip(leaves, [1.0, 1.0, -1.0, 1.0], strict=True):
+        node.reward = z
+    for node, value in zip(planner, [0.9, 0.1, 0.5, 0.3], strict=True):
+        node.V = value
+    planner[0].candidate = Candidate("long", 12, -1.0, truncated=True)
+    report = train_agents.measure([rollout])["Planner"]
+    assert report["messages"] == 4
+    assert report["right"] == 0.75
+    assert report["value"] == pytest.approx((0.95 + 0.55 + 0.75 + 0.65) / 4)
+    assert report["value_auc"] == pytest.approx(
+        1 / 3
+    )  # .5 is wrong; only .9 of the others is above
+    assert report["tokens"] == (12 + 2 + 2 + 2) / 4
+    assert report["truncated"] == 0.25
+    for node in rollout.nodes:
+        node.V = None
+    without = train_agents.measure([rollout])["Planner"]
+    assert (without["value"], without["value_auc"], without["right"]) == (None, None, 0.75)
+
+
+def test_the_mean_reward_leaves_out_messages_without_one(duo):
+    [rollout] = scripted_rollouts(problems_of(num=1))
+    first, second, *others = rollout.nodes
+    rewards = {first: 0.5, second: None} | dict.fromkeys(others)
+    means = train_agents.mean_rewards(rewards)
+    assert means == {"Reader": 0.5, "Planner": None, "Solver": None, "Verifier": None}
+
+
+def test_the_picture_shows_agents_that_speak_only_sometimes(tmp_path):
+    """As the Refiner of `refine`."""
+    row = {"value": 0.5, "value_auc": None, "right": 0.5, "tokens": 9.0, "truncated": 0.0}
+    first = {"step": 0, "dev": {"accuracy": 0.5, "agents": {"Reader": row, "Refiner": row}}}
+    second = {"step": 1, "kl": 0.1, "clip_share": 0.0, "reward": {"Reader": 0.5}}
+    second |= {"cut": 0, "without_reward": 2}
+    second["dev"] = {"accuracy": 0.75, "agents": {"Reader": row, "Solver": row}}
+    plot_training([first, second], 1, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "2 messages without a reward" in training_line(second)
+    table = training_table([first, second], 1)
+    assert "before, step 0" in table and "kept, step 1" in table and "75.0 %" in table
 
 
 # ---- Choosing the adapters -----------------------------------------------------------------------
@@ -516,10 +848,14 @@ def test_what_is_not_needed_is_not_sampled(finished, tmp_path, monkeypatch):
 
     class FakeValue:
         def score(self, states, *, batch_tokens):
-            return [len(state.messages[-1].text) / 1000 for state in states], [1] * len(states)
+            values = [len(state.messages[-1:] and state.messages[-1].text) for state in states]
+            return [value / 1000 for value in values], [1] * len(states)
 
     monkeypatch.setattr(train_agents, "load_value_model", lambda args, mas: FakeValue())
     monkeypatch.setattr(train_agents, "weights_fingerprint", lambda folder: "0")
+    (tmp_path / "value").mkdir()
+    row = {"id": "seen by V", "split": "train", "question_key": "0"}
+    (tmp_path / "value" / "problems.jsonl").write_text(json.dumps(row) + "\n")
     flags = ["--reward", "value", "--rollouts", "tree", "--num-candidates", "1.3.1.1"]
     run_stage(tmp_path, *flags, "--baseline", "siblings", "--num-steps", "1")
     [step] = read_jsonl(tmp_path / "agents" / "messages.jsonl")
@@ -528,15 +864,15 @@ def test_what_is_not_needed_is_not_sampled(finished, tmp_path, monkeypatch):
         assert message["outcome"] is None
         assert message["reward"] == pytest.approx((len(message["message"]) / 1000 + 1) / 2)
     record = read_jsonl(tmp_path / "agents" / "metrics.jsonl")[1]
+    assert "seen by V" in (tmp_path / "agents" / "problems.jsonl").read_text()
     planner = record["rollouts"]["Planner"]
     assert planner["right"] is None and planner["value_auc"] is None and planner["value"] > 0.5
 
 
 OTHER_SETTINGS = [
     ["--reward", "random"],
-    ["--outcome-share", "0.5"],
-    ["--credit", "return"],
     ["--rollouts", "tree"],
+    ["--max-new-tokens", "90"],
     ["--num-passes", "3"],
     ["--num-steps", "4"],
     ["--num-questions", "1"],
@@ -632,8 +968,31 @@ def test_training_goes_on_from_given_adapters(finished, tmp_path):
     for name, parameter in policy.adapters.parameters().items():
         assert torch.equal(parameter, saved[name.replace(".shared", "")])
         assert parameter.requires_grad
-    with pytest.raises(InputError, match="of the other kind"):
-        run_stage(tmp_path, "--adapter", str(finished / "agents"), "--adapters", "per-agent")
+    for flags, complaint in (
+        (["--adapters", "per-agent"], "of the other kind"),
+        (["--lora-rank", "4"], "have rank 16"),
+        (["--run", str(finished), "--overwrite"], "would write where it reads"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            run_stage(tmp_path, "--adapter", str(finished / "agents"), *flags)
+
+
+def test_what_the_first_adapters_and_v_have_seen_is_seen_by_the_next(tmp_path):
+    """A chain of runs may use several data sets; evaluate.py must refuse to test on any of them."""
+    for name, problem_id in (("first", "a"), ("value", "v")):
+        (tmp_path / name).mkdir()
+        row = {"id": problem_id, "split": "train", "question_key": problem_id}
+        (tmp_path / name / "problems.jsonl").write_text(json.dumps(row) + "\n")
+
+    def seen(**changes):
+        defaults = {"adapter": None, "reward": "outcome", "value": str(tmp_path / "value")}
+        args = SimpleNamespace(**(defaults | changes))
+        return [row["id"] for row in train_agents.inherited_problems(args)]
+
+    assert seen() == []
+    assert seen(adapter=str(tmp_path / "first")) == ["a"]
+    assert seen(reward="value-delta") == ["v"]
+    assert seen(reward="value", adapter=str(tmp_path / "first")) == ["a", "v"]
 
 
 def test_test_questions_that_the_agents_were_trained_on_are_refused(finished):
@@ -661,6 +1020,8 @@ REFUSED = [
     (["--reward", "value"], "no trained value model there"),
     (["--reward", "value-delta"], "no trained value model there"),
     (["--value", "nowhere"], "nowhere: no trained value model there"),
+    (["--credit", "return"], "give --reward value-delta"),
+    (["--outcome-share", "0.5"], "is the outcome already"),
     (["--top-p", "0.9"], "leave them out"),
     (["--top-k", "5"], "leave them out"),
     (["--reward", "coach", "--coach", str(HERE / "tests")], "--coach .*: no model here"),
@@ -711,9 +1072,23 @@ def test_unfinished_adapters_are_refused(copied):
         make_tiny_policy(CHAIN, adapter=copied)
 
 
+def test_adapters_trained_on_quantised_weights_need_them(copied):
+    edit_config(copied, quantize_policy=True)
+    with pytest.raises(InputError, match="other weights of the model; give --quantize-policy"):
+        make_tiny_policy(CHAIN, adapter=copied)
+
+
+def test_a_folder_of_v_is_no_folder_of_agents(copied):
+    config = read_config(copied)
+    del config["settings"]["adapters"], config["settings"]["model"]
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="not a folder RUN/agents"):
+        make_tiny_policy(CHAIN, adapter=copied)
+
+
 def test_adapters_for_the_agents_of_another_graph_are_refused(copied):
     edit_config(copied, adapters="per-agent")
-    with pytest.raises(InputError, match="no adapter for First; .* the graph 'chain'"):
+    with pytest.raises(InputError, match="no adapter for agent_First; .* the graph 'chain'"):
         make_tiny_policy(DEBATE, adapter=copied)
 
 

@@ -62,7 +62,7 @@ def by_path(rewards) -> dict:
 
 
 class FakeValue:
-    """Stands in for V: reads a number from the newest message."""
+    """Stands in for V: a function of the state."""
 
     def __init__(self, value_of):
         self.value_of = value_of
@@ -70,7 +70,7 @@ class FakeValue:
 
     def score(self, states, *, batch_tokens):
         self.states += states
-        return [self.value_of(state.messages[-1].text) for state in states], [1] * len(states)
+        return [self.value_of(state) for state in states], [1] * len(states)
 
 
 # ---- Rollouts ------------------------------------------------------------------------------------
@@ -224,6 +224,17 @@ def test_value_rewards_by_hand(tree):
     assert by_path(value_rewards(tree)) == pytest.approx(expected)
 
 
+def test_the_names_of_the_rewards():
+    expected = {
+        "outcome": outcome_rewards,
+        "search": search_rewards,
+        "value": value_rewards,
+        "value-delta": value_delta_rewards,
+        "random": outcome_rewards,
+    }
+    assert expected == rewards.REWARDS
+
+
 def test_value_delta_rewards_by_hand(tree):
     """The last message gets (z - V(s)) / 2; V of the state that it leads to plays no part."""
     expected = {
@@ -246,14 +257,19 @@ def test_the_mix_with_the_outcome_by_hand(tree):
     assert mixed == pytest.approx(expected)
 
 
-def test_v_of_the_question_is_the_mean_over_the_first_messages(duo):
+def test_v_reads_every_state_once_and_the_question_without_any_message(duo):
+    """V of the question is a baseline: it must not depend on what the agents then said."""
     rollout = rollout_of(tree_of(duo, (2, 1), say=lambda path: str(0.1 * sum(path) + 0.2)))
-    value_model = FakeValue(float)
+
+    def value_of(state):
+        return float(state.messages[-1].text) if state.messages else -0.7
+
+    value_model = FakeValue(value_of)
     read_values([rollout], value_model, batch_tokens=100)
     assert [node.V for node in rollout.nodes] == pytest.approx([0.2, 0.3, 0.2, 0.3])
     value_of_question = rollout.root.V
-    assert value_of_question == pytest.approx(0.25)
-    assert value_model.states == [node.state for node in rollout.nodes]  # never the question alone
+    assert value_of_question == -0.7
+    assert value_model.states == [node.state for node in [rollout.root, *rollout.nodes]]
 
 
 def test_random_rewards_are_those_of_other_messages_of_the_same_agent(chain):
@@ -274,13 +290,6 @@ def test_returns_add_the_later_rewards_and_average_over_continuations(tree):
     rewards = dict(zip(tree.nodes, [1.0, 2.0, 10.0, 20.0, 30.0, 50.0], strict=True))
     expected = {(0,): 16.0, (1,): 42.0, (0, 0): 10.0, (0, 1): 20.0, (1, 0): 30.0, (1, 1): 50.0}
     assert by_path(returns(tree, rewards)) == expected
-
-
-def test_a_message_without_a_later_reward_has_no_return(tree):
-    rewards = dict(zip(tree.nodes, [1.0, 2.0, None, 20.0, 30.0, 50.0], strict=True))
-    totals = by_path(returns(tree, rewards))
-    assert totals[0,] is None and totals[0, 0] is None
-    assert totals[1,] == 42.0 and totals[0, 1] == 20.0
 
 
 @settings(max_examples=30, deadline=None)
@@ -317,9 +326,9 @@ def test_the_agent_baseline_is_over_the_whole_batch(duo):
     first = rollout_of(tree_of(duo, (1, 1)))
     second = rollout_of(tree_of(duo, (1, 1)))
     rewards = {first.nodes[0]: 0.0, first.nodes[1]: 1.0}
-    rewards |= {second.nodes[0]: 4.0, second.nodes[1]: 1.0}
+    rewards |= {second.nodes[0]: 4.0, second.nodes[1]: 2.0}
     result = advantages(rewards, "agent")
-    assert [result[node] for node in first.nodes + second.nodes] == [-1.0, 0.0, 1.0, 0.0]
+    assert [result[node] for node in first.nodes + second.nodes] == [-1.0, -1.0, 1.0, 1.0]
 
 
 def test_the_siblings_baseline_compares_candidates_of_one_state(duo):
@@ -337,13 +346,25 @@ def test_with_siblings_an_agent_whose_copies_agree_is_not_moved_by_the_luck_of_o
     rewards = dict(zip(rollout.nodes, [0.0, 1.0, 3.0, 3.0, 7.0, 7.0], strict=True))
     result = by_path(advantages(rewards, "siblings"))
     assert [result[path] for path in [(0, 0), (0, 1), (1, 0), (1, 1)]] == [0.0] * 4
-    assert set(by_path(advantages(rewards, "agent")).values()) != {0.0}
+    assert 0.0 not in by_path(advantages(rewards, "agent")).values()
 
 
-def test_equal_rewards_have_no_advantage_even_up_to_rounding(duo):
+def test_with_siblings_a_message_without_any_is_not_trained_on(chain):
+    """Else its tokens would dilute the step, and rewards would differ in what they train on."""
+    rollout = rollout_of(tree_of(chain, (1, 3, 1, 1)))
+    rewards = {node: float(index) for index, node in enumerate(rollout.nodes)}
+    assert set(by_path(advantages(rewards, "siblings"))) == {(0, 0), (0, 1), (0, 2)}
+    # The only Reader has nothing to be compared with under either baseline.
+    assert len(advantages(rewards, "agent")) == len(rollout.nodes) - 1
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-9, 9e-5])
+def test_equal_rewards_give_no_advantage_even_up_to_rounding(duo, difference):
     rollout = rollout_of(tree_of(duo, (2, 2)))
-    rewards = {node: 0.3 + 1e-9 * index for index, node in enumerate(rollout.nodes)}
-    assert set(advantages(rewards, "agent").values()) == {0.0}
+    rewards = {node: 0.3 + difference * (index % 2) for index, node in enumerate(rollout.nodes)}
+    assert advantages(rewards, "agent") == {}
+    rewards = {node: 0.3 + 1e-3 * (index % 2) for index, node in enumerate(rollout.nodes)}
+    assert len(advantages(rewards, "agent")) == 6
 
 
 @pytest.mark.parametrize("baseline", ["agent", "siblings"])
@@ -359,11 +380,12 @@ def test_a_message_that_was_cut_or_has_no_reward_does_not_count(duo, baseline):
 # ---- The coach -----------------------------------------------------------------------------------
 
 
+ON_CPU = {"quantize": False, "device": "cpu", "dtype": "float32"}
+
+
 @pytest.fixture(scope="module")
 def coach():
-    return Coach(
-        AGENTS, CHAIN, seed=0, batch_tokens=1000, quantize=False, device="cpu", dtype="float32"
-    )
+    return Coach(AGENTS, CHAIN, seed=0, batch_tokens=1000, template_kwargs={}, **ON_CPU)
 
 
 @pytest.fixture
@@ -425,7 +447,7 @@ def test_the_coach_sees_role_observation_and_message_but_not_the_gold_answer(coa
         assert "98765" not in system["content"] + user["content"]
 
 
-def test_a_message_cannot_know_the_marker_that_ends_it(coach, chain_rollout):
+def test_a_message_cannot_know_the_marker_that_ends_it(coach, chain_rollout, monkeypatch):
     markers = set()
     for node in chain_rollout.nodes:
         _, user = coach.chat(PROBLEM, node)
@@ -433,7 +455,12 @@ def test_a_message_cannot_know_the_marker_that_ends_it(coach, chain_rollout):
         marker = lines[lines.index(f"Role of the {node.message.agent}:") + 1]
         assert user["content"].count(marker) == 6  # around each of three parts
         markers.add(marker)
-    assert len(markers) == len(chain_rollout.nodes)
+    [node, *_] = chain_rollout.nodes
+    other_problem = Problem("other", "train", PROBLEM.question, "7", "number")
+    markers.add(coach.chat(other_problem, node)[1]["content"].split("\n")[1])
+    monkeypatch.setattr(coach, "seed", 1)
+    markers.add(coach.chat(PROBLEM, node)[1]["content"].split("\n")[1])
+    assert len(markers) == len(chain_rollout.nodes) + 2
 
 
 def test_a_coach_without_a_chat_template_is_refused(tmp_path):
@@ -443,6 +470,11 @@ def test_a_coach_without_a_chat_template_is_refused(tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     AutoModelForCausalLM.from_pretrained(AGENTS).save_pretrained(tmp_path)
-    options = {"quantize": False, "device": "cpu", "dtype": "float32"}
     with pytest.raises(InputError, match=r"^--coach .* no chat template"):
-        Coach(str(tmp_path), CHAIN, seed=0, batch_tokens=100, **options)
+        Coach(str(tmp_path), CHAIN, seed=0, batch_tokens=100, template_kwargs={}, **ON_CPU)
+
+
+def test_a_prompt_that_does_not_fit_into_the_coach_is_refused(coach, chain):
+    long = rollout_of(tree_of(chain, (1, 1, 1, 1), say=lambda path: "word " * 2000))
+    with pytest.raises(InputError, match="problem p: .* does not fit into the coach"):
+        coach(long)
