@@ -606,7 +606,6 @@ def main(args) -> None:
         )
     else:
         check_start(args, policy.adapters, mas)
-    inherited = inherited_problems(args)
     training = Training(
         args=args,
         policy=policy,
@@ -618,6 +617,7 @@ def main(args) -> None:
         value_model=load_value_model(args, mas),
         reward=load_reward(args, mas),
     )
+    inherited = inherited_problems(args)
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / "agents"
