@@ -615,9 +615,10 @@ def test_the_distributional_loss_by_hand():
     assert model.value(exact).tolist() == pytest.approx(TARGETS.tolist(), abs=1e-6)
 
 
-def test_the_bins_are_on_the_device_of_the_head():
-    model = make_model(loss="dist")
-    model.head.to("meta")
+def test_the_head_and_its_bins_are_on_the_device_of_the_backbone():
+    on_cpu = make_model(loss="dist")
+    model = ValueModel(on_cpu.backbone.to("meta"), on_cpu.tokenizer, CHAIN, "full", "dist")
+    assert model.head.weight.device.type == "meta"
     assert model.bins().device.type == "meta"
 
 
