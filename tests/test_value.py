@@ -615,6 +615,12 @@ def test_the_distributional_loss_by_hand():
     assert model.value(exact).tolist() == pytest.approx(TARGETS.tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("loss, num_outputs", [("huber", 1), ("rank", 1), ("dist", 21)])
+def test_only_a_distribution_has_more_outputs_than_v(model, loss, num_outputs):
+    model = ValueModel(model.backbone, model.tokenizer, CHAIN, "full", loss)
+    assert model.outputs([[5, 6, 7]], [(0, 1), (0, 2)]).shape == (2, num_outputs)
+
+
 def test_the_head_and_its_bins_are_on_the_device_of_the_backbone():
     on_cpu = make_model(loss="dist")
     model = ValueModel(on_cpu.backbone.to("meta"), on_cpu.tokenizer, CHAIN, "full", "dist")
