@@ -105,13 +105,16 @@ def canonical(answer: str, answer_type: str) -> str | None:
     answer_type "letter": the letter of an option, in upper case.
     answer_type "math": a number as above if the answer is one, else words, else LaTeX.
 
-    Returns None if the text is not an answer of this type.
+    Returns None if the text is not an answer of this type. Raises ValueError if there is no such
+    type.
     """
     if answer_type == "letter":
         return _canonical_letter(answer)
     if answer_type == "number":
         return _canonical_number(plain_text(answer))
-    return _canonical_math(answer)
+    if answer_type == "math":
+        return _canonical_math(answer)
+    raise ValueError(f"unknown answer type {answer_type!r}")
 
 
 def _canonical_letter(answer: str) -> str | None:
@@ -157,7 +160,7 @@ def _answer_side(text: str) -> str:
         return text
     if _sole_number(left) is not None and _sole_number(right) is None:
         return left
-    return text.rsplit("=", 1)[-1]
+    return text.rpartition("=")[-1]
 
 
 def _canonical_math(answer: str) -> str | None:
@@ -432,7 +435,7 @@ def _without_unit(latex: str) -> str:
 # ---- Equality ------------------------------------------------------------------------------------
 
 _FRACTION = re.compile(r"-?\d+(/\d+)?")  # "42", "-3/4": a number in canonical form
-_WORDS = re.compile(r"(?:[A-Za-z]{3,}|[Nn]o)(?:[ -][A-Za-z]+)*")  # "east", "no", "New York"
+_WORDS = re.compile(r"(?:[A-Za-z]{3,}|[Nn][Oo])(?:[ -][A-Za-z]+)*")  # "east", "no", "New York"
 
 _LENGTH_UNIT = re.compile(
     r"""
@@ -530,10 +533,8 @@ def _compare_words(a: str, b: str) -> bool | None:
     if _without_style(a) == _without_style(b):
         return True
     a_is_words, b_is_words = _WORDS.fullmatch(a), _WORDS.fullmatch(b)
-    if a_is_words and b_is_words:
-        return a.lower().split() == b.lower().split()
     if a_is_words or b_is_words:  # "east" is not the product of e, a, s and t
-        return False
+        return a.lower().split() == b.lower().split()
     if _FRACTION.fullmatch(a) and _FRACTION.fullmatch(b):  # they differ, and are reduced
         return False
     return None
@@ -632,12 +633,9 @@ def _equation_yields(equation: str, answer: str) -> bool:
 
 def _right_side(answer: str) -> str | None:
     """Return the 5 of f(2) = 5; None if there is no equation, or more than one."""
-    left, equals, right = answer.rpartition("=")
-    if not equals or left.endswith(("<", ">", "!", "\\")):
+    if not _is_equation(answer) or _has_several_equations(answer):
         return None
-    if _has_several_equations(answer):
-        return None
-    return canonical(right, "math")
+    return _canonical_math(_EQUALS.split(answer)[-1])
 
 
 # ---- math-verify in its own process --------------------------------------------------------------

@@ -443,7 +443,7 @@ def _gold_of_solution(text: str, is_solution: bool) -> str:
     GSM8K ends a solution with "#### 42". MATH (is_solution) has the answer in \boxed{...}.
     """
     if "####" in text:
-        return text.rsplit("####", 1)[-1].strip()
+        return text.rpartition("####")[-1].strip()
     if is_solution:
         return last_box(text) or ""
     return text

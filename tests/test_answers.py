@@ -1,5 +1,6 @@
 """Tests of answers.py and extraction.py: reading an answer, its canonical form, and equality."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -88,13 +89,19 @@ NUMBERS = [  # (message, the number that is read from it)
     # two numbers
     ("Final answer: 5 or 6", None),
     ("Final answer: Between 5 and 6", None),
+    ("Final answer: Between 5, 6 and 7", None),
     ("Final answer: 5, 6", None),
+    ("Final answer: 5 or 6 or 7", None),
+    ("Final answer: 5 (five) or 6 (six)", None),
     ("Final answer: 2^3", None),
     (r"\boxed{2 \times 3}", None),
     # equations and remarks
     ("Final answer: 16-3=13", "13"),
     ("Final answer: 5 = 2 + 3", "5"),
     (r"\boxed{12=5+7}", "12"),
+    ("Final answer: 12 = 5 + 7 = 10 + 2", "12"),
+    ("Final answer: 5 + 7 = 10 + 2 = 12", "12"),
+    ("Final answer: total = 12 apples in 3 bags", "12"),
     ("Final answer: 7 (see step 2)", "7"),
     ("Final answer: 12 hours (= 0.5 days)", "12"),
     ("Final answer: 12 dollars (1 dollar = 100 cents)", "12"),
@@ -537,6 +544,7 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     ("5", "f(2)=5", True),
     ("5", "f(5)=2", False),
     ("4", "x=3, y=4", False),
+    ("4", "x=3 and(y)=4", False),
     ("2e-1", "0.2", False),
     ("x=1, x=2", "1,2", True),
     ("x=1,y=2", "(1,2)", True),
@@ -553,6 +561,8 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     ("f(2, x+1) = 7", "7", True),
     (r"\cos\theta = \frac12", r"\frac12", True),
     (r"P(A \cup B) = \frac12", r"\frac12", True),
+    ("f(2) = x(x+1)", "x^2+x", True),
+    ("f(2) = 2x+3 = 7", "7", True),
     ("x = 3+4 = 7", "7", True),
     ("3+4 = 7", "7", True),
     (r"\sqrt{49} = 7", "7", True),
@@ -560,6 +570,7 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     ("a^2+b=0", "0", False),
     ("x^2 = 4", "4", False),
     ("2x = 6", "6", False),
+    ("2X = 6", "6", False),
     ("xy = 6", "6", False),
     ("x(x+1) = 6", "6", False),
     ("x + y = 3+4 = 7", "7", False),
@@ -591,6 +602,8 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     (r"9:30\text{ p.m.}", r"9:30 \text{ p.m.}", True),
     # words and options
     (r"\text{east}", "East", True),
+    ("NO", "no", True),
+    ("NO", "on", False),
     (r"\text{east}", "seat", False),
     (r"\text{Evelyn}", "Evelyn", True),
     (r"\textbf{Evelyn}", r"\mbox{Evelyn}", True),
@@ -598,10 +611,12 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     (r"\text{No}", "no", True),
     (r"\text{Friday, June 5}", "Friday, June 5", True),
     (r"\text{Friday, June 5}", "Friday, June 6", False),
+    (r"\text{Friday}, June 5", "Friday,June 5", True),
     (r"\text{(B)}", "(B)", True),
     (r"\text{(B)}", "(C)", False),
     (r"\text{(C)}", r"\text{(C) hyperbola}", True),
     (r"\text{(C)}", r"\text{(D) circle}", False),
+    (r"\text{(C) hyperbola}", r"\text{(C) circle}", False),
 ]
 
 
@@ -638,18 +653,26 @@ signal.alarm = lambda seconds: os._exit(1)
 def test_a_comparison_that_takes_forever_is_given_up_and_counted(monkeypatch, capsys):
     program = "import time; print('ready', flush=True); input(); time.sleep(60)"
     math_verify = MathVerify()
-    monkeypatch.setattr(MathVerify, "SECONDS", 1.0)
+    monkeypatch.setattr(MathVerify, "SECONDS", 0.1)
     monkeypatch.setattr(MathVerify, "PROGRAM", program)
-    assert not math_verify.equal("x", "y")
-    assert math_verify.timeouts == 1
-    assert "took more than 1 s; counted as unequal" in capsys.readouterr().err
+    for number, pair in enumerate([("x", "y"), ("x", "z")], start=1):
+        assert not math_verify.equal(*pair)
+        assert math_verify.timeouts == number
+        assert "took more than 0.1 s; counted as unequal" in capsys.readouterr().err
 
     # A fresh process answers the next one. It must not set an alarm: a comparison that math-verify
     # gives up by itself is reported as unequal, and nobody would count it.
     monkeypatch.undo()
     monkeypatch.setattr(MathVerify, "PROGRAM", WITHOUT_ALARM + MathVerify.PROGRAM)
     assert math_verify.equal("x+y", "y+x")
+    assert os.getsid(math_verify.process.pid) == math_verify.process.pid  # out of reach of Ctrl-C
     math_verify.process.kill()
+
+
+def test_a_comparison_that_fails_is_an_error_that_names_the_pair(monkeypatch):
+    monkeypatch.setattr(MathVerify, "PROGRAM", "print('ready', flush=True); input(); exit(1)")
+    with pytest.raises(RuntimeError, match="math-verify failed on 'x' and 'y'"):
+        MathVerify().equal("x", "y")
 
 
 def test_symbolic_answers_are_compared_from_any_thread():
@@ -678,6 +701,47 @@ def test_a_formula_is_comparable_if_math_verify_finds_it_equal_to_itself(monkeyp
     for answer_type in ("number", "letter"):
         assert is_comparable("?", answer_type)
     assert len(asked) == 2
+
+
+CANONICAL_MATH = [  # an answer as it is written, and its canonical form
+    # the end of a sentence or a line, but no capital letter
+    ("x+1.", "x+1"),
+    ("x+1 \\ ", "x+1"),
+    ("2X", "2X"),
+    ("5X", "5X"),
+    # styles of the whole and of its parts
+    (r"\mathbf{x^2}", "x^2"),
+    (r"\text{Evelyn.}", "Evelyn"),
+    (r"\text{east} and \text{west}", "east and west"),
+    (r"\text{Room X}", "Room X"),
+    # what is a number, and what is more
+    ("12%", "12"),
+    (r"x \approx 3", "3"),
+    (r"2\sqrt{3} \approx 3.46", r"2\sqrt{3}"),
+]
+
+
+@pytest.mark.parametrize("text, answer", CANONICAL_MATH)
+def test_a_formula_is_recorded_in_one_form(text, answer):
+    assert canonical(text, "math") == answer
+
+
+def test_a_number_has_at_most_200_characters():
+    """What is longer is skipped: the next number counts, and a formula stays as it is."""
+    at_most, too_long = "0" * 199 + "7", "0" * 200 + "7"
+    assert canonical(f"{at_most} apples", "number") == "7"
+    assert canonical(f"{too_long} apples cost 8", "number") == "8"
+    assert canonical(at_most, "math") == "7"
+    assert canonical(too_long, "math") == too_long
+
+
+def test_a_division_by_zero_is_skipped():
+    assert canonical("1/0 is no number, 7 is", "number") == "7"
+
+
+def test_an_unknown_answer_type_is_an_error():
+    with pytest.raises(ValueError, match="unknown answer type 'words'"):
+        canonical("7", "words")
 
 
 ARTICLES = [("**A** train", "A"), ("A train", None), ("X train", "X"), ("i would say", None)]

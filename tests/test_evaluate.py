@@ -235,6 +235,23 @@ def opponents_of(name, calls):
     return [(other.name, why) for other, why in pairs]
 
 
+@pytest.mark.parametrize("search", ["sbs-2x2-value", "mcts-4x3-value"])
+def test_every_search_meets_best_of_n_by_its_scorer(search):
+    calls = {"best_of-4-value": 16, "best_of-8-policy": 16, search: 12}
+    assert opponents_of(search, calls) == [("best_of-4-value", "nearest best-of-N")]
+
+
+@pytest.mark.parametrize("scorer", ["value", "outcome"])
+def test_a_search_by_a_trained_model_meets_itself_by_policy_and_by_chance(scorer):
+    search = f"sbs-2x2-{scorer}"
+    calls = {search: 12, "sbs-2x2-policy": 12, "sbs-2x2-random": 12}
+    assert opponents_of(search, calls) == [
+        ("sbs-2x2-policy", "same, by policy"),
+        ("sbs-2x2-random", "same, by random"),
+    ]
+    assert opponents_of("sbs-2x2-policy", calls) == []
+
+
 def test_opponents_are_the_nearest_with_at_least_as_many_calls():
     """A baseline must not lose because it was given less: 28 calls are nearer to 29 than 32 are."""
     calls = {
@@ -312,7 +329,7 @@ def test_a_search_meets_itself_by_another_scorer_only_with_the_same_lambda():
 
 
 def write_value(run_folder, *, num_simulations, heldout, finished=True):
-    """Write a V as stage 2 leaves it: its settings, and two epochs of held-out metrics."""
+    """Write a V as stage 2 leaves it: its settings, and three epochs of held-out metrics."""
     folder = run_folder / "value"
     folder.mkdir(parents=True)
     settings = {
@@ -321,8 +338,9 @@ def write_value(run_folder, *, num_simulations, heldout, finished=True):
         "view": "local",
     }
     (folder / "config.json").write_text(json.dumps({"settings": settings, "finished": finished}))
-    first_epoch = {"heldout": {"Reader": {}}}
-    write_records(folder / "metrics.jsonl", [first_epoch, {"heldout": heldout}])
+    earlier_epoch = {"heldout": {"Reader": {}}}
+    epochs = [earlier_epoch, earlier_epoch, {"heldout": heldout}]
+    write_records(folder / "metrics.jsonl", epochs)
 
 
 HELDOUT = {
@@ -454,7 +472,8 @@ def make_problem(name, gold="7"):
 def test_the_record_of_an_answer(duo):
     """The root is no turn of the transcript; the answer is that of the last message."""
     first = make_child(duo, make_root("question of p1"), Candidate("3 + 4", 2, -0.5, False), 0)
-    leaf = make_child(duo, first, Candidate("Final answer: 7", 2, -0.5, False), 0)
+    final = "Final answer: 7 apples in 2 bags"
+    leaf = make_child(duo, first, Candidate(final, 2, -0.5, False), 0)
     first.V, leaf.V = 0.25, -0.5
     cost = Cost(
         agent_calls=2,
@@ -483,7 +502,7 @@ def test_the_record_of_an_answer(duo):
         "scorer": "value#12345678",
         "transcript": [
             {"agent": "A", "message": "3 + 4", "V": 0.25},
-            {"agent": "B", "message": "Final answer: 7", "V": -0.5},
+            {"agent": "B", "message": final, "V": -0.5},
         ],
     }
     assert list(record.items()) == list(expected.items())

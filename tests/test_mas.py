@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from extraction import extract_answer
-from mas import GRAPHS, MAS, Agent, Message, State, load_graph
+from mas import GRAPHS, MAS, Agent, Message, State, load_graph, normalize_words
 from runs import InputError
 
 # ---- The chain -----------------------------------------------------------------------------------
@@ -144,6 +144,11 @@ def test_a_conditional_agent_speaks_only_when_its_condition_holds(verdict, refin
         assert refine.is_terminal(refine.step(state, "Final answer: 4"))
 
 
+def test_words_are_compared_in_lower_case_without_markdown():
+    assert normalize_words("**Check**  _FAILS_.") == " check fails "
+    assert normalize_words("**") == ""
+
+
 def test_a_skipped_agent_leaves_a_shorter_transcript():
     """B waits for A, and D waits for B: without B, D does not speak either."""
     a = Agent("A", sees=("Q",), prompt="", max_new_tokens=1)
@@ -177,6 +182,7 @@ BAD_GRAPHS = [  # agents, and the complaint about them
     ([make_agent("A", "B"), make_agent("B", "Q")], "A sees B, a later agent, which closes a cycle"),
     ([make_agent("A", "Q", "A")], "A sees A, itself"),
     ([make_agent("A", "Q", "Z")], "A sees Z, which is not an agent of this graph; it can see Q"),
+    ([make_agent("A", "Q"), make_agent("B", "A", "Z")], "B sees Z, .*; it can see Q, A$"),
     ([make_agent("A", "Q", "Q")], "A sees Q, Q; name each of them once"),
     ([make_agent("A")], "A sees nothing; it must see the question"),
     ([make_agent("A", "Q"), make_agent("B", "Q")], "nobody sees A"),

@@ -599,9 +599,11 @@ def test_random_scorer_is_a_function_of_seed_problem_and_path(duo):
     assert values(0, "p") == values(0, "p")
     assert values(0, "p") != values(1, "p")
     assert values(1, "p") != values(1, "q")
-    # Not the uniforms that its message was sampled with.
-    [uniform] = uniforms(1, 0, "p", (0,))
-    assert values(0, "p")[0] != 2 * uniform - 1
+    # From a stream of its own, which never changes: not the one that its message is sampled with.
+    [uniform] = uniforms(1, "random scorer", 0, "p", (0,))
+    assert values(0, "p")[0] == 2 * uniform - 1
+    [uniform_of_message] = uniforms(1, 0, "p", (0,))
+    assert uniform != uniform_of_message
     assert -1 <= min(values(0, "p")) < -0.9
     assert 0.9 < max(values(0, "p")) <= 1
 

@@ -33,8 +33,15 @@ def test_neither_of_two_numbers_will_do():
     assert not is_correct(problem, answer.value)
 
 
+def test_an_answer_is_compared_as_its_type_demands():
+    problem = Problem("p", "test", "q", "x+1", "math")
+    assert is_correct(problem, "1+x")
+    assert not is_correct(problem, "1-x")
+    assert not is_correct(problem, None)
+
+
 def test_an_unknown_task_is_named():
-    with pytest.raises(InputError, match="nonsense.*tiny"):
+    with pytest.raises(InputError, match="nonsense: unknown; it is one of tiny, tiny-score, gsm8k"):
         load_problems(task="nonsense", data=None, split="test", num=1)
 
 
@@ -263,7 +270,7 @@ def test_no_question_is_on_both_sides_of_the_split(tmp_path, capsys):
     for number in range(100):
         row = {"question": f"How much is {number}+1?", "answer": str(number + 1)}
         rows.append(row | {"id": f"a{number}"})
-        rows.append(row | {"id": f"b{number}", "answer": f"{number + 1}.0"})
+        rows.append(row | {"id": f"b{number}", "answer": f"Total: {number + 1}.0"})
     data = write_rows(tmp_path / "d.jsonl", rows)
 
     train, heldout = problems_of(data, "train", 200), problems_of(data, "heldout", 200)
@@ -300,6 +307,23 @@ def test_a_question_of_the_hub_with_two_answers_is_left_out_and_counted(monkeypa
     assert problem.question == "How much is 1+2?"
     printed = capsys.readouterr().err
     assert "gsm8k: 1 questions with contradicting answers were left out" in printed
+
+
+def test_test_problems_of_the_hub_come_from_its_test_split(monkeypatch):
+    def read_hub(task, split):
+        return [{"question": f"How many in {split}?", "answer": "#### 2"}]
+
+    monkeypatch.setattr(tasks, "_read_hub", read_hub)
+    [problem] = load_problems(task="gsm8k", data=None, split="test", num=1)
+    assert problem.question == "How many in test?"
+
+
+@pytest.mark.parametrize("task, prefix", [("tiny", "own"), ("gsm8k", "gsm8k")])
+def test_an_id_names_the_file_or_the_public_task(tmp_path, task, prefix):
+    """The file names own data; a copy of a public data set has the ids of the data set."""
+    data = write_rows(tmp_path / "own.jsonl", [{"question": "How many?", "answer": "2"}])
+    [problem] = load_problems(task=task, data=data, split="test", num=1)
+    assert problem.id == f"{prefix}-{question_key('How many?')}"
 
 
 def test_split_and_order_depend_on_the_questions_alone(tmp_path):
@@ -399,8 +423,11 @@ def test_one_test_problem_is_found_by_its_place(tmp_path, capsys):
 BAD_ROWS = [  # rows, and the complaint about them
     ([{"question": "q"}], "line 1: no `answer`"),
     ([{"question": "", "answer": "1"}], "line 1: no `question`"),
-    ([{"id": "a", "question": q, "answer": "1"} for q in "qr"], "id a occurs twice"),
-    ([{"id": "a", "question": "q", "answer": "$$"}], "problem a cannot be read as a"),
+    ([{"id": "a", "question": q, "answer": "1"} for q in "qr"], "d.jsonl: the id a occurs twice"),
+    (
+        [{"id": "a", "question": "q", "answer": "$$"}],
+        "d.jsonl: the answer of problem a cannot be read as a",
+    ),
 ]
 
 

@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_value
 import value
-from adapters import add_lora
+from adapters import add_lora, lora_config
 from checkpoints import load_pretrained
 from decoding import uniforms
 from generate_rollouts import Edge, Sample, label_tree, run, tree_paths, tree_record
@@ -31,6 +31,7 @@ from runs import (
     HERE,
     InputError,
     append_jsonl,
+    fingerprint,
     ignore,
     open_run,
     open_to_append,
@@ -154,6 +155,14 @@ def make_model(*, quantize=False, view="full", loss="huber", dtype="float32"):
 @pytest.fixture(scope="module")
 def model():
     return make_model()
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_an_adapter_is_scaled_by_two_at_every_rank(rank):
+    """alpha / rank = 2. There is no dropout: V of a state is the same in training."""
+    config = lora_config(rank)
+    assert config.lora_alpha / config.r == 2
+    assert config.lora_dropout == 0.0
 
 
 # ---- Labels --------------------------------------------------------------------------------------
@@ -606,6 +615,19 @@ def test_the_distributional_loss_by_hand():
     assert model.value(exact).tolist() == pytest.approx(TARGETS.tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("loss, num_outputs", [("huber", 1), ("rank", 1), ("dist", 21)])
+def test_only_a_distribution_has_more_outputs_than_v(model, loss, num_outputs):
+    model = ValueModel(model.backbone, model.tokenizer, CHAIN, "full", loss)
+    assert model.outputs([[5, 6, 7]], [(0, 1), (0, 2)]).shape == (2, num_outputs)
+
+
+def test_the_head_and_its_bins_are_on_the_device_of_the_backbone():
+    on_cpu = make_model(loss="dist")
+    model = ValueModel(on_cpu.backbone.to("meta"), on_cpu.tokenizer, CHAIN, "full", "dist")
+    assert model.head.weight.device.type == "meta"
+    assert model.bins().device.type == "meta"
+
+
 def test_the_distributional_loss_splits_a_target_between_its_two_nearest_bins():
     """y = 0.525 is a quarter of the way from bin 15 (0.5) to bin 16 (0.6)."""
     target, group = torch.tensor([0.525]), GROUPS[:1]
@@ -827,8 +849,8 @@ def save_with_settings(model, folder, *, quantize, loss, backbone=AGENTS):
     """Save a model with the settings that loading it needs."""
     settings = {
         "graph": asdict(CHAIN),
-        "view": "full",
-        "rendering": rendering_fingerprint(CHAIN, "full"),
+        "view": model.view,
+        "rendering": rendering_fingerprint(CHAIN, model.view),
         "backbone": backbone_setting(backbone, model.backbone, folder),
         "quantize": quantize,
         "loss": loss,
@@ -837,9 +859,9 @@ def save_with_settings(model, folder, *, quantize, loss, backbone=AGENTS):
     model.save(folder)
 
 
-@pytest.mark.parametrize("loss", ["mse", "rank", "dist"])
-def test_the_other_losses_train_save_and_load(records, tmp_path, loss):
-    model = make_model(loss=loss)
+@pytest.mark.parametrize("loss, view", [("mse", "full"), ("rank", "local"), ("dist", "full")])
+def test_the_other_losses_train_save_and_load(records, tmp_path, loss, view):
+    model = make_model(loss=loss, view=view)
     rows = make_rows(paths_of(records)[:12], model)
     losses = fit(model, rows, tmp_path, epochs=8)
     assert losses[-1] < losses[0]
@@ -1121,15 +1143,68 @@ def change_settings(folder, **changes):
 
 
 def test_a_v_of_another_graph_is_refused(saved):
-    assert "graph 'chain', now it is 'single'" in refusal(saved, SINGLE)
     other_reader = replace(CHAIN.agents[0], prompt="Other.")
     other_chain = replace(CHAIN, agents=(other_reader, *CHAIN.agents[1:]))
-    assert "other agents or prompts" in refusal(saved, other_chain)
+    for mas, now in (
+        (SINGLE, "'single'"),
+        (other_chain, "'chain' with other agents or prompts"),
+    ):
+        assert refusal(saved, mas) == (
+            f"{saved}: V was trained with the graph 'chain', now it is {now}; "
+            f"give the same --graph, or train a V for this one"
+        )
 
 
 def test_a_v_of_another_rendering_is_refused(saved):
     change_settings(saved, rendering="older")
     assert "another rendering" in refusal(saved)
+
+
+RENDERINGS = [  # view, and the segments of the states after one, two, three and four messages
+    (
+        "full",
+        [
+            ["Question: a question", "Reader: message 0"],
+            ["Question: a question", "Reader: message 0", "Planner: message 1"],
+            [
+                "Question: a question",
+                "Reader: message 0",
+                "Planner: message 1",
+                "Solver: message 2",
+            ],
+            [
+                "Question: a question",
+                "Reader: message 0",
+                "Planner: message 1",
+                "Solver: message 2",
+                "Verifier: message 3",
+            ],
+        ],
+    ),
+    (
+        "local",
+        [
+            ["Question: a question", "Reader: message 0"],
+            ["Question: a question", "Reader: message 0", "Planner: message 1"],
+            ["Planner: message 1", "Solver: message 2"],
+            ["Question: a question", "Solver: message 2", "Verifier: message 3"],
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("view, renderings", RENDERINGS)
+def test_a_rendering_is_known_by_all_states_of_an_example(view, renderings):
+    """A saved V names this fingerprint: another example would refuse every V there is."""
+    assert rendering_fingerprint(CHAIN, view) == fingerprint(renderings)
+
+
+def test_a_backbone_of_the_hub_keeps_its_name(tmp_path):
+    name = "Qwen/Qwen2.5-1.5B"
+    backbone = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"))
+    setting = backbone_setting(name, backbone, tmp_path)
+    assert setting == {"name": name, "fingerprint": f"{name}@c0ffee"}
+    assert value._name_from_here(name, tmp_path) == name
 
 
 def test_a_v_whose_backbone_is_missing_is_refused(saved):
