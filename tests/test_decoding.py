@@ -6,13 +6,15 @@ import pytest
 import torch
 from scipy.stats import chisquare, gumbel_r, kstest
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from decoding import (
     GOLDEN_GAMMA,
@@ -25,6 +27,8 @@ from decoding import (
     filter_logits,
     gumbel_noise,
     message_key,
+    pad_left,
+    positions_of,
     sample_tokens,
     uniforms,
 )
@@ -307,14 +311,25 @@ def test_the_whole_vocabulary_is_sorted_only_if_1024_tokens_do_not_reach_top_p(m
 # ---- The key-value cache -------------------------------------------------------------------------
 
 
-def test_a_preallocated_layer_equals_one_that_copies():
-    """A prompt, single tokens until the layer has grown, then several tokens at once."""
+COLUMNS_PER_STEP = [
+    # A prompt, single tokens until the layer has grown, then several tokens at once.
+    [5] + [1] * (PreallocatedLayer.SPARE_COLUMNS + 3) + [4],
+    # A prompt of one token, then more tokens than there is room for.
+    [1, PreallocatedLayer.SPARE_COLUMNS + 1],
+]
+
+
+@pytest.mark.parametrize("columns_per_step", COLUMNS_PER_STEP)
+@pytest.mark.parametrize("head_dim", [8, 128])
+def test_a_preallocated_layer_equals_one_that_copies(columns_per_step, head_dim):
+    """The heads may have fewer or more dimensions than the layer has columns."""
     ours = PreallocatedLayer()
     theirs = DynamicLayer()
     generator = torch.Generator().manual_seed(0)
     num_rows = 3
-    for num_columns in [5] + [1] * (PreallocatedLayer.SPARE_COLUMNS + 3) + [4]:
-        keys, values = torch.randn((2, num_rows, 2, num_columns, 8), generator=generator)
+    for num_columns in columns_per_step:
+        shape = (2, num_rows, 2, num_columns, head_dim)
+        keys, values = torch.randn(shape, generator=generator)
         our_keys, our_values = ours.update(keys, values)
         their_keys, their_values = theirs.update(keys, values)
         assert torch.equal(our_keys, their_keys)
@@ -326,6 +341,136 @@ def test_a_preallocated_layer_equals_one_that_copies():
                 layer.batch_select_indices(torch.tensor([1, 0]))
     assert ours.get_seq_length() == theirs.get_seq_length()
     assert ours.get_seq_length() > PreallocatedLayer.SPARE_COLUMNS
+
+
+def test_a_layer_is_copied_only_if_it_has_no_room():
+    layer = PreallocatedLayer()
+    layer.update(torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8))
+    storage = layer.storage
+    column = torch.zeros(1, 1, 1, 8)
+    for _ in range(PreallocatedLayer.SPARE_COLUMNS):
+        layer.update(column, column)
+        assert layer.storage is storage
+    layer.update(column, column)
+    assert layer.storage is not storage
+
+
+def test_prompts_are_padded_on_the_left_and_their_padding_is_masked():
+    token_ids, mask = pad_left([[7, 8], [4, 5, 6], [9]], pad_id=3)
+    assert token_ids.tolist() == [[3, 7, 8], [4, 5, 6], [3, 3, 9]]
+    assert mask.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
+    assert token_ids.dtype == mask.dtype == torch.int64
+
+
+def test_positions_count_from_the_first_token_that_is_not_padding():
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    assert positions_of(mask)[0].tolist() == [0, 1, 2, 3]
+    assert positions_of(mask)[1].tolist() == [0, 0, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def model_with_absolute_positions():
+    """Return a model with random weights that sees where in its row a token is.
+
+    With rotary positions only distances matter, so that shifted positions would go unnoticed.
+    """
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=16,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        initializer_range=0.3,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pad_id", [0, 5])
+def test_logits_do_not_depend_on_padding(model_with_absolute_positions, pad_id):
+    """A short prompt and a long one, then two more tokens: as if each row were alone."""
+    model = model_with_absolute_positions
+    rows = [[3, 1], [2, 7, 1, 7, 2]]
+    cache_rows = CacheRows(model, rows, max_new_tokens=2, pad_id=pad_id)
+    for newest in ([4, 6], [5, 1]):
+        for row, logits in zip(rows, cache_rows.logits, strict=True):
+            alone = model(input_ids=torch.tensor([row])).logits[0, -1]
+            assert logits.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
+        rows = [[*row, token] for row, token in zip(rows, newest, strict=True)]
+        cache_rows.append(torch.tensor(newest))
+
+
+@torch.inference_mode()
+def test_layers_with_full_attention_have_room_and_the_others_keep_their_window():
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    cache_rows = CacheRows(model, [PROMPT], max_new_tokens=1, pad_id=0)
+    layer_types = [type(layer) for layer in cache_rows.cache.layers]
+    assert layer_types == [PreallocatedLayer, DynamicSlidingWindowLayer]
+
+
+@torch.inference_mode()
+def test_only_the_logits_of_the_newest_token_are_computed(small_model, monkeypatch):
+    """Those of a whole prompt would be prompt x vocabulary numbers per row."""
+    num_logits = []
+    forward = small_model.forward
+
+    def recorded_forward(**options):
+        output = forward(**options)
+        num_logits.append(output.logits.numel())
+        return output
+
+    monkeypatch.setattr(small_model, "forward", recorded_forward)
+    CacheRows(small_model, [PROMPT, PROMPT], max_new_tokens=1, pad_id=0)
+    assert num_logits == [2 * VOCABULARY]
+
+
+BRANCHINGS = [
+    # rows before; row and newest token of each message; parents of the rows after it
+    (5, [0, 1, 2, 3], [6, 6, 6, 6], None),  # four of five rows are enough: nothing is copied
+    (5, [0, 1, 2], [6, 6, 6], [0, 1, 2]),  # too many have ended
+    (1, [0, 0], [6, 6], None),  # equal messages share a row
+    (1, [0, 0, 0], [6, 2, 6], [0, 0]),  # and get their own rows when they differ
+    (2, [0, 1, 1], [6, 6, 2], [0, 1, 1]),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_rows, row_of_message, tokens, parents", BRANCHINGS)
+def test_rows_are_copied_only_if_messages_differ_or_many_have_ended(
+    small_model, monkeypatch, num_rows, row_of_message, tokens, parents
+):
+    prompts = [[*PROMPT, row] for row in range(num_rows)]
+    cache_rows = CacheRows(small_model, prompts, max_new_tokens=1, pad_id=0)
+    copied = []
+    monkeypatch.setattr(
+        cache_rows.cache, "batch_select_indices", lambda rows: copied.append(rows.tolist())
+    )
+    new_row_of_message, newest = cache_rows.branch(
+        torch.tensor(row_of_message), torch.tensor(tokens)
+    )
+    assert copied == ([] if parents is None else [parents])
+    assert newest[new_row_of_message].tolist() == tokens
+    parent_of_row = range(num_rows) if parents is None else parents
+    assert [parent_of_row[row] for row in new_row_of_message] == row_of_message
+
+
+def test_the_time_of_both_activities_is_counted_from_zero(small_model):
+    decoder = Decoder(small_model, eos_ids={-1}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
+    assert decoder.seconds == {"model": 0.0, "sampling": 0.0}
+    decoder.decode([PROMPT], [1], [2], [0], [True])
+    assert min(decoder.seconds.values()) > 0
 
 
 # ---- Messages that share rows --------------------------------------------------------------------
