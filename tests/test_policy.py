@@ -565,6 +565,27 @@ def test_out_of_memory_lowers_the_batches_and_loses_nothing(chain, policy, monke
         assert cost.agent_calls == expected_cost.agent_calls
 
 
+def test_out_of_memory_halves_the_batch_and_the_longest_rows_stay_first(policy, monkeypatch):
+    decoded = []
+
+    def decode_all_but_the_first_batch(prompts, repeats, limits, keys, greedy):
+        decoded.append([len(prompt) for prompt in prompts])
+        if len(decoded) == 1:
+            raise torch.OutOfMemoryError("no room")
+        [end, *_] = policy.decoder.eos_ids
+        return [([end], [0.0])] * sum(repeats)
+
+    monkeypatch.setattr(policy.decoder, "decode", decode_all_but_the_first_batch)
+    monkeypatch.setattr(policy, "batch_tokens", 10**6)
+    problems = [replace(PROBLEMS[0], id=f"p{i}", question="word " * 9 * i) for i in range(1, 6)]
+    first_messages(policy, problems)
+
+    [first_batch, *later_batches] = decoded
+    assert first_batch == sorted(set(first_batch), reverse=True)
+    assert sum(later_batches, []) == first_batch
+    assert policy.batch_tokens == 15 * (first_batch[0] + policy.max_new_tokens) // 2
+
+
 def test_a_prompt_with_more_messages_than_a_batch_holds_is_split(chain, policy, monkeypatch):
     small = make_tiny_policy(chain, batch_tokens=700)
     sizes = record_batch_sizes(small, monkeypatch)
