@@ -81,6 +81,29 @@ def test_the_bits_are_those_of_splitmix64():
     assert [number % 2**64 for number in bits.tolist()] == published
 
 
+def splitmix64(seed, index):
+    """Return output `index`, counted from 0, of the generator with this seed, in Python's integers.
+
+    From the published C code, apart from torch's signed integers.
+    """
+    number = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
+    return number ^ (number >> 31)
+
+
+def test_noise_is_that_of_a_stream_over_steps_and_of_one_over_tokens_at_each_step():
+    keys = torch.tensor([1234567, -7])
+    for step in (0, 5):
+        noise = gumbel_noise(keys, step, 3)
+        for row, key in enumerate(keys.tolist()):
+            for token in range(3):
+                bits = splitmix64(splitmix64(key, step), token)
+                uniform = (bits >> 11) / 2**53
+                by_hand = -math.log(-math.log(1 - uniform))
+                assert noise[row, token].item() == pytest.approx(by_hand, abs=1e-5)
+
+
 def test_noise_is_a_function_of_key_step_and_token_alone():
     keys = keys_of(8)
     noise = gumbel_noise(keys, 3, 50)
@@ -121,12 +144,14 @@ def test_noise_is_gumbel_and_independent_along_every_axis(axis):
 def test_the_noise_is_exact_in_the_tail_and_finite():
     """A token of probability p is chosen by noise of about log(1 / p): rare tokens need the tail.
 
-    u = 2^-24, 2^-44 and 2^-53 give noise of 24, 44 and 53 times log 2.
+    u = 2^-24, 2^-44 and 2^-53 give noise of 24, 44 and 53 times log 2. The least u, which is 0, is
+    taken for 2^-54; the greatest is taken for 1 - 2^-24, the last float32 before 1.
     """
-    bits = torch.tensor([2**40, 2**20, 2**11])
-    by_hand = [24 * math.log(2), 44 * math.log(2), 53 * math.log(2)]
+    bits = torch.tensor([2**40, 2**20, 2**11, 0])
+    by_hand = [24 * math.log(2), 44 * math.log(2), 53 * math.log(2), 54 * math.log(2)]
     assert _to_gumbel(bits).tolist() == pytest.approx(by_hand, abs=1e-5)
-    assert _to_gumbel(torch.tensor([0, -1])).isfinite().all()  # the least and the greatest u
+    [of_the_greatest] = _to_gumbel(torch.tensor([-1])).tolist()
+    assert of_the_greatest == pytest.approx(-math.log(24 * math.log(2)), abs=1e-5)
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -247,6 +272,7 @@ def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sam
 FILTERS = [  # top-k, top-p, standard deviation of the logits
     (0, 0.9, 1.0),
     (0, 0.9, 5.0),
+    (1, 1.0, 1.0),
     (7, 1.0, 1.0),
     (20, 0.5, 2.0),
     (0, 0.05, 1.0),
@@ -267,6 +293,12 @@ def test_filtered_logits_equal_those_of_transformers(vocabulary, top_k, top_p, s
         expected = TopPLogitsWarper(top_p)(None, expected)
     filtered = filter_logits(logits, temperature=0.7, top_k=top_k, top_p=top_p)
     assert torch.equal(filtered, expected)
+
+
+def test_top_p_of_one_keeps_every_token_however_unlikely():
+    """In float32 the others reach 1 before the last one."""
+    logits = torch.tensor([[0.0, -1.0, -50.0]])
+    assert torch.equal(filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0), logits)
 
 
 NUCLEI = [  # probabilities, top-p, and the probability of the least likely token in the nucleus
