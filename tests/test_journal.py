@@ -61,7 +61,8 @@ def test_a_second_process_has_a_file_of_its_own_and_reads_the_first(tmp_path):
     with Journal(tmp_path, SETTINGS) as first:
         first.add("a", {"text": "x"})
         with Journal(tmp_path, SETTINGS) as second:
-            assert second.path != first.path
+            assert first.path.name == f"{first.name}.jsonl"
+            assert second.path.name == f"{first.name}.1.jsonl"
             assert second.find("a")["text"] == "x"
             second.add("b", {"text": "y"})
             assert first.find("b") is None  # others are read at the start only

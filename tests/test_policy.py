@@ -425,6 +425,20 @@ def test_model_and_graph_are_recorded(chain, duo, tmp_path):
     assert settings_with(chain, "--model", copied)["model"]["fingerprint"] != model["fingerprint"]
 
 
+def test_the_fingerprint_is_that_of_the_model_that_was_loaded(chain, monkeypatch):
+    """A model of the hub has the commit that was loaded, whatever the hub holds later."""
+    asked = []
+
+    def recorded_fingerprint(name, model):
+        asked.append((name, model))
+        return "fingerprint"
+
+    monkeypatch.setattr("policy.checkpoint_fingerprint", recorded_fingerprint)
+    policy = make_tiny_policy(chain)
+    assert asked == [(AGENTS, policy.decoder.model)]
+    assert policy.settings["model"] == {"name": AGENTS, "fingerprint": "fingerprint"}
+
+
 def test_quantized_agents_have_nf4_weights(chain):
     """NF4 with double quantisation, in all linear layers but the output layer."""
     args = generate_rollouts.parse_args(["--model", AGENTS, "--device", "cpu", "--quantize-policy"])

@@ -544,6 +544,13 @@ def test_a_model_is_compared_by_its_fingerprint_wherever_it_is(tmp_path):
         open_with(other)
 
 
+def test_a_fingerprint_does_not_depend_on_the_order_of_settings():
+    first = {"seed": 0, "model": {"a": 1, "b": 2}}
+    second = {"model": {"b": 2, "a": 1}, "seed": 0}
+    assert runs.fingerprint(first) == runs.fingerprint(second)
+    assert runs.fingerprint(first) != runs.fingerprint(first | {"seed": 1})
+
+
 def test_records_without_a_configuration_are_not_taken_over(tmp_path):
     (tmp_path / "trees.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(InputError, match="holds records, but no config.json; delete the folder"):
