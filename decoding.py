@@ -243,7 +243,7 @@ class CacheRows:
             PreallocatedLayer() if type(layer) is DynamicLayer else layer
             for layer in self.cache.layers
         ]
-        self._forward(token_ids.to(model.device), first_column=0)
+        self._forward(token_ids.to(model.device))
 
     def branch(
         self, row_of_message: torch.Tensor, tokens: torch.Tensor
@@ -275,9 +275,11 @@ class CacheRows:
     def append(self, tokens: torch.Tensor) -> None:
         """Read one more token per row: tokens [rows]. Updates `logits`."""
         self.width += 1
-        self._forward(tokens[:, None], first_column=self.width - 1)
+        self._forward(tokens[:, None])
 
-    def _forward(self, token_ids: torch.Tensor, *, first_column: int) -> None:
+    def _forward(self, token_ids: torch.Tensor) -> None:
+        """Read the newest columns: token_ids [rows, columns]. Updates `logits`."""
+        first_column = self.width - token_ids.shape[1]
         output = self.model(
             input_ids=token_ids,
             attention_mask=self.mask[:, : self.width],

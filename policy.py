@@ -172,7 +172,7 @@ class PromptJob:
             prompt_tokens=len(self.prompt_ids),
             generated_tokens=sum(message.tokens for message in messages),
             seconds=self.seconds,
-            truncated=Counter({self.agent: num_truncated} if num_truncated else {}),
+            truncated=Counter({self.agent: num_truncated}),  # a sum drops zeros
         )
 
 

@@ -364,7 +364,7 @@ def train(
                 nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 optimizer.step()
                 scheduler.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 epoch_loss += loss
                 epoch_terms += terms
                 progress.advance(1, f"loss {loss / max(1, terms):.3f}")

@@ -59,6 +59,7 @@ OUT_OF_SCOPE = [
     "runs._HelpFormatter.*",
     "runs.cli",
     "runs.provenance",
+    "runs._commit",
     "runs._short",
     "runs._default_device",
     "runs.finished_message",

@@ -6,13 +6,15 @@ import pytest
 import torch
 from scipy.stats import chisquare, gumbel_r, kstest
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from decoding import (
     GOLDEN_GAMMA,
@@ -25,6 +27,8 @@ from decoding import (
     filter_logits,
     gumbel_noise,
     message_key,
+    pad_left,
+    positions_of,
     sample_tokens,
     uniforms,
 )
@@ -77,6 +81,29 @@ def test_the_bits_are_those_of_splitmix64():
     assert [number % 2**64 for number in bits.tolist()] == published
 
 
+def splitmix64(seed, index):
+    """Return output `index`, counted from 0, of the generator with this seed, in Python's integers.
+
+    From the published C code, apart from torch's signed integers.
+    """
+    number = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
+    return number ^ (number >> 31)
+
+
+def test_noise_is_that_of_a_stream_over_steps_and_of_one_over_tokens_at_each_step():
+    keys = torch.tensor([1234567, -7])
+    for step in (0, 5):
+        noise = gumbel_noise(keys, step, 3)
+        for row, key in enumerate(keys.tolist()):
+            for token in range(3):
+                bits = splitmix64(splitmix64(key, step), token)
+                uniform = (bits >> 11) / 2**53
+                by_hand = -math.log(-math.log(1 - uniform))
+                assert noise[row, token].item() == pytest.approx(by_hand, abs=1e-5)
+
+
 def test_noise_is_a_function_of_key_step_and_token_alone():
     keys = keys_of(8)
     noise = gumbel_noise(keys, 3, 50)
@@ -117,12 +144,14 @@ def test_noise_is_gumbel_and_independent_along_every_axis(axis):
 def test_the_noise_is_exact_in_the_tail_and_finite():
     """A token of probability p is chosen by noise of about log(1 / p): rare tokens need the tail.
 
-    u = 2^-24, 2^-44 and 2^-53 give noise of 24, 44 and 53 times log 2.
+    u = 2^-24, 2^-44 and 2^-53 give noise of 24, 44 and 53 times log 2. The least u, which is 0, is
+    taken for 2^-54; the greatest is taken for 1 - 2^-24, the last float32 before 1.
     """
-    bits = torch.tensor([2**40, 2**20, 2**11])
-    by_hand = [24 * math.log(2), 44 * math.log(2), 53 * math.log(2)]
+    bits = torch.tensor([2**40, 2**20, 2**11, 0])
+    by_hand = [24 * math.log(2), 44 * math.log(2), 53 * math.log(2), 54 * math.log(2)]
     assert _to_gumbel(bits).tolist() == pytest.approx(by_hand, abs=1e-5)
-    assert _to_gumbel(torch.tensor([0, -1])).isfinite().all()  # the least and the greatest u
+    [of_the_greatest] = _to_gumbel(torch.tensor([-1])).tolist()
+    assert of_the_greatest == pytest.approx(-math.log(24 * math.log(2)), abs=1e-5)
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -243,6 +272,7 @@ def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sam
 FILTERS = [  # top-k, top-p, standard deviation of the logits
     (0, 0.9, 1.0),
     (0, 0.9, 5.0),
+    (1, 1.0, 1.0),
     (7, 1.0, 1.0),
     (20, 0.5, 2.0),
     (0, 0.05, 1.0),
@@ -263,6 +293,12 @@ def test_filtered_logits_equal_those_of_transformers(vocabulary, top_k, top_p, s
         expected = TopPLogitsWarper(top_p)(None, expected)
     filtered = filter_logits(logits, temperature=0.7, top_k=top_k, top_p=top_p)
     assert torch.equal(filtered, expected)
+
+
+def test_top_p_of_one_keeps_every_token_however_unlikely():
+    """In float32 the others reach 1 before the last one."""
+    logits = torch.tensor([[0.0, -1.0, -50.0]])
+    assert torch.equal(filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0), logits)
 
 
 NUCLEI = [  # probabilities, top-p, and the probability of the least likely token in the nucleus
@@ -307,14 +343,25 @@ def test_the_whole_vocabulary_is_sorted_only_if_1024_tokens_do_not_reach_top_p(m
 # ---- The key-value cache -------------------------------------------------------------------------
 
 
-def test_a_preallocated_layer_equals_one_that_copies():
-    """A prompt, single tokens until the layer has grown, then several tokens at once."""
+COLUMNS_PER_STEP = [
+    # A prompt, single tokens until the layer has grown, then several tokens at once.
+    [5] + [1] * (PreallocatedLayer.SPARE_COLUMNS + 3) + [4],
+    # A prompt of one token, then more tokens than there is room for.
+    [1, PreallocatedLayer.SPARE_COLUMNS + 1],
+]
+
+
+@pytest.mark.parametrize("columns_per_step", COLUMNS_PER_STEP)
+@pytest.mark.parametrize("head_dim", [8, 128])
+def test_a_preallocated_layer_equals_one_that_copies(columns_per_step, head_dim):
+    """The heads may have fewer or more dimensions than the layer has columns."""
     ours = PreallocatedLayer()
     theirs = DynamicLayer()
     generator = torch.Generator().manual_seed(0)
     num_rows = 3
-    for num_columns in [5] + [1] * (PreallocatedLayer.SPARE_COLUMNS + 3) + [4]:
-        keys, values = torch.randn((2, num_rows, 2, num_columns, 8), generator=generator)
+    for num_columns in columns_per_step:
+        shape = (2, num_rows, 2, num_columns, head_dim)
+        keys, values = torch.randn(shape, generator=generator)
         our_keys, our_values = ours.update(keys, values)
         their_keys, their_values = theirs.update(keys, values)
         assert torch.equal(our_keys, their_keys)
@@ -326,6 +373,136 @@ def test_a_preallocated_layer_equals_one_that_copies():
                 layer.batch_select_indices(torch.tensor([1, 0]))
     assert ours.get_seq_length() == theirs.get_seq_length()
     assert ours.get_seq_length() > PreallocatedLayer.SPARE_COLUMNS
+
+
+def test_a_layer_is_copied_only_if_it_has_no_room():
+    layer = PreallocatedLayer()
+    layer.update(torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8))
+    storage = layer.storage
+    column = torch.zeros(1, 1, 1, 8)
+    for _ in range(PreallocatedLayer.SPARE_COLUMNS):
+        layer.update(column, column)
+        assert layer.storage is storage
+    layer.update(column, column)
+    assert layer.storage is not storage
+
+
+def test_prompts_are_padded_on_the_left_and_their_padding_is_masked():
+    token_ids, mask = pad_left([[7, 8], [4, 5, 6], [9]], pad_id=3)
+    assert token_ids.tolist() == [[3, 7, 8], [4, 5, 6], [3, 3, 9]]
+    assert mask.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
+    assert token_ids.dtype == mask.dtype == torch.int64
+
+
+def test_positions_count_from_the_first_token_that_is_not_padding():
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    assert positions_of(mask)[0].tolist() == [0, 1, 2, 3]
+    assert positions_of(mask)[1].tolist() == [0, 0, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def model_with_absolute_positions():
+    """Return a model with random weights that sees where in its row a token is.
+
+    With rotary positions only distances matter, so that shifted positions would go unnoticed.
+    """
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=16,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        initializer_range=0.3,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pad_id", [0, 5])
+def test_logits_do_not_depend_on_padding(model_with_absolute_positions, pad_id):
+    """A short prompt and a long one, then two more tokens: as if each row were alone."""
+    model = model_with_absolute_positions
+    rows = [[3, 1], [2, 7, 1, 7, 2]]
+    cache_rows = CacheRows(model, rows, max_new_tokens=2, pad_id=pad_id)
+    for newest in ([4, 6], [5, 1]):
+        for row, logits in zip(rows, cache_rows.logits, strict=True):
+            alone = model(input_ids=torch.tensor([row])).logits[0, -1]
+            assert logits.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
+        rows = [[*row, token] for row, token in zip(rows, newest, strict=True)]
+        cache_rows.append(torch.tensor(newest))
+
+
+@torch.inference_mode()
+def test_layers_with_full_attention_have_room_and_the_others_keep_their_window():
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    cache_rows = CacheRows(model, [PROMPT], max_new_tokens=1, pad_id=0)
+    layer_types = [type(layer) for layer in cache_rows.cache.layers]
+    assert layer_types == [PreallocatedLayer, DynamicSlidingWindowLayer]
+
+
+@torch.inference_mode()
+def test_only_the_logits_of_the_newest_token_are_computed(small_model, monkeypatch):
+    """Those of a whole prompt would be prompt x vocabulary numbers per row."""
+    num_logits = []
+    forward = small_model.forward
+
+    def recorded_forward(**options):
+        output = forward(**options)
+        num_logits.append(output.logits.numel())
+        return output
+
+    monkeypatch.setattr(small_model, "forward", recorded_forward)
+    CacheRows(small_model, [PROMPT, PROMPT], max_new_tokens=1, pad_id=0)
+    assert num_logits == [2 * VOCABULARY]
+
+
+BRANCHINGS = [
+    # rows before; row and newest token of each message; parents of the rows after it
+    (5, [0, 1, 2, 3], [6, 6, 6, 6], None),  # four of five rows are enough: nothing is copied
+    (5, [0, 1, 2], [6, 6, 6], [0, 1, 2]),  # too many have ended
+    (1, [0, 0], [6, 6], None),  # equal messages share a row
+    (1, [0, 0, 0], [6, 2, 6], [0, 0]),  # and get their own rows when they differ
+    (2, [0, 1, 1], [6, 6, 2], [0, 1, 1]),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_rows, row_of_message, tokens, parents", BRANCHINGS)
+def test_rows_are_copied_only_if_messages_differ_or_many_have_ended(
+    small_model, monkeypatch, num_rows, row_of_message, tokens, parents
+):
+    prompts = [[*PROMPT, row] for row in range(num_rows)]
+    cache_rows = CacheRows(small_model, prompts, max_new_tokens=1, pad_id=0)
+    copied = []
+    monkeypatch.setattr(
+        cache_rows.cache, "batch_select_indices", lambda rows: copied.append(rows.tolist())
+    )
+    new_row_of_message, newest = cache_rows.branch(
+        torch.tensor(row_of_message), torch.tensor(tokens)
+    )
+    assert copied == ([] if parents is None else [parents])
+    assert newest[new_row_of_message].tolist() == tokens
+    parent_of_row = range(num_rows) if parents is None else parents
+    assert [parent_of_row[row] for row in new_row_of_message] == row_of_message
+
+
+def test_the_time_of_both_activities_is_counted_from_zero(small_model):
+    decoder = Decoder(small_model, eos_ids={-1}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
+    assert decoder.seconds == {"model": 0.0, "sampling": 0.0}
+    decoder.decode([PROMPT], [1], [2], [0], [True])
+    assert min(decoder.seconds.values()) > 0
 
 
 # ---- Messages that share rows --------------------------------------------------------------------

@@ -61,7 +61,8 @@ def test_a_second_process_has_a_file_of_its_own_and_reads_the_first(tmp_path):
     with Journal(tmp_path, SETTINGS) as first:
         first.add("a", {"text": "x"})
         with Journal(tmp_path, SETTINGS) as second:
-            assert second.path != first.path
+            assert first.path.name == f"{first.name}.jsonl"
+            assert second.path.name == f"{first.name}.1.jsonl"
             assert second.find("a")["text"] == "x"
             second.add("b", {"text": "y"})
             assert first.find("b") is None  # others are read at the start only
@@ -139,14 +140,27 @@ def test_an_equal_request_generates_nothing_and_gives_the_same_messages_and_cost
 def test_only_missing_messages_are_generated(make_policy, policy):
     journaled = make_policy()
     first_messages(journaled, num=2)
+    reported = []
+    journaled.on_batch = lambda *sizes: reported.append(sizes)
     replies = first_messages(journaled, num=5)
     assert journaled.num_generated == 3 * 5
+    # As progress, a prompt counts once: with the messages that are generated.
+    assert reported == [(0, 2)] * 3 + [(3, 3 * 3)]
     expected = first_messages(policy, num=5)  # without a journal
     for (candidates, cost), (expected_candidates, expected_cost) in zip(
         replies, expected, strict=True
     ):
         assert [c.text for c in candidates] == [c.text for c in expected_candidates]
         assert replace(cost, seconds=0) == replace(expected_cost, seconds=0)
+
+
+def test_an_entry_says_what_was_generated_and_where(make_policy):
+    policy = make_policy()
+    [([candidate], cost)] = first_messages(policy, num=1, problems=PROBLEMS[:1])
+    entry = json.loads(policy.journal.path.read_text())
+    assert len(entry.pop("key")) == 32
+    place = {"problem": PROBLEMS[0].id, "path": [], "candidate": 0, "agent": "Reader"}
+    assert entry == place | candidate._asdict() | {"seconds": cost.seconds}
 
 
 def test_the_cost_in_seconds_is_that_of_generating_the_messages(make_policy):

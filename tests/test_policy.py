@@ -425,6 +425,20 @@ def test_model_and_graph_are_recorded(chain, duo, tmp_path):
     assert settings_with(chain, "--model", copied)["model"]["fingerprint"] != model["fingerprint"]
 
 
+def test_the_fingerprint_is_that_of_the_model_that_was_loaded(chain, monkeypatch):
+    """A model of the hub has the commit that was loaded, whatever the hub holds later."""
+    asked = []
+
+    def recorded_fingerprint(name, model):
+        asked.append((name, model))
+        return "fingerprint"
+
+    monkeypatch.setattr("policy.checkpoint_fingerprint", recorded_fingerprint)
+    policy = make_tiny_policy(chain)
+    assert asked == [(AGENTS, policy.decoder.model)]
+    assert policy.settings["model"] == {"name": AGENTS, "fingerprint": "fingerprint"}
+
+
 def test_quantized_agents_have_nf4_weights(chain):
     """NF4 with double quantisation, in all linear layers but the output layer."""
     args = generate_rollouts.parse_args(["--model", AGENTS, "--device", "cpu", "--quantize-policy"])
@@ -563,6 +577,27 @@ def test_out_of_memory_lowers_the_batches_and_loses_nothing(chain, policy, monke
     for cost, expected_cost in zip(costs, expected_costs, strict=True):
         assert cost.prompt_tokens == expected_cost.prompt_tokens
         assert cost.agent_calls == expected_cost.agent_calls
+
+
+def test_out_of_memory_halves_the_batch_and_the_longest_rows_stay_first(policy, monkeypatch):
+    decoded = []
+
+    def decode_all_but_the_first_batch(prompts, repeats, limits, keys, greedy):
+        decoded.append([len(prompt) for prompt in prompts])
+        if len(decoded) == 1:
+            raise torch.OutOfMemoryError("no room")
+        [end, *_] = policy.decoder.eos_ids
+        return [([end], [0.0])] * sum(repeats)
+
+    monkeypatch.setattr(policy.decoder, "decode", decode_all_but_the_first_batch)
+    monkeypatch.setattr(policy, "batch_tokens", 10**6)
+    problems = [replace(PROBLEMS[0], id=f"p{i}", question="word " * 9 * i) for i in range(1, 6)]
+    first_messages(policy, problems)
+
+    [first_batch, *later_batches] = decoded
+    assert first_batch == sorted(set(first_batch), reverse=True)
+    assert sum(later_batches, []) == first_batch
+    assert policy.batch_tokens == 15 * (first_batch[0] + policy.max_new_tokens) // 2
 
 
 def test_a_prompt_with_more_messages_than_a_batch_holds_is_split(chain, policy, monkeypatch):

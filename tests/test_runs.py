@@ -28,6 +28,7 @@ from runs import (
     seeded,
     shard_path,
     without_shard,
+    write_line,
 )
 
 # ---- Flags and bad input -------------------------------------------------------------------------
@@ -56,7 +57,7 @@ BAD_NUMBERS = [  # type of a flag, its text, and the complaint
     (runs.positive_int, "-5", "'-5' is not a whole number of at least 1"),
     (runs.positive_int, "1.5", "'1.5' is not a whole number of at least 1"),
     (runs.positive_int, "", "'' is not a whole number of at least 1"),
-    (runs.non_negative_int, "-1", "'-1' is not a whole number"),
+    (runs.non_negative_int, "-1", "'-1' is not a whole number of at least 0"),
     (runs.positive_float, "0", "'0' is not a number above 0"),
     (runs.positive_float, "inf", "'inf' is not a number above 0"),
     (runs.non_negative_float, "-1", "'-1' is not a number at least 0"),
@@ -69,8 +70,9 @@ BAD_NUMBERS = [  # type of a flag, its text, and the complaint
 
 @pytest.mark.parametrize("number_type, text, complaint", BAD_NUMBERS)
 def test_bad_numbers_of_flags_are_refused(number_type, text, complaint):
-    with pytest.raises(argparse.ArgumentTypeError, match=complaint):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
         number_type(text)
+    assert str(error.value) == complaint
 
 
 def make_parser():
@@ -315,6 +317,22 @@ def test_a_record_with_any_line_separator_is_read_back(tmp_path):
     assert read_jsonl(path) == [record]
 
 
+def test_letters_of_any_alphabet_are_written_as_they_are(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with open_to_append(path) as file:
+        append_jsonl(file, {"message": "π ≈ 3"})
+    assert path.read_bytes() == '{"message": "π ≈ 3"}\n'.encode()
+
+
+def test_empty_lines_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"id": 1}\n\n{"id": 2}\n')
+    assert read_jsonl(path) == [{"id": 1}, {"id": 2}]
+    path.write_bytes(b'{"id": 1}\n \n{"id"\n')
+    with pytest.raises(InputError, match="x.jsonl, line 3: not JSON"):
+        read_jsonl(path)
+
+
 def test_lines_that_are_no_objects_or_not_utf8_are_named(tmp_path):
     path = tmp_path / "x.jsonl"
     for content, fault in ((b'{"id": 1}\n5\n', "not an object"), (b'{}\n"\xe9"\n', "not UTF-8")):
@@ -371,6 +389,38 @@ def test_a_file_that_is_whole_or_has_only_a_torn_line_is_repaired_without_loss(t
     path.write_bytes(b'{"id"')
     open_to_append(path).close()
     assert path.read_bytes() == b""
+
+
+BLOCK = 65536  # bytes that are read at once, from the end of the file
+
+ENDS_OF_LINES = [  # content of a file, and the number of bytes of its finished lines
+    (b"", 0),
+    (b"{}", 0),
+    (b"\n", 1),
+    (b"{}\n", 3),
+    (b"{}\n{", 3),
+    # The newline is the last byte, or the first one, of a block that is read.
+    (b"{}\n" + b"x" * BLOCK, 3),
+    (b"{}\n" + b"x" * (BLOCK - 1), 3),
+    (b"\n" + b"x" * BLOCK, 1),
+    (b"{}\n{}\n" + b"x" * (2 * BLOCK - 1), 6),
+    (b"x" * (BLOCK + 1), 0),
+]
+
+
+@pytest.mark.parametrize("content, num_finished_bytes", ENDS_OF_LINES)
+def test_the_last_line_end_is_found_wherever_it_is(content, num_finished_bytes):
+    assert runs._end_of_last_line(io.BytesIO(content), len(content)) == num_finished_bytes
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_a_line_that_is_written_again_replaces_itself_and_all_after_it(tmp_path, index):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1}\n{"step": 2}\n')
+    with open_to_append(path) as file:
+        write_line(file, index, {"again": index})
+    expected = [{"step": step} for step in range(index)] + [{"again": index}]
+    assert read_jsonl(path) == expected
 
 
 def test_a_second_writer_is_refused_and_changes_nothing(tmp_path):
@@ -492,6 +542,13 @@ def test_a_model_is_compared_by_its_fingerprint_wherever_it_is(tmp_path):
     refusal = r"model \(there a/model#123456, now a/model#876543\), rollouts"
     with pytest.raises(InputError, match=refusal):
         open_with(other)
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_of_settings():
+    first = {"seed": 0, "model": {"a": 1, "b": 2}}
+    second = {"model": {"b": 2, "a": 1}, "seed": 0}
+    assert runs.fingerprint(first) == runs.fingerprint(second)
+    assert runs.fingerprint(first) != runs.fingerprint(first | {"seed": 1})
 
 
 def test_records_without_a_configuration_are_not_taken_over(tmp_path):

@@ -210,6 +210,12 @@ def test_rows_read_v_at_the_token_that_ends_the_labelled_message(records, model,
     assert next(edges, None) is None  # every edge is in a row
 
 
+def test_a_path_without_labels_has_no_row_and_hides_no_other(records, model):
+    """Such paths occur among outcome labels, where only terminal states have one."""
+    first, second, *_ = paths_of(records)
+    assert make_rows([first, [], second], model) == make_rows([first, second], model)
+
+
 def test_paths_share_their_prefix_instead_of_repeating_it(records, model):
     """One forward over a path serves all states on it: far fewer tokens than a row per state."""
     paths = paths_of(records)
@@ -640,7 +646,7 @@ def test_the_distributional_loss_splits_a_target_between_its_two_nearest_bins():
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def fit(model, rows, folder, *, epochs=2, batch_tokens=1500, lr=3e-3, after_epoch=None):
+def fit(model, rows, folder, *, epochs=2, batch_tokens=1500, lr=3e-3, seed=0, after_epoch=None):
     """Train a model with the checkpoint in `folder`. Returns the training loss of each epoch."""
     losses = []
 
@@ -656,7 +662,7 @@ def fit(model, rows, folder, *, epochs=2, batch_tokens=1500, lr=3e-3, after_epoc
         lr=lr,
         batch_tokens=batch_tokens,
         huber_delta=1.0,
-        seed=0,
+        seed=seed,
         checkpoint=folder / "checkpoint.pt",
         after_epoch=remember,
     )
@@ -683,14 +689,27 @@ def test_lora_and_head_move_and_the_base_does_not(records, tmp_path, quantize):
     assert losses[1] < losses[0]
 
 
-def test_the_loss_is_huber_in_tanh_space(records, tmp_path):
+@pytest.mark.parametrize("num_labels", [1, 4])
+def test_the_loss_is_huber_in_tanh_space(records, tmp_path, num_labels):
     model = make_model()
     whole_path = next(path for path in paths_of(records) if len(path) == 4)
-    [row] = make_rows([whole_path], model)
+    [row] = make_rows([whole_path[:num_labels]], model)
     [values] = model.predict([row], batch_tokens=999)
     error = (torch.tensor(values) - torch.tensor(row.targets)).abs()
     losses = fit(model, [row], tmp_path, epochs=1)
     assert losses == [pytest.approx(huber(error).mean().item(), abs=1e-5)]
+
+
+def test_the_training_loss_of_an_epoch_is_the_mean_over_its_labels(records, tmp_path):
+    """A step per row, with a learning rate so small that the model stays what it is."""
+    model = make_model()
+    rows = make_rows(paths_of(records)[:6], model)
+    assert len({len(row.targets) for row in rows}) > 1
+    errors = []
+    for row, values in zip(rows, model.predict(rows, batch_tokens=999), strict=True):
+        errors += [value - target for value, target in zip(values, row.targets, strict=True)]
+    losses = fit(model, rows, tmp_path, epochs=1, batch_tokens=1, lr=1e-12)
+    assert losses == [pytest.approx(huber(torch.tensor(errors).abs()).mean().item(), abs=1e-5)]
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero():
@@ -921,13 +940,14 @@ def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch(records, tmp_path
 
     monkeypatch.setattr(train_value, "mean_terms_per_step", look_at_the_steps)
     monkeypatch.setattr(train_value, "training_step", lambda *args, **options: (0.0, 1))
-    for name in ("one", "two"):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         (tmp_path / name).mkdir()
-        fit(model, rows, tmp_path / name, batch_tokens=500, epochs=2)
-    first, second, first_again, second_again = epochs
+        fit(model, rows, tmp_path / name, batch_tokens=500, epochs=2, seed=seed)
+    first, second, first_again, second_again, *of_another_seed = epochs
     assert first == first_again
     assert second == second_again
     assert first != second
+    assert first not in of_another_seed
 
 
 def test_rank_batches_hold_whole_trees(records, model):
@@ -1383,10 +1403,51 @@ def test_all_settings_of_the_weights_are_recorded(records, monkeypatch):
     }
 
 
-def test_an_untrained_v_has_the_view_and_the_loss_of_the_flags():
-    argv = ["--view", "local", "--loss", "dist", "--lora-rank", "2", "--no-quantize"]
-    model = train_value.make_value_model(train_value.parse_args(argv), CHAIN, "cpu")
+def test_trees_are_told_apart_by_all_but_their_cost(records):
+    def fingerprint_of(train, heldout):
+        return train_value.trees_fingerprint({"train": train, "heldout": heldout})
+
+    train, heldout = records[:2], records[4:]
+    fingerprint = fingerprint_of(train, heldout)
+    slower = [record | {"cost": {"seconds": 99}} for record in train]
+    assert fingerprint_of(slower, heldout) == fingerprint
+    other_nodes = [*train[0]["nodes"][:-1], train[0]["nodes"][-1] | {"N": 99}]
+    other_tree = train[0] | {"nodes": other_nodes}
+    assert fingerprint_of([other_tree, train[1]], heldout) != fingerprint
+    assert fingerprint_of(train, heldout[:1]) != fingerprint
+    assert fingerprint_of(train[:1], heldout) != fingerprint
+
+
+def test_an_untrained_v_is_that_of_the_flags(monkeypatch):
+    calls = []
+    loaded = []
+
+    def recorded_load(name, **options):
+        calls.append((name, options))
+        loaded.append(load_backbone(AGENTS, quantize=False, device="cpu", dtype="float32"))
+        return loaded[-1]
+
+    monkeypatch.setattr(train_value, "load_backbone", recorded_load)
+    argv = ["--view", "local", "--loss", "dist", "--lora-rank", "2", "--backbone", "b"]
+    argv += ["--dtype", "bfloat16"]
+    model = train_value.make_value_model(train_value.parse_args(argv), CHAIN, "cuda:1")
+    assert calls == [("b", {"quantize": True, "device": "cuda:1", "dtype": "bfloat16"})]
     assert (model.view, model.loss, model.mas) == ("local", "dist", CHAIN)
+    assert model.tokenizer is loaded[0][1]
+    ranks = {len(weight) for name, weight in model.trained_parameters().items() if "lora_A" in name}
+    assert ranks == {2}
+
+
+def test_the_lora_of_an_untrained_v_is_a_function_of_the_seed():
+    """So it is the same on every process."""
+    loras = []
+    for seed in ("0", "0", "1"):
+        args = train_value.parse_args(["--seed", seed, "--no-quantize", "--lora-rank", "2"])
+        model = train_value.make_value_model(args, CHAIN, "cpu")
+        trained = model.trained_parameters()
+        loras.append(torch.cat([trained[name].flatten() for name in sorted(trained)]))
+    assert torch.equal(loras[0], loras[1])
+    assert not torch.equal(loras[0], loras[2])
 
 
 # ---- Several processes and checkpoints, without starting any -------------------------------------
@@ -1404,6 +1465,23 @@ def test_gradients_of_all_processes_are_summed(monkeypatch):
     train_value.sum_gradients({"used": used, "unused": unused})
     assert used.grad.tolist() == [[11.0, 22.0], [33.0, 44.0]]
     assert unused.grad.tolist() == [[50.0, 60.0]]
+
+
+def test_a_process_without_a_batch_takes_part_in_the_step(records, monkeypatch):
+    """The last step of an epoch may have fewer batches than there are processes."""
+    model = make_model()
+    rows = make_rows(paths_of(records)[:1], model)
+    summed = []
+    monkeypatch.setattr(train_value, "sum_gradients", lambda trained: summed.append(set(trained)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    results = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        results.append(train_value.training_step(model, rows, [[0]], 1.0, huber_delta=1.0))
+    assert results[0][0] > 0
+    assert results[0][1] == len(rows[0].targets)
+    assert results[1] == (0.0, 0)
+    assert summed == [set(model.trained_parameters())] * 2
 
 
 @pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda:1", "nccl")])
