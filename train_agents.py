@@ -184,7 +184,7 @@ class Learner:
             parameters = self.adapters.parameters().values()
             nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
         return {"kl": kl / num_tokens, "clip_share": num_clipped / num_tokens}
 
     def loss(self, rows: list[Row]) -> tuple[torch.Tensor, float, int]:

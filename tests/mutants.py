@@ -42,6 +42,9 @@ FILES = [
     "train_value.py",
     "search.py",
     "evaluate.py",
+    "adapters.py",
+    "rewards.py",
+    "train_agents.py",
 ]
 
 # Functions that decide no number: scripts, flags, messages, progress and what is printed. The tests
@@ -76,6 +79,8 @@ OUT_OF_SCOPE = [
     "search.choose_problem",
     "evaluate.breakdown",
     "evaluate.write_report",
+    "train_agents.describe_training",
+    "rewards.expected_work_of_rollout",
 ]
 
 # Exit codes of a mutant's tests.

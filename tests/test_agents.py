@@ -103,12 +103,12 @@ def gradient_of(learner, rows):
         with torch.no_grad():
             [logprobs] = learner.message_logprobs([row])
         row.old = row.reference = logprobs
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad()
     loss, _, _ = learner.loss(rows)
     loss.backward()
     parameters = learner.adapters.parameters().values()
     gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad()
     return gradient
 
 
