@@ -381,16 +381,27 @@ def advantages(rewards: Rewards, baseline: str) -> dict[Node, float]:
             rewards_of_agent[node.message.agent].append(reward)
             rewards_of_state[node.parent].append(reward)
 
-    # 2. Compare each message with its group.
+    # 2. Their means and spreads.
+    spread_of_agent, mean_of_agent, mean_of_state = {}, {}, {}
+    for agent, group in rewards_of_agent.items():
+        mean_of_agent[agent] = statistics.fmean(group)
+        spread_of_agent[agent] = statistics.pstdev(group)
+    for state, group in rewards_of_state.items():
+        mean_of_state[state] = statistics.fmean(group)
+
+    # 3. Compare each message with its group.
     result = {}
     for node, reward in rewards.items():
         if not counts(node, reward):
             continue
-        of_agent = rewards_of_agent[node.message.agent]
-        group = of_agent if baseline == "agent" else rewards_of_state[node.parent]
-        spread = statistics.pstdev(of_agent)
-        if len(group) > 1 and spread > SMALLEST_SPREAD:
-            result[node] = (reward - statistics.fmean(group)) / spread
+        agent = node.message.agent
+        has_siblings = len(rewards_of_state[node.parent]) > 1
+        if spread_of_agent[agent] <= SMALLEST_SPREAD:
+            continue
+        if baseline == "agent":
+            result[node] = (reward - mean_of_agent[agent]) / spread_of_agent[agent]
+        elif has_siblings:
+            result[node] = (reward - mean_of_state[node.parent]) / spread_of_agent[agent]
     return result
 
 
