@@ -108,13 +108,16 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_runtest_setup(item) -> None:
-    """End a mutant whose test needs far more CPU time than without it, or hangs."""
+    """End a mutant whose test needs far more CPU time than without it, or hangs.
+
+    The time of fixtures that several tests share is not known, so there is some for them.
+    """
     seconds = seconds_of_tests().get(item.nodeid)
     if seconds is not None:
         signal.signal(signal.SIGPROF, time_out)
-        signal.setitimer(signal.ITIMER_PROF, 10 + 10 * seconds)
+        signal.setitimer(signal.ITIMER_PROF, 30 + 10 * seconds)
         signal.signal(signal.SIGALRM, time_out)
-        signal.setitimer(signal.ITIMER_REAL, 60 + 30 * seconds)  # the machine may be busy
+        signal.setitimer(signal.ITIMER_REAL, 120 + 30 * seconds)  # the machine may be busy
 
 
 def time_out(*_) -> None:
