@@ -18,7 +18,7 @@ demo: .venv/.installed
 	$(RUN) evaluate.py
 
 test: .venv/.installed-dev
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 # FILES="search.py metrics.py" for some files only
 mutants: .venv/.installed-dev
