@@ -187,3 +187,15 @@ def test_questions_that_a_queried_model_was_trained_on_are_refused(
         return
     with pytest.raises(InputError, match=f"test problem mine has the question of {complaint}"):
         refuse_leaks(problems, methods, models)
+
+
+def test_questions_that_finetuned_agents_were_trained_on_are_refused(models, tmp_path):
+    """Also by methods that ask no model but the agents."""
+    (tmp_path / "agents").mkdir()
+    row = {"id": "a0", "split": "train", "question_key": question_key("Asked of the agents?")}
+    (tmp_path / "agents" / "problems.jsonl").write_text(json.dumps(row) + "\n")
+    problems = [Problem("mine", "test", "Asked of the agents?", "1", "number")]
+    refuse_leaks(problems, [method_named("greedy")], models)
+    models.adapter = str(tmp_path / "agents")
+    with pytest.raises(InputError, match="has the question of a0, which .*agents was trained"):
+        refuse_leaks(problems, [method_named("greedy")], models)
