@@ -225,3 +225,8 @@ def test_the_interval_of_a_difference_stays_between_minus_1_and_1():
     assert won["high"] == 1
     assert lost["low"] == -1
     assert lost["high"] == pytest.approx(1.0669 - 1 / 3, abs=1e-4)
+
+
+def test_a_bin_of_the_calibration_holds_its_lower_edge():
+    """0 and 0.1 are in one bin, whose mean V is 0.05; alone, each of them would be far off."""
+    assert calibration_error(np.array([0.0, 0.1]), np.array([1.0, -1.0])) == pytest.approx(0.05)
