@@ -146,7 +146,7 @@ def plot_training(records: list[dict], best_step: int, path: Path) -> None:
     ranking.axhline(0.5, color=COLOURS[7], linestyle=":")
 
     # 3. Titles.
-    accuracy.set(title="held-out: right answers, one sample", ylabel="%")
+    accuracy.set(title="held-out: right answers, one sample", ylabel="%", ylim=(0, 100))
     reading.set(title="held-out: mean (V + 1) / 2", ylim=(0, 1))
     ranking.set(title="held-out: AUC of V within a problem", ylim=(0.3, 1.03))
     reward.set(title="training: mean reward", xlabel="step")
