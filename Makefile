@@ -98,22 +98,23 @@ refine: .venv/.installed
 
 # Finetune the agents on V, and measure them with and without search. V is that of `make demo`.
 PLANNER_TREES := --rollouts tree --num-candidates 1.8.1.1 --baseline siblings
-AFTER := --methods greedy vote-4 best_of-4-value $(SEARCHES)
+MEASURED := --methods greedy vote-1 vote-4 best_of-4-value $(SEARCHES)
 
 train-agents: .venv/.installed
 	$(RUN) train_agents.py $(PLANNER_TREES)
-	$(RUN) evaluate.py --run runs/trained --adapter runs/tiny/agents --value runs/tiny/value $(AFTER)
-	$(RUN) evaluate.py --compare runs/tiny runs/trained
+	$(RUN) evaluate.py --run runs/before --messages runs/tiny/messages --value runs/tiny/value \
+	  $(MEASURED)
+	$(RUN) evaluate.py --run runs/after --adapter runs/tiny/agents --value runs/tiny/value \
+	  $(MEASURED)
+	$(RUN) evaluate.py --compare runs/before runs/after
 
-# Two rounds: finetune, label with the new agents, train a fresh V on these labels, and go on.
+# The second round: label with the new agents, train a fresh V on these labels, and go on.
 loop: train-agents
-	$(RUN) generate_rollouts.py --run runs/loop1 --adapter runs/tiny/agents
-	$(RUN) train_value.py --run runs/loop1
-	$(RUN) train_agents.py --run runs/loop1 --adapter runs/tiny/agents $(PLANNER_TREES)
-	$(RUN) generate_rollouts.py --run runs/loop2 --adapter runs/loop1/agents
-	$(RUN) train_value.py --run runs/loop2
-	$(RUN) evaluate.py --run runs/loop2 --adapter runs/loop1/agents $(AFTER)
-	$(RUN) evaluate.py --compare runs/tiny runs/trained runs/loop2
+	$(RUN) generate_rollouts.py --run runs/loop --adapter runs/tiny/agents
+	$(RUN) train_value.py --run runs/loop
+	$(RUN) train_agents.py --run runs/loop --adapter runs/tiny/agents $(PLANNER_TREES)
+	$(RUN) evaluate.py --run runs/loop --adapter runs/loop/agents $(MEASURED)
+	$(RUN) evaluate.py --compare runs/before runs/after runs/loop
 
 # ---- Set-up ----
 
