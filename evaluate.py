@@ -353,7 +353,10 @@ def compare_runs(runs: list[str]) -> str:
     for folder in folders:
         if not (folder / "value").is_dir() and not (folder / "eval").is_dir():
             raise InputError(f"--compare {folder}: no value/ and no eval/ in it; it is not a run")
-    return f"{_compare_values(folders)}\n\n{_compare_answers(folders)}"
+    tables = [_compare_answers(folders)]
+    if any((folder / "value").is_dir() for folder in folders):
+        tables.insert(0, _compare_values(folders))
+    return "\n\n".join(tables)
 
 
 def _compare_values(folders: list[Path]) -> str:

@@ -201,6 +201,7 @@ def test_runs_are_compared_on_their_common_problems_each_with_the_first(tmp_path
     write_records(second / "eval" / "greedy.0of2.jsonl", records[3:])
 
     table = evaluate.compare_runs([str(first), str(second)])
+    assert table.startswith("| method | run |")  # no V, no table of V
     rows = [line for line in table.splitlines() if line.startswith("| greedy")]
     # Two wins in four problems. Bonett and Price: 2/6 +- 1.96 sqrt((4/6 - (2/6)^2) / 6).
     assert rows == [
