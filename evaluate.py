@@ -353,9 +353,10 @@ def compare_runs(runs: list[str]) -> str:
     for folder in folders:
         if not (folder / "value").is_dir() and not (folder / "eval").is_dir():
             raise InputError(f"--compare {folder}: no value/ and no eval/ in it; it is not a run")
-    tables = [_compare_answers(folders)]
-    if any((folder / "value").is_dir() for folder in folders):
-        tables.insert(0, _compare_values(folders))
+    tables = []
+    for stage, compare in (("value", _compare_values), ("eval", _compare_answers)):
+        if any((folder / stage).is_dir() for folder in folders):
+            tables.append(compare(folders))
     return "\n\n".join(tables)
 
 

@@ -446,12 +446,10 @@ def test_a_run_may_have_a_v_alone_or_an_evaluation_alone(tmp_path):
     only_value, only_answers = tmp_path / "only_value", tmp_path / "only_answers"
     write_value(only_value, num_simulations=10, heldout=HELDOUT)
     write_records(only_answers / "eval" / "greedy.jsonl", [make_record("greedy", 0)])
-    for folder in (only_value, only_answers):
-        values, answers = evaluate.compare_runs([str(folder)]).split("\n\n")
-        assert values.splitlines()[0] == VALUE_HEADER
-        assert answers.splitlines()[0] == ANSWER_HEADER
-        assert len(values.splitlines()) == (4 if folder == only_value else 2)
-        assert len(answers.splitlines()) == (3 if folder == only_answers else 2)
+    values = evaluate.compare_runs([str(only_value)]).splitlines()
+    assert values[0] == VALUE_HEADER and len(values) == 4
+    answers = evaluate.compare_runs([str(only_answers)]).splitlines()
+    assert answers[0] == ANSWER_HEADER and len(answers) == 3
 
 
 def test_a_folder_that_is_not_a_run_is_named(tmp_path):
