@@ -165,6 +165,37 @@ def test_an_adapter_is_scaled_by_two_at_every_rank(rank):
     assert config.lora_dropout == 0.0
 
 
+# ---- What V reads --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view", ["full", "local"])
+def test_v_reads_the_text_of_its_view(view):
+    """Each segment ends with the end-of-message token, and V is read at the last of them."""
+    model = make_model(view=view)
+    state = State("a question", ())
+    for word in ("facts", "plan", "work"):
+        state = CHAIN.step(state, word)
+    tokenizer = model.tokenizer
+    expected, expected_ends = [], []
+    for segment in CHAIN.value_text(state, view):
+        ids = tokenizer(segment, add_special_tokens=False)["input_ids"]
+        expected += [*ids, tokenizer.eos_token_id]
+        expected_ends.append(len(expected) - 1)
+    assert model.encode(state) == (expected, expected_ends)
+    assert len(expected_ends) == (4 if view == "full" else 2)  # the Solver sees the plan alone
+
+
+def test_a_state_that_fills_the_context_is_read_and_a_longer_one_is_refused(model, monkeypatch):
+    state = CHAIN.step(State("a question", ()), "facts")
+    ids, _ = model.encode(state)
+    config = model.backbone.config.get_text_config()
+    monkeypatch.setattr(config, "max_position_embeddings", len(ids))
+    assert model.encode(state)[0] == ids
+    monkeypatch.setattr(config, "max_position_embeddings", len(ids) - 1)
+    with pytest.raises(InputError, match=f"a transcript of {len(ids)} tokens does not fit"):
+        model.encode(state)
+
+
 # ---- Labels --------------------------------------------------------------------------------------
 
 
