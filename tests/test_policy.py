@@ -6,7 +6,7 @@ the checkpoint, and costs add up.
 
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -730,3 +730,11 @@ def test_a_checkpoint_with_weights_missing_is_refused(chain, tmp_path):
     complaint = "do not hold all weights of Qwen2ForCausalLM: model.layers.2.mlp"
     with pytest.raises(InputError, match=complaint):
         make_tiny_policy(chain, model=str(agents))
+
+
+def test_searches_record_where_their_problems_come_from(policy):
+    flags = ["--task", "gsm8k", "--data", "mine.jsonl", "--c-uct", "2", "--max-new-tokens", "7"]
+    settings = search_settings(generate_rollouts.parse_args(flags), policy)
+    expected = {"task": "gsm8k", "data": "mine.jsonl", "hub": None, "c_uct": 2.0}
+    expected |= {"max_new_tokens": 7, "graph": asdict(policy.mas)}
+    assert expected.items() <= settings.items()
