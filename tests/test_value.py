@@ -1543,3 +1543,15 @@ def test_trees_that_fill_a_batch_exactly_share_it():
     assert sorted(batch) == [0, 1, 2, 3]
     batches = train_value.whole_tree_batches(rows, lengths, 19, seeded(0))
     assert sorted(map(sorted, batches)) == [[0, 1], [2, 3]]
+
+
+def test_a_step_counts_the_terms_of_its_loss(records):
+    """Pairs for `rank`, labels otherwise: the mean training loss divides by them."""
+    paths = paths_of(records)[:8]
+    for loss in ("huber", "rank"):
+        model = make_model(loss=loss)
+        rows = make_rows(paths, model)
+        batch = list(range(len(rows)))
+        _, terms = train_value.training_step(model, rows, [batch], 1.0, huber_delta=1.0)
+        assert terms == num_terms(rows, loss)
+    assert num_terms(rows, "rank") != num_terms(rows, "huber")
