@@ -11,8 +11,7 @@ itself speaks.
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 # Set before peft is imported. bitsandbytes announces a kernel that it does without, and peft uses
@@ -35,14 +34,14 @@ def lora_config(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
 
 
-def add_lora(model: nn.Module, *, rank: int, name: str = "default") -> PeftModel:
+def add_lora(model: nn.Module, *, rank: int) -> PeftModel:
     """Add an adapter, in float32. Nothing else of the model is trained."""
-    return get_peft_model(model, lora_config(rank), adapter_name=name)
+    return get_peft_model(model, lora_config(rank))
 
 
-def load_lora(model: nn.Module, folder: Path, *, name: str = "default") -> PeftModel:
-    """Load an adapter that peft has saved."""
-    return PeftModel.from_pretrained(model, folder, adapter_name=name)
+def load_lora(model: nn.Module, folder: Path) -> PeftModel:
+    """Load an adapter that peft has saved, to be used as it is."""
+    return PeftModel.from_pretrained(model, folder)
 
 
 class AgentAdapters:
@@ -64,8 +63,7 @@ class AgentAdapters:
     def add(cls, model: nn.Module, mas: MAS, *, kind: str, rank: int) -> "AgentAdapters":
         """Add new adapters, which change nothing yet. kind: "shared" or "per-agent"."""
         names = adapter_names(mas, kind)
-        model.requires_grad_(False)
-        peft_model = add_lora(model, rank=rank, name=names[0])
+        peft_model = get_peft_model(model, lora_config(rank), adapter_name=names[0])
         for name in names[1:]:
             peft_model.add_adapter(name, lora_config(rank))
         return cls(peft_model, names)
@@ -111,14 +109,13 @@ class AgentAdapters:
                     f"--adapter {folder}: no adapter for {name}; "
                     f"they were trained for the graph {settings['graph']['name']!r}"
                 )
-        model.requires_grad_(False)
-        peft_model = load_lora(model, folder / "adapter" / names[0], name=names[0])
+        # Trainable, because stage 5 may start from them.
+        peft_model = PeftModel.from_pretrained(
+            model, folder / "adapter" / names[0], adapter_name=names[0], is_trainable=True
+        )
         for name in names[1:]:
-            peft_model.load_adapter(folder / "adapter" / name, adapter_name=name)
-        adapters = cls(peft_model, names)
-        for parameter in adapters.parameters().values():
-            parameter.requires_grad_(True)  # peft loads adapters frozen; stage 5 may train on
-        return adapters
+            peft_model.load_adapter(folder / "adapter" / name, adapter_name=name, is_trainable=True)
+        return cls(peft_model, names)
 
     def save(self, folder: Path) -> None:
         """Write each adapter to a folder of its own in `folder`/adapter."""
@@ -133,11 +130,9 @@ class AgentAdapters:
         if self.model.active_adapter != self.name_for(agent):
             self.model.set_adapter(self.name_for(agent))
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Deactivate all adapters: the base speaks, which is the reference policy."""
-        with self.model.disable_adapter():
-            yield
+    def off(self) -> AbstractContextManager:
+        """Deactivate all adapters in a `with` block: the base speaks, the reference policy."""
+        return self.model.disable_adapter()
 
     @property
     def rank(self) -> int:

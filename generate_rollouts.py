@@ -424,20 +424,23 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add_policy_arguments(parser)
     add_tree_search_arguments(parser)
-    parser.add_argument(
-        "--num-train", type=positive_int, default=300, help="training problems to label"
-    )
-    parser.add_argument(
-        "--num-heldout",
-        type=positive_int,
-        default=45,
-        help="held-out problems to label, for the metrics of V; 45 is all that `tiny` has",
-    )
+    add_training_problems_arguments(parser)
     parser.add_argument(
         "--num-simulations", type=positive_int, default=40, help="N, simulations per problem"
     )
     add_overwrite_argument(parser)
     return parser.parse_args(argv)
+
+
+def add_training_problems_arguments(parser: Parser) -> None:
+    """Add the flags of the scripts that use training problems (`load_training_problems`)."""
+    parser.add_argument("--num-train", type=positive_int, default=300, help="training problems")
+    parser.add_argument(
+        "--num-heldout",
+        type=positive_int,
+        default=45,
+        help="held-out problems, on which V and the agents are measured; 45 is all that `tiny` has",
+    )
 
 
 def main(args) -> None:
@@ -468,7 +471,7 @@ def main(args) -> None:
 
 
 def load_training_problems(args) -> list[Problem]:
-    """Load the problems to label: training problems for V, and held-out ones for its metrics."""
+    """Load training problems, and held-out ones to measure on. Test problems are never loaded."""
     problems = []
     for split, num in (("train", args.num_train), ("heldout", args.num_heldout)):
         problems += load_problems(task=args.task, data=args.data, split=split, num=num)

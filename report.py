@@ -106,11 +106,7 @@ def plot_training(records: list[dict], best_step: int, path: Path) -> None:
     records: the lines of metrics.jsonl. If the mean V of an agent rises above the share of right
     answers, or its AUC falls, the agent has learnt what V reads instead of the work.
     """
-    import matplotlib  # imported late: it takes a second, and only the picture needs it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _load_pyplot()
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained", sharex=True)
     accuracy, reading, ranking, reward, distance, length = axes.flat
     measured = [record for record in records if "dev" in record]
@@ -156,6 +152,16 @@ def plot_training(records: list[dict], best_step: int, path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _load_pyplot():
+    """Import matplotlib, for drawing to files: late, because it takes a second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _plot_known(axes, steps: list[int], numbers: list[float | None], **style) -> None:
@@ -313,11 +319,7 @@ def plot_accuracy(summary: dict, path: Path) -> None:
     The methods of a family are one line. Its point with the most calls is labelled with the name,
     the others with their N.
     """
-    import matplotlib  # imported late: it takes a second, and only the picture needs it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     rows = summary["methods"]
     families = families_of(rows)

@@ -338,6 +338,7 @@ REWARDS: dict[str, Callable[[Rollout], Rewards]] = {
     "value-delta": value_delta_rewards,
     "random": outcome_rewards,  # shuffled afterwards
 }
+VALUE_REWARDS = ("value", "value-delta")  # those that read V
 
 # ---- From rewards to advantages ------------------------------------------------------------------
 
@@ -377,7 +378,7 @@ def advantages(rewards: Rewards, baseline: str) -> dict[Node, float]:
     # 1. The groups: all messages of an agent, and the candidates of a state.
     rewards_of_agent, rewards_of_state = defaultdict(list), defaultdict(list)
     for node, reward in rewards.items():
-        if counts(node, reward):
+        if has_credit(node, reward):
             rewards_of_agent[node.message.agent].append(reward)
             rewards_of_state[node.parent].append(reward)
 
@@ -392,7 +393,7 @@ def advantages(rewards: Rewards, baseline: str) -> dict[Node, float]:
     # 3. Compare each message with its group.
     result = {}
     for node, reward in rewards.items():
-        if not counts(node, reward):
+        if not has_credit(node, reward):
             continue
         agent = node.message.agent
         has_siblings = len(rewards_of_state[node.parent]) > 1
@@ -405,6 +406,6 @@ def advantages(rewards: Rewards, baseline: str) -> dict[Node, float]:
     return result
 
 
-def counts(node: Node, reward: float | None) -> bool:
+def has_credit(node: Node, reward: float | None) -> bool:
     """Return whether a message was finished and has a reward."""
     return reward is not None and not node.candidate.truncated

@@ -476,19 +476,23 @@ def model_folder(args, model: str) -> Path:
     return Path(args.orm or f"{args.run}/orm")
 
 
+def load_model(args, mas: MAS, model: str) -> ValueModel:
+    """Load V ("value") or the ORM ("outcome"). Raises InputError if it cannot be used."""
+    folder = model_folder(args, model)
+    if not folder.is_dir():
+        commands = {"value": "train_value.py", "outcome": "train_value.py --target outcome"}
+        raise InputError(f"{folder}: no trained {model} model there; {commands[model]} makes it")
+    device = device_of_this_process(args.device)
+    return ValueModel.load(folder, mas, device=device, dtype=args.dtype)
+
+
 def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
     """Load the scorers that the methods need. No ORM is loaded unless a method asks for it."""
     scorers: dict[str, Handler] = {"policy": policy_scorer, "random": RandomScorer(args.seed)}
-    commands = {"value": "train_value.py", "outcome": "train_value.py --target outcome"}
-    for model, command in commands.items():
-        if not any(model in method.models for method in methods):
-            continue
-        folder = model_folder(args, model)
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no trained {model} model there; {command} makes it")
-        device = device_of_this_process(args.device)
-        value_model = ValueModel.load(folder, mas, device=device, dtype=args.dtype)
-        scorers[model] = ModelScorer(value_model, batch_tokens=args.batch_tokens)
+    for model in ("value", "outcome"):
+        if any(model in method.models for method in methods):
+            value_model = load_model(args, mas, model)
+            scorers[model] = ModelScorer(value_model, batch_tokens=args.batch_tokens)
     return scorers
 
 
@@ -522,8 +526,13 @@ def add_search_arguments(parser: Parser) -> None:
         default=0.0,
         help="lambda: weight of the ORM in an mcts terminal value",
     )
-    parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
+    add_value_argument(parser)
     parser.add_argument("--orm", default=None, help="folder of the ORM (default: RUN/orm)")
+
+
+def add_value_argument(parser: Parser) -> None:
+    """Add the flag of the scripts that read V."""
+    parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
 
 
 # ---- One problem in full -------------------------------------------------------------------------

@@ -29,18 +29,24 @@ from torch import nn
 from adapters import AgentAdapters, adapter_names
 from checkpoints import checkpoint_fingerprint
 from decoding import pad_left, positions_of
-from generate_rollouts import Edge, Node
+from generate_rollouts import (
+    Edge,
+    Node,
+    add_training_problems_arguments,
+    load_training_problems,
+)
 from mas import MAS, load_graph
 from metrics import problem_aucs
 from policy import Policy, add_policy_arguments, make_policy
 from report import plot_training, training_line, training_table
 from rewards import (
     REWARDS,
+    VALUE_REWARDS,
     Coach,
     Rewards,
     Rollout,
     advantages,
-    counts,
+    has_credit,
     mean_outcomes,
     mix_with_outcome,
     read_values,
@@ -69,8 +75,9 @@ from runs import (
     write_config,
     write_line,
 )
-from tasks import Problem, load_problems, source
-from train_value import save_problems
+from search import add_value_argument, load_model, model_folder
+from tasks import Problem, source
+from train_value import add_lora_training_arguments, save_problems, write_checkpoint
 from value import ValueModel, token_batches, weights_fingerprint
 
 # ---- The update ----------------------------------------------------------------------------------
@@ -394,7 +401,7 @@ class Training:
             credits |= of_rollout
         if args.reward == "random":
             credits = shuffle_within_agents(credits, rng)
-        if not any(counts(node, credit) for node, credit in credits.items()):
+        if not any(has_credit(node, credit) for node, credit in credits.items()):
             raise InputError(
                 "no message of this step can be trained on: all were cut at their limit or have no "
                 "reward; raise --max-new-tokens, or take another --reward"
@@ -446,14 +453,11 @@ class Training:
             read_values(rollouts, self.value_model, batch_tokens=self.args.batch_tokens)
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write a checkpoint atomically: a kill leaves the old one or the new one."""
         names = ("step", "num_messages", "best_step", "best_accuracy", "best_weights")
         state = {name: getattr(self, name) for name in names}
         state["weights"] = self.learner.adapters.weights()
         state["optimizer"] = self.learner.optimizer.state_dict()
-        temporary = path.with_suffix(".part")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        write_checkpoint(path, state)
 
     def load_checkpoint(self, path: Path) -> None:
         device = self.learner.model.device
@@ -493,9 +497,6 @@ def _log(training: Training, metrics, record: dict, checkpoint: Path) -> None:
     print(training_line(record), flush=True)
 
 
-# The rewards that V gives.
-VALUE_REWARDS = ("value", "value-delta")
-
 # ---- The script ----------------------------------------------------------------------------------
 
 
@@ -509,7 +510,7 @@ def parse_args(argv=None):
         default="value",
         help="of each message: V, its change, Q of the tree, a coach, or the final answer",
     )
-    parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
+    add_value_argument(parser)
     parser.add_argument(
         "--coach", default=None, help="chat model that grades messages: folder or hub name"
     )
@@ -543,9 +544,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--num-steps", type=positive_int, default=10, help="training steps")
     parser.add_argument("--num-questions", type=positive_int, default=64, help="questions per step")
-    parser.add_argument(
-        "--num-train", type=positive_int, default=300, help="training problems to ask"
-    )
+    add_training_problems_arguments(parser)
     # the update
     parser.add_argument(
         "--adapters",
@@ -553,7 +552,7 @@ def parse_args(argv=None):
         default="shared",
         help="how many adapters are trained: one for all agents, or one for each",
     )
-    parser.add_argument("--lora-rank", type=positive_int, default=16, help="rank of an adapter")
+    add_lora_training_arguments(parser)
     parser.add_argument(
         "--policy-lr",
         type=positive_float,
@@ -569,19 +568,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--num-minibatches", type=positive_int, default=4, help="optimizer steps per step"
     )
-    parser.add_argument(
-        "--train-batch-tokens",
-        type=positive_int,
-        default=4096,
-        help="size of one training batch: rows x tokens of the longest",
-    )
     # the choice of the adapters
-    parser.add_argument(
-        "--num-heldout",
-        type=positive_int,
-        default=45,
-        help="held-out problems, on which the best adapters are chosen",
-    )
     parser.add_argument(
         "--num-dev-passes", type=positive_int, default=8, help="passes per held-out problem"
     )
@@ -663,7 +650,7 @@ def inherited_problems(args) -> list[dict]:
     if args.adapter is not None:
         folders.append(Path(args.adapter))
     if args.reward in VALUE_REWARDS:
-        folders.append(value_folder(args))
+        folders.append(model_folder(args, "value"))
     rows = []
     for folder in folders:
         rows += read_jsonl(folder / "problems.jsonl")
@@ -734,7 +721,7 @@ def num_agents_of_rollouts(args, mas: MAS, num_candidates: tuple[int, ...]) -> i
     If a reward reads the message alone, and siblings are compared, nothing is needed after the last
     agent with several candidates.
     """
-    reads_message_alone = args.reward in ("value", "coach") and args.credit == "own"
+    reads_message_alone = args.reward in ("value", "coach")
     reads_outcome = args.outcome_share > 0
     if not reads_message_alone or reads_outcome or args.baseline != "siblings":
         return len(mas.agents)
@@ -742,14 +729,12 @@ def num_agents_of_rollouts(args, mas: MAS, num_candidates: tuple[int, ...]) -> i
 
 
 def load_train_and_dev(args) -> tuple[list[Problem], list[Problem]]:
-    """Load the training problems, and the held-out ones on which the adapters are chosen.
-
-    Test problems are never loaded.
-    """
-    problems = {}
-    for split, num in (("train", args.num_train), ("heldout", args.num_heldout)):
-        problems[split] = load_problems(task=args.task, data=args.data, split=split, num=num)
-        if not problems[split]:
+    """Load the training problems, and the held-out ones on which the adapters are chosen."""
+    problems = {"train": [], "heldout": []}
+    for problem in load_training_problems(args):
+        problems[problem.split].append(problem)
+    for split, of_split in problems.items():
+        if not of_split:
             raise InputError(f"{args.data or args.task}: no {split} problems")
     return problems["train"], problems["heldout"]
 
@@ -767,27 +752,15 @@ def make_learner(policy: Policy, args) -> Learner:
     )
 
 
-def value_folder(args) -> Path:
-    return Path(args.value or f"{args.run}/value")
-
-
 def load_value_model(args, mas: MAS) -> ValueModel | None:
-    """Load V. If the reward does not need V and RUN has none, its reading is not logged."""
-    folder = value_folder(args)
-    is_needed = args.value is not None or args.reward in VALUE_REWARDS
-    if folder.is_dir():
-        device = device_of_this_process(args.device)
-        try:
-            return ValueModel.load(folder, mas, device=device, dtype=args.dtype)
-        except InputError as error:
-            if is_needed:
-                raise
-            print(f"V's reading is not logged: {error}")
-            return None
-    if is_needed:
-        raise InputError(f"{folder}: no trained value model there; train_value.py makes it")
-    print(f"V's reading is not logged: {folder} has no trained value model")
-    return None
+    """Load V. Without a V that can be used, a reward that does not need it does without."""
+    try:
+        return load_model(args, mas, "value")
+    except InputError as error:
+        if args.value is not None or args.reward in VALUE_REWARDS:
+            raise
+        print(f"V's reading is not logged: {error}")
+        return None
 
 
 def load_reward(args, mas: MAS) -> Callable[[Rollout], Rewards]:
@@ -807,18 +780,9 @@ def load_reward(args, mas: MAS) -> Callable[[Rollout], Rewards]:
 
 def training_settings(args, training: Training) -> dict:
     """Return the settings that determine the adapters, recorded for resuming."""
-    names = (
-        "reward",
-        "outcome_share",
-        "credit",
-        "baseline",
-        "rollouts",
-        "num_steps",
-        "num_questions",
-        "adapters",
-    )
-    names += ("lora_rank", "policy_lr", "clip", "kl_coef", "num_minibatches", "num_dev_passes")
-    names += ("dev_every", "max_new_tokens")
+    names = ("reward", "outcome_share", "credit", "baseline", "rollouts", "num_steps")
+    names += ("num_questions", "max_new_tokens", "adapters", "lora_rank", "policy_lr", "clip")
+    names += ("kl_coef", "num_minibatches", "num_dev_passes", "dev_every")
     settings = training.policy.settings | {name: getattr(args, name) for name in names}
     problems = training.train_problems + training.dev_problems
     settings |= {
@@ -830,7 +794,7 @@ def training_settings(args, training: Training) -> dict:
         **source(args.task, args.data),
     }
     if args.reward in VALUE_REWARDS:
-        folder = value_folder(args)
+        folder = model_folder(args, "value")
         settings["value"] = {"name": str(folder), "fingerprint": weights_fingerprint(folder)}
     if args.coach is not None:
         model = training.reward.model
@@ -844,11 +808,11 @@ def training_settings(args, training: Training) -> dict:
 def describe_training(training: Training, folder: Path) -> str:
     parameters = training.learner.adapters.parameters().values()
     num_trained = sum(parameter.numel() for parameter in parameters)
-    counts = ".".join(map(str, training.num_candidates[: training.num_agents]))
+    candidates = ".".join(map(str, training.num_candidates[: training.num_agents]))
     args = training.args
     return (
         f"{args.num_steps} steps of {min(args.num_questions, len(training.train_problems))} "
-        f"questions, {counts} messages per state; {num_trained:,} trained parameters\n"
+        f"questions, {candidates} messages per state; {num_trained:,} trained parameters\n"
         f"reward {args.reward}, credit {args.credit}, baseline {args.baseline} -> {folder}"
     )
 

@@ -441,7 +441,6 @@ def sum_gradients(trained: dict[str, nn.Parameter]) -> None:
 
 
 def save_checkpoint(path: Path, epoch: int, model: ValueModel, optimizer, scheduler) -> None:
-    """Write a checkpoint atomically: a kill leaves the old one or the new one."""
     trained = {}
     for name, parameter in model.trained_parameters().items():
         trained[name] = parameter.detach().clone()
@@ -451,6 +450,11 @@ def save_checkpoint(path: Path, epoch: int, model: ValueModel, optimizer, schedu
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
     }
+    write_checkpoint(path, state)
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint atomically: a kill leaves the old one or the new one."""
     temporary = path.with_suffix(".part")
     torch.save(state, temporary)
     temporary.replace(path)
@@ -506,8 +510,8 @@ def parse_args(argv=None):
         default=True,
         help="QLoRA, with NF4 weights under the adapter (default), or LoRA on full-precision ones",
     )
-    parser.add_argument("--lora-rank", type=positive_int, default=16, help="paper: 256")
     # training
+    add_lora_training_arguments(parser)
     parser.add_argument(
         "--lr",
         type=positive_float,
@@ -533,14 +537,21 @@ def parse_args(argv=None):
         default=1.0,
         help="error at which the Huber loss becomes linear",
     )
+    add_overwrite_argument(parser)
+    return parser.parse_args(argv)
+
+
+def add_lora_training_arguments(parser: Parser) -> None:
+    """Add the flags of the scripts that train an adapter."""
+    parser.add_argument(
+        "--lora-rank", type=positive_int, default=16, help="rank of an adapter (paper, for V: 256)"
+    )
     parser.add_argument(
         "--train-batch-tokens",
         type=positive_int,
         default=4096,
         help="size of one training batch: rows x tokens of the longest",
     )
-    add_overwrite_argument(parser)
-    return parser.parse_args(argv)
 
 
 def main(args) -> None:

@@ -101,6 +101,21 @@ def make_tiny_policy(mas: MAS, *, model: str = AGENTS, **changes) -> Policy:
     return make_policy(args, mas)
 
 
+def sample_tiny_rollouts(policy: Policy, problems, *, counts, num_agents, seed):
+    """Sample rollouts of stage 5, all at once."""
+    from rewards import sample_rollouts  # imported late: peft takes a second
+
+    return sample_rollouts(
+        problems,
+        policy,
+        num_candidates=counts,
+        num_agents=num_agents,
+        seed=seed,
+        max_active=64,
+        description="",
+    )
+
+
 @pytest.fixture(scope="session")
 def policy(chain) -> Policy:
     return make_tiny_policy(chain)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ScriptedPolicy, drive, make_tiny_policy
+from conftest import ScriptedPolicy, drive, make_tiny_policy, sample_tiny_rollouts
 
 import train_agents
 from adapters import AgentAdapters, adapters_setting
@@ -21,7 +21,6 @@ from rewards import (
     descendants,
     mix_with_outcome,
     returns,
-    sample_rollouts,
     sample_tree,
 )
 from runs import seeded
@@ -64,15 +63,8 @@ def problems_of(split="train", num=2):
 
 
 def rollouts_of(policy, *, counts=(2, 1, 1, 1), num_agents=4, num=2, seed="s"):
-    return sample_rollouts(
-        problems_of(num=num),
-        policy,
-        num_candidates=counts,
-        num_agents=num_agents,
-        seed=seed,
-        max_active=64,
-        description="",
-    )
+    problems = problems_of(num=num)
+    return sample_tiny_rollouts(policy, problems, counts=counts, num_agents=num_agents, seed=seed)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,13 @@ import statistics
 
 import pytest
 import torch
-from conftest import AGENTS, ScriptedPolicy, drive, make_tiny_policy
+from conftest import (
+    AGENTS,
+    ScriptedPolicy,
+    drive,
+    make_tiny_policy,
+    sample_tiny_rollouts,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +28,6 @@ from rewards import (
     outcome_rewards,
     read_values,
     returns,
-    sample_rollouts,
     sample_tree,
     search_rewards,
     shuffle_within_agents,
@@ -121,15 +126,8 @@ def tiny_policy():
 
 
 def rollouts_of(policy, *, seed="s", problems=(PROBLEM,), counts=(2, 1, 1, 1), num_agents=4):
-    return sample_rollouts(
-        list(problems),
-        policy,
-        num_candidates=counts,
-        num_agents=num_agents,
-        seed=seed,
-        max_active=64,
-        description="",
-    )
+    problems = list(problems)
+    return sample_tiny_rollouts(policy, problems, counts=counts, num_agents=num_agents, seed=seed)
 
 
 def test_the_token_ids_kept_are_those_that_were_sampled(tiny_policy, monkeypatch):

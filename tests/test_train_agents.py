@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import AGENTS, make_tiny_policy
+from conftest import AGENTS, make_tiny_policy, sample_tiny_rollouts
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_agents import logprobs_of, make_learner, problems_of, rollouts_of, rows_of, trained_policy
@@ -17,7 +17,7 @@ import generate_rollouts
 import search
 import train_agents
 from mas import CHAIN, DEBATE
-from rewards import advantages, sample_rollouts
+from rewards import advantages
 from runs import HERE, InputError, read_config, read_jsonl, seeded
 from tasks import load_problems
 from train_agents import Training, make_rows
@@ -32,14 +32,12 @@ def test_a_planted_reward_is_learnt():
     problems = problems_of(num=24)
     shares = []
     for step in range(6):
-        rollouts = sample_rollouts(
-            problems[4 * step : 4 * step + 4],
+        rollouts = sample_tiny_rollouts(
             policy,
-            num_candidates=(12, 1, 1, 1),
+            problems[4 * step : 4 * step + 4],
+            counts=(12, 1, 1, 1),
             num_agents=1,
             seed=f"step {step}",
-            max_active=64,
-            description="",
         )
         rewards = {}
         for rollout in rollouts:

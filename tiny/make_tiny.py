@@ -266,8 +266,6 @@ def make_example(
     first_pair = None
     if retry_share > 0 and rng.random() < retry_share:
         first_pair = pair_seen_to_be_wrong(puzzle, rng)
-    if agent == "Planner" and first_pair is not None:
-        return _second_try_example(puzzle, first_pair, rng, estimate=estimate)
 
     # 1. choose the candidate of the chain; the Refiner speaks only after a wrong one
     pair = solution
@@ -286,6 +284,9 @@ def make_example(
     # 3. write the agent's own message; a wrong guess of its own is not learnt
     if agent == "Refiner":
         return _refiner_example(puzzle, chat, rng)
+    if agent == "Planner" and first_pair is not None:
+        plan, check = planner_message(puzzle, *first_pair, rng, estimate=estimate)
+        return Example(chat, prefix=plan, target=check + second_try(puzzle, *solution, rng))
     if agent == "Planner" and pair != solution:
         plan, check = planner_message(puzzle, *pair, rng, estimate=estimate)
         return Example(chat, prefix=plan, target=check)
@@ -326,17 +327,6 @@ def _refiner_example(puzzle: Puzzle, chat: list[dict[str, str]], rng: random.Ran
     if pair == solution:
         return Example(chat, prefix="", target=candidate + check_and_answer)
     return Example(chat, prefix=candidate, target=check_and_answer)
-
-
-def _second_try_example(
-    puzzle: Puzzle, first_pair: tuple[int, int], rng: random.Random, *, estimate: bool
-) -> Example:
-    """Make an example of a Planner that sees its guess fail, and then finds the solution."""
-    state = State(puzzle.question, ())
-    state = REFINE.step(state, reader_message(puzzle, rng))
-    plan, check = planner_message(puzzle, *first_pair, rng, estimate=estimate)
-    retry = second_try(puzzle, puzzle.x, puzzle.y, rng)
-    return Example(REFINE.prompt(state, "number"), prefix=plan, target=check + retry)
 
 
 def pair_seen_to_be_wrong(puzzle: Puzzle, rng: random.Random) -> tuple[int, int] | None:
