@@ -4,6 +4,7 @@
     python evaluate.py --methods greedy vote-8 mcts-8x1.8.1.1-value --num-problems 100
     python evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score   # a frozen V
     python evaluate.py --compare runs/n10 runs/n40      # runs side by side, from their records
+    python evaluate.py --compare n10=runs/n10-s0,runs/n10-s1 n40=runs/n40-s0,runs/n40-s1   # seeds
 
 Every method answers the same problems, so methods are compared in pairs. Records are kept per
 problem; tables and the picture are derived from them. search.py lists the methods.
@@ -14,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from answers import MATH_VERIFY
+from compare import compare_runs, read_groups, write_curves
 from extraction import extract_answer
 from generate_rollouts import Node, run
 from mas import MAS, load_graph
@@ -31,8 +33,6 @@ from policy import (
 from report import (
     markdown_table,
     method_table,
-    number_or_dash,
-    percent_interval,
     plot_accuracy,
     screen,
 )
@@ -49,11 +49,9 @@ from runs import (
     open_to_append,
     positive_int,
     process_rank,
-    read_config,
     read_jsonl,
     read_records,
     shard_path,
-    without_shard,
 )
 from search import (
     Method,
@@ -341,112 +339,6 @@ def breakdown(methods: list[Method], records: dict[str, list[dict]], key: str) -
     return markdown_table([key, "problems", *(method.name for method in methods)], rows)
 
 
-# ---- Runs side by side ---------------------------------------------------------------------------
-
-
-def compare_runs(runs: list[str]) -> str:
-    """Compare runs from their records: V on held-out problems, then EM per method.
-
-    Raises InputError if a run has neither a V nor an evaluation.
-    """
-    folders = [Path(run_name) for run_name in runs]
-    for folder in folders:
-        if not (folder / "value").is_dir() and not (folder / "eval").is_dir():
-            raise InputError(f"--compare {folder}: no value/ and no eval/ in it; it is not a run")
-    tables = []
-    for stage, compare in (("value", _compare_values), ("eval", _compare_answers)):
-        if any((folder / stage).is_dir() for folder in folders):
-            tables.append(compare(folders))
-    return "\n\n".join(tables)
-
-
-def _compare_values(folders: list[Path]) -> str:
-    """Return a table of the held-out metrics of each run's V."""
-    header = ["run", "N", "loss", "view", "agent", "RMSE", "calibration error", "AUC"]
-    header += ["95 % interval", "top-1", "chance"]
-    rows = []
-    for folder in folders:
-        if not (folder / "value").is_dir():  # a run that used another run's V
-            continue
-        config = read_config(folder / "value")
-        if not config.get("finished"):
-            raise InputError(f"--compare {folder}: the training of its V is not finished")
-        settings = config["settings"]
-        last_epoch = read_jsonl(folder / "value" / "metrics.jsonl")[-1]
-        for agent, row in last_epoch["heldout"].items():
-            low, high = row["auc_95"] or (None, None)
-            cells = [
-                str(folder),
-                str(settings["rollouts"]["num_simulations"]),
-                settings["loss"],
-                settings["view"],
-                agent,
-                number_or_dash(row["rmse"]),
-                number_or_dash(row["ece"]),
-                number_or_dash(row["auc"]),
-                f"{number_or_dash(low)} to {number_or_dash(high)}",
-                number_or_dash(row["top1"]),
-                number_or_dash(row["chance"]),
-            ]
-            rows.append(cells)
-    return markdown_table(header, rows)
-
-
-def _compare_answers(folders: list[Path]) -> str:
-    """Return a table of the methods that all runs have, each run paired with the first."""
-    header = ["method", "run", "problems", "EM %", "95 % interval", "agent calls"]
-    header += ["against the first", "95 % interval"]
-    rows = []
-    for name in _common_methods(folders):
-        records_of_runs = [read_records(folder / "eval" / name) for folder in folders]
-        ids = _common_problems(records_of_runs)
-        if not ids:
-            raise InputError(f"--compare: no problem was answered by {name} in all of these runs")
-        first = [records_of_runs[0][problem_id] for problem_id in ids]
-        for folder, records in zip(folders, records_of_runs, strict=True):
-            common = [records[problem_id] for problem_id in ids]
-            row = summarise_method(common)
-            cells = [
-                name.removesuffix(".jsonl"),
-                str(folder),
-                str(row["n"]),
-                f"{100 * row['em']:.1f}",
-                percent_interval(row),
-                f"{row['agent_calls']:.1f}",
-            ]
-            if folder == folders[0]:
-                cells += ["", ""]
-            else:
-                result = compare_methods(common, first)
-                cells.append(f"{100 * result['difference']:+.1f}")
-                cells.append(percent_interval(result, signed=True))
-            rows.append(cells)
-    return markdown_table(header, rows)
-
-
-def _common_problems(records_of_runs: list[dict[str, dict]]) -> list[str]:
-    """Return the ids of the problems that all runs have, with equal questions and gold answers."""
-    ids = []
-    for problem_id, first in records_of_runs[0].items():
-        others = [records.get(problem_id, {}) for records in records_of_runs[1:]]
-        if all(_is_same_problem(first, other) for other in others):
-            ids.append(problem_id)
-    return ids
-
-
-def _is_same_problem(record: dict, other: dict) -> bool:
-    return all(record[key] == other.get(key) for key in ("question", "gold"))
-
-
-def _common_methods(folders: list[Path]) -> list[str]:
-    """Return the names of the records files that every run has, whatever their shards."""
-    names_of_runs = []
-    for folder in folders:
-        paths = (folder / "eval").glob("*.jsonl")
-        names_of_runs.append({without_shard(path).name for path in paths})
-    return sorted(set.intersection(*names_of_runs))
-
-
 # ---- The script ----------------------------------------------------------------------------------
 
 DEFAULT_METHODS = [
@@ -487,7 +379,13 @@ def parse_args(argv=None):
         nargs="+",
         metavar="RUN",
         default=None,
-        help="only print these runs side by side, from their records",
+        help="only print these runs side by side, from their records; NAME=RUN,RUN are of one kind",
+    )
+    parser.add_argument(
+        "--curves",
+        metavar="PNG",
+        default=None,
+        help="with --compare: draw how the agents of these runs learnt (stage 5)",
     )
     parser.add_argument(
         "--num-problems",
@@ -500,8 +398,13 @@ def parse_args(argv=None):
 
 
 def main(args) -> None:
+    if args.curves is not None and not args.compare:
+        raise InputError("--curves draws the runs of --compare; give --compare RUN ...")
     if args.compare:
-        print(compare_runs(args.compare))
+        groups = read_groups(args.compare)
+        print(compare_runs(groups))
+        if args.curves is not None:
+            write_curves(groups, Path(args.curves))
         return
 
     # 1. Load the graph, the methods, the problems and the models.

@@ -12,6 +12,8 @@ import scipy.stats
 
 from generate_rollouts import Edge
 
+NUM_RESAMPLES = 2000  # of a bootstrap
+
 # ---- V against the labels of held-out problems ---------------------------------------------------
 
 
@@ -31,9 +33,8 @@ def auc(values: list[float], is_right: list[bool]) -> float:
 def bootstrap_interval(samples: list[float]) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of the mean, over problems."""
     rng = np.random.default_rng(0)
-    means = rng.choice(np.asarray(samples), size=(2000, len(samples))).mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    means = rng.choice(np.asarray(samples), size=(NUM_RESAMPLES, len(samples))).mean(1)
+    return _percentiles(means)
 
 
 def calibration_error(v: np.ndarray, y: np.ndarray) -> float:
@@ -166,3 +167,67 @@ def paired(a: list[bool], b: list[bool]) -> dict:
         "losses": losses,
         "p": p,
     }
+
+
+# ---- Several runs of one kind: training seeds ----------------------------------------------------
+
+
+def seeds_and_problems(verdicts: list[list[bool]]) -> dict:
+    """Return the mean exact match of runs that differ in their seed, with its interval.
+
+    mean, low, high: with several runs, runs and problems are both resampled; with one, `wilson`.
+    deviation: standard deviation of the exact match over the runs alone; None if there is one.
+
+    Args:
+        verdicts: whether each run is right on each problem: [runs][problems].
+    """
+    right = np.asarray(verdicts, dtype=float)
+    num_runs, n = right.shape
+    if num_runs == 1:
+        low, high = wilson(int(right.sum()), n)
+        return {"mean": float(right.mean()), "low": low, "high": high, "deviation": None}
+    rng = np.random.default_rng(0)
+    low, high = _percentiles(_resampled_means(right, _draw_problems(n, rng), rng))
+    deviation = float(right.mean(1).std(ddof=1))
+    return {"mean": float(right.mean()), "low": low, "high": high, "deviation": deviation}
+
+
+def seeds_and_problems_difference(a: list[list[bool]], b: list[list[bool]]) -> dict:
+    """Compare two kinds of runs on the same problems: the mean of a minus that of b, its interval.
+
+    The problems are resampled together, the runs of a and of b each on their own. One run against
+    one is `paired`.
+    """
+    if len(a) == len(b) == 1:
+        return paired(a[0], b[0])
+    right_a, right_b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    rng = np.random.default_rng(0)
+    problems = _draw_problems(right_a.shape[1], rng)
+    means_a = _resampled_means(right_a, problems, rng)
+    means_b = _resampled_means(right_b, problems, rng)
+    low, high = _percentiles(means_a - means_b)
+    return {"difference": float(right_a.mean() - right_b.mean()), "low": low, "high": high}
+
+
+def _draw_problems(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw n problems of n, with replacement: share of each problem, [resamples, problems]."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES) / n
+
+
+def _resampled_means(
+    right: np.ndarray, problems: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Return the mean of each resample: [resamples]. right: [runs, problems].
+
+    Of S runs, S - 1 are drawn: drawing S of so few would make the interval too narrow, as the
+    variance of S draws is (S - 1) / S of what it should be.
+    """
+    num_runs = len(right)
+    num_drawn = max(1, num_runs - 1)
+    runs = rng.multinomial(num_drawn, np.full(num_runs, 1 / num_runs), size=NUM_RESAMPLES)
+    return np.einsum("kr,rp,kp->k", runs / num_drawn, right, problems)
+
+
+def _percentiles(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)

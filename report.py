@@ -6,6 +6,7 @@ Two kinds of tables: for the terminal, at most 80 columns wide, and for GitHub (
 import itertools
 import math
 import re
+import statistics
 from pathlib import Path
 
 # ---- V on held-out problems ----------------------------------------------------------------------
@@ -35,6 +36,17 @@ def value_table(report: dict[str, dict]) -> str:
 
 def number_or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def mean_and_deviation(numbers: list[float | None], *, scale: float = 1.0, digits: int = 3) -> str:
+    """Show the mean of a group of runs and their standard deviation: "0.95 ± 0.01"."""
+    known = [scale * number for number in numbers if number is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    if len(known) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
 def percent_interval(row: dict, *, signed: bool = False) -> str:
@@ -152,6 +164,68 @@ def plot_training(records: list[dict], best_step: int, path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def reading_of_v(dev: dict) -> tuple[float | None, float | None]:
+    """Return how much better than the truth V thinks the agents are, and its AUC.
+
+    Both of the agent whose messages V misjudges most; None without V. dev: of a line of
+    metrics.jsonl.
+    """
+    agents = [row for row in dev["agents"].values() if row["value"] is not None]
+    if not agents:
+        return None, None
+    worst = max(agents, key=lambda row: abs(row["value"] - row["right"]))
+    return worst["value"] - worst["right"], worst["value_auc"]
+
+
+def plot_learning(records_of_group: dict[str, list[list[dict]]], path: Path) -> None:
+    """Draw what training has done to the agents against the messages it took, for several runs.
+
+    records_of_group: name -> the lines of metrics.jsonl of each run of this group. Thin lines are
+    runs, thick ones their mean.
+    """
+    pyplot = _load_pyplot()
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    titles = ("right answers, one sample, %", "mean V minus truth, worst agent", "AUC of V there")
+    for index, (name, records_of_run) in enumerate(records_of_group.items()):
+        style = {"color": COLOURS[index % len(COLOURS)]}
+        style["linestyle"] = "-" if index < len(COLOURS) else "--"
+        curves_of_run = [_learning_curves(records) for records in records_of_run]
+        for panel, number_of_curve in zip(axes, range(3), strict=True):
+            curves = [curves[number_of_curve] for curves in curves_of_run]
+            if len(curves) > 1:
+                for curve in curves:
+                    _plot_known(panel, *curve, linewidth=0.6, alpha=0.6, **style)
+            _plot_known(panel, *_mean_curve(curves), label=name, linewidth=2, **style)
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set(title=f"held-out: {title}", xlabel="messages trained on")
+        panel.grid(alpha=0.3)
+    axes[1].axhline(0, color=COLOURS[7], linestyle=":")
+    axes[2].axhline(0.5, color=COLOURS[7], linestyle=":")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _learning_curves(records: list[dict]) -> list[tuple[list, list]]:
+    """Return (messages, numbers) of accuracy, of V minus truth, and of V's AUC."""
+    measured = [record for record in records if "dev" in record]
+    messages = [record["messages"] for record in measured]
+    accuracies = [100 * record["dev"]["accuracy"] for record in measured]
+    readings = [reading_of_v(record["dev"]) for record in measured]
+    excesses, aucs = zip(*readings, strict=True)
+    return [(messages, accuracies), (messages, list(excesses)), (messages, list(aucs))]
+
+
+def _mean_curve(curves: list[tuple[list, list]]) -> tuple[list, list]:
+    """Return the mean of runs, measurement by measurement, up to the shortest."""
+    messages, means = [], []
+    for points in zip(*(zip(*curve, strict=True) for curve in curves), strict=False):
+        known = [number for _, number in points if number is not None]
+        messages.append(statistics.fmean(num for num, _ in points))
+        means.append(statistics.fmean(known) if known else None)
+    return messages, means
 
 
 def _load_pyplot():

@@ -39,6 +39,7 @@ FILES = [
     "generate_rollouts.py",
     "value.py",
     "metrics.py",
+    "compare.py",
     "train_value.py",
     "search.py",
     "evaluate.py",

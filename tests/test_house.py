@@ -32,6 +32,7 @@ ORDER = [
     "generate_rollouts",
     "value",
     "metrics",
+    "compare",
     "train_value",
     "search",
     "evaluate",

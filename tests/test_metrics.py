@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 
+import metrics
 from generate_rollouts import Edge
 from mas import State
-from metrics import auc, bootstrap_interval, calibration_error, paired, value_metrics, wilson
+from metrics import (
+    auc,
+    bootstrap_interval,
+    calibration_error,
+    paired,
+    seeds_and_problems,
+    seeds_and_problems_difference,
+    value_metrics,
+    wilson,
+)
 
 # ---- V against labels ----------------------------------------------------------------------------
 
@@ -230,3 +240,71 @@ def test_the_interval_of_a_difference_stays_between_minus_1_and_1():
 def test_a_bin_of_the_calibration_holds_its_lower_edge():
     """0 and 0.1 are in one bin, whose mean V is 0.05; alone, each of them would be far off."""
     assert calibration_error(np.array([0.0, 0.1]), np.array([1.0, -1.0])) == pytest.approx(0.05)
+
+
+# ---- Runs that differ in their seed --------------------------------------------------------------
+
+
+def test_one_run_has_the_interval_of_its_problems():
+    low, high = wilson(3, 4)
+    expected = {"mean": 0.75, "low": low, "high": high, "deviation": None}
+    assert seeds_and_problems([[True, True, True, False]]) == expected
+    a, b = [True, True, False], [False, True, False]
+    assert seeds_and_problems_difference([a], [b]) == paired(a, b)
+
+
+def test_noise_of_training_alone_widens_the_interval():
+    """Each run is right on all problems or on none, so the problems do not matter.
+
+    The variance of the mean of four runs of which two are right is 0.5 * 0.5 / 3: the unbiased
+    estimate of the variance of a run, divided by 4.
+    """
+    runs = [[True] * 50, [True] * 50, [False] * 50, [False] * 50]
+    result = seeds_and_problems(runs)
+    assert result["mean"] == pytest.approx(0.5)
+    assert result["deviation"] == pytest.approx((0.25 * 4 / 3) ** 0.5)
+    assert (result["low"], result["high"]) == pytest.approx((0, 1))
+
+    rng = np.random.default_rng(0)
+    means = metrics._resampled_means(np.array(runs, float), metrics._draw_problems(50, rng), rng)
+    assert means.std() == pytest.approx((0.25 / 3) ** 0.5, rel=0.05)
+
+
+def test_noise_of_problems_alone_is_that_of_one_run():
+    """Equal runs add nothing to what one of them says: half-width 1.96 sqrt(0.25 / 400)."""
+    run = [True, False] * 200
+    result = seeds_and_problems([run, run, run])
+    assert result["mean"] == 0.5
+    assert result["deviation"] == 0
+    assert result["high"] - result["low"] == pytest.approx(2 * 1.96 * 0.025, rel=0.05)
+
+
+def test_groups_are_compared_on_the_same_problems():
+    """Hard problems are hard for both groups, so they are no noise of the difference."""
+    easy = [True] * 20 + [False] * 20
+    assert seeds_and_problems_difference([easy, easy], [easy, easy]) == {
+        "difference": 0.0,
+        "low": 0.0,
+        "high": 0.0,
+    }
+    better = [True] * 30 + [False] * 10
+    result = seeds_and_problems_difference([better, better], [easy, easy])
+    assert result["difference"] == pytest.approx(0.25)
+    # 10 of 40 problems are won: half-width 1.96 sqrt(0.25 * 0.75 / 40).
+    assert result["high"] - result["low"] == pytest.approx(2 * 1.96 * 0.0685, rel=0.08)
+
+
+def test_the_noise_of_both_groups_counts():
+    """Runs of a group differ, the other's do not: it has the difference's noise alone.
+
+    With both, the runs are drawn independently, so that the variances add up.
+    """
+    mixed = [[True] * 9, [False] * 9, [True] * 9, [False] * 9]
+    constant = [[False] * 9] * 4
+    one = seeds_and_problems_difference(mixed, constant)
+    other = seeds_and_problems_difference(constant, mixed)
+    both = seeds_and_problems_difference(mixed, mixed)
+    assert (one["difference"], other["difference"], both["difference"]) == (0.5, -0.5, 0)
+    assert (one["low"], one["high"]) == pytest.approx((0, 1))
+    assert (other["low"], other["high"]) == pytest.approx((-1, 0))
+    assert both["low"] < -0.5 and both["high"] > 0.5

@@ -281,7 +281,7 @@ def test_only_runs_that_share_answers_can_be_compared(finished, copied_run, tmp_
     config = copied_run / "value" / "config.json"
     config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
     error = error_of(evaluate, "--compare", finished.run, copied_run)
-    assert "the training of its V is not finished" in error
+    assert "its training is not finished" in error
 
 
 def labels_per_agent(run) -> dict[str, int]:
