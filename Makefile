@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 SEARCHES := sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
 
 .PHONY: demo test mutants lint format clean clean-runs
-.PHONY: main hard rollout-count lambda transfer losses refine train-agents loop
+.PHONY: main hard rollout-count lambda transfer losses refine train-agents loop credit cures
 
 demo: .venv/.installed
 	$(RUN) generate_rollouts.py
@@ -96,16 +96,17 @@ refine: .venv/.installed
 	$(RUN) evaluate.py --run runs/refine --graph refine \
 	  --methods greedy vote-4 sbs-2x1.6.1.1.1-value mcts-8x1.8.1.1.1-value
 
-# Finetune the agents on V, and measure them with and without search. V is that of `make demo`.
+# ---- Experiments on stage 5, with the V of `make demo` ----
+
 PLANNER_TREES := --rollouts tree --num-candidates 1.8.1.1 --baseline siblings
+V := --value runs/tiny/value
 MEASURED := --methods greedy vote-1 vote-4 best_of-4-value $(SEARCHES)
 
+# Finetune the agents on V, and measure them with and without search.
 train-agents: .venv/.installed
 	$(RUN) train_agents.py $(PLANNER_TREES)
-	$(RUN) evaluate.py --run runs/before --messages runs/tiny/messages --value runs/tiny/value \
-	  $(MEASURED)
-	$(RUN) evaluate.py --run runs/after --adapter runs/tiny/agents --value runs/tiny/value \
-	  $(MEASURED)
+	$(RUN) evaluate.py --run runs/before --messages runs/tiny/messages $(V) $(MEASURED)
+	$(RUN) evaluate.py --run runs/after --adapter runs/tiny/agents $(V) $(MEASURED)
 	$(RUN) evaluate.py --compare runs/before runs/after
 
 # The second round: label with the new agents, train a fresh V on these labels, and go on.
@@ -115,6 +116,71 @@ loop: train-agents
 	$(RUN) train_agents.py --run runs/loop --adapter runs/tiny/agents $(PLANNER_TREES)
 	$(RUN) evaluate.py --run runs/loop --adapter runs/loop/agents $(MEASURED)
 	$(RUN) evaluate.py --compare runs/before runs/after runs/loop
+
+# Kinds of runs, three seeds of each: runs/5/KIND-SEED. Two runs at a time:
+#   OMP_NUM_THREADS=1 make -j2 credit
+SEEDS := 0 1 2
+tables = $(foreach seed,$(SEEDS),$(patsubst %,runs/5/%-$(seed)/eval/table.md,$(1)))
+groups = $(foreach kind,$(1),$(kind)=runs/5/$(kind)-0,runs/5/$(kind)-1,runs/5/$(kind)-2)
+SEED = $(lastword $(subst -, ,$*))
+FLAGS = $(flags-$(patsubst %-$(SEED),%,$*))
+
+.PRECIOUS: runs/5/%/eval/table.md
+# A run of a kind without flags is not trained.
+runs/5/%/eval/table.md: .venv/.installed
+	$(if $(FLAGS),$(RUN) train_agents.py --run runs/5/$* --seed $(SEED) $(V) $(FLAGS))
+	$(RUN) evaluate.py --run runs/5/$* --seed $(SEED) $(V) \
+	  $(if $(FLAGS),--adapter runs/5/$*/agents) --methods greedy vote-1 $(SEARCHES)
+
+# Which reward teaches the agents? About 6,300 messages for each.
+# passes: 4 of 64 questions a step; tree: only the Planner learns, from siblings; all: all agents do.
+CREDIT := passes-outcome passes-value passes-delta passes-return passes-random \
+  tree-search tree-value tree-random all-search all-value own-search
+PASSES := --num-steps 6
+ALL_AGENTS := --rollouts tree --num-candidates 1.8.1.1 --num-steps 4
+flags-passes-outcome := $(PASSES) --reward outcome
+flags-passes-value := $(PASSES) --reward value
+flags-passes-delta := $(PASSES) --reward value-delta
+flags-passes-return := $(PASSES) --reward value-delta --credit return
+flags-passes-random := $(PASSES) --reward random
+flags-tree-search := $(PLANNER_TREES) --num-steps 4 --reward search
+flags-tree-value := $(PLANNER_TREES) --num-steps 11 --reward value
+flags-tree-random := $(PLANNER_TREES) --num-steps 4 --reward random
+flags-all-search := $(ALL_AGENTS) --reward search
+flags-all-value := $(ALL_AGENTS) --reward value
+flags-own-search := $(ALL_AGENTS) --reward search --adapters per-agent
+
+credit: $(call tables,before $(CREDIT))
+	$(RUN) evaluate.py --compare $(call groups,before $(CREDIT))
+	$(RUN) evaluate.py --compare $(call groups,$(CREDIT)) --curves runs/5/credit.png
+
+# Is V hacked, and what helps? About 14,000 messages for each; labels for a fresh V not counted.
+CURES := hacked mixed searched returned
+flags-hacked := $(PLANNER_TREES) --num-steps 24 --reward value
+flags-mixed := $(PLANNER_TREES) --num-steps 9 --reward value --outcome-share 0.5
+flags-searched := $(PLANNER_TREES) --num-steps 9 --reward search
+flags-returned := --num-steps 14 --reward value-delta --credit return
+flags-first := $(PLANNER_TREES) --num-steps 8 --reward value
+
+# A round of the loop: KIND-SEED continues the agents of another run with a fresh V.
+define round
+	$(RUN) generate_rollouts.py --run $(2) --adapter $(1)/agents --seed $(3) --num-train 100
+	$(RUN) train_value.py --run $(2) --seed $(3) --epochs 4
+	$(RUN) evaluate.py --run $(1)/fresh --adapter $(1)/agents --seed $(3) \
+	  --messages $(1)/messages --value $(2)/value --methods greedy vote-1 $(SEARCHES)
+	$(RUN) train_agents.py --run $(2) --adapter $(1)/agents --seed $(3) $(flags-first)
+	$(RUN) evaluate.py --run $(2) --adapter $(2)/agents --seed $(3) \
+	  --methods greedy vote-1 $(SEARCHES)
+endef
+runs/5/second-%/eval/table.md: runs/5/first-%/eval/table.md
+	$(call round,runs/5/first-$*,runs/5/second-$*,$*)
+runs/5/third-%/eval/table.md: runs/5/second-%/eval/table.md
+	$(call round,runs/5/second-$*,runs/5/third-$*,$*)
+
+ALL_CURES := $(CURES) first second third
+cures: $(call tables,before $(ALL_CURES))
+	$(RUN) evaluate.py --compare $(call groups,before $(ALL_CURES))
+	$(RUN) evaluate.py --compare $(call groups,$(ALL_CURES)) --curves runs/5/cures.png
 
 # ---- Set-up ----
 

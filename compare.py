@@ -38,7 +38,7 @@ def read_groups(texts: list[str]) -> list[Group]:
         runs = [Path(run_name) for run_name in names_of_runs.split(",")]
         if not name or len(set(runs)) < len(runs) or Path() in runs:
             raise InputError(f"--compare {text}: give RUN, or NAME=RUN,RUN with different runs")
-        if name in [group.name for group in groups]:
+        if any(group.name == name and group.runs != runs for group in groups):
             raise InputError(f"--compare: {name} is named twice")
         groups.append(Group(name, runs))
     return groups

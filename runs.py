@@ -129,8 +129,9 @@ def add_run_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--num-threads",
         type=positive_int,
-        default=min(2, os.cpu_count() or 1),
-        help="torch threads on the CPU; more than 2 do not help tiny models",
+        default=_default_num_threads(),
+        help="torch threads on the CPU; more than 2 do not help tiny models, and scripts that run "
+        "at the same time are several times slower if they have more threads than cores",
     )
     parser.add_argument(
         "--batch-tokens",
@@ -147,6 +148,14 @@ def add_overwrite_argument(parser: Parser) -> None:
         action="store_true",
         help="delete this stage's results and start over",
     )
+
+
+def _default_num_threads() -> int:
+    """Return OMP_NUM_THREADS, or 2 if there are two cores."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if re.fullmatch(r"[1-9]\d*", wanted):
+        return int(wanted)
+    return min(2, os.cpu_count() or 1)
 
 
 def _default_device() -> str:

@@ -556,7 +556,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--policy-lr",
         type=positive_float,
-        default=3e-4,
+        default=1e-3,
         help="learning rate of the agents; suits the tiny model, give 1e-5 or so for a real one",
     )
     parser.add_argument(
@@ -570,7 +570,7 @@ def parse_args(argv=None):
     )
     # the choice of the adapters
     parser.add_argument(
-        "--num-dev-passes", type=positive_int, default=8, help="passes per held-out problem"
+        "--num-dev-passes", type=positive_int, default=4, help="passes per held-out problem"
     )
     parser.add_argument(
         "--dev-every", type=positive_int, default=2, help="measure on held-out problems that often"

@@ -89,12 +89,12 @@ def duo() -> MAS:
 
 
 def make_tiny_policy(mas: MAS, *, model: str = AGENTS, **changes) -> Policy:
-    """Load a policy as the scripts do, on one thread of the CPU.
+    """Load a policy as the scripts do, on one thread of the CPU, with messages of 128 tokens.
 
     changes: flags that differ from their defaults, e.g. `batch_tokens=700`.
     """
     argv = ["--model", model, "--device", "cpu", "--num-threads", "1"]
-    for name, value in changes.items():
+    for name, value in ({"max_new_tokens": 128} | changes).items():
         flag = "--" + name.replace("_", "-")
         argv += [flag, str(value)]
     args = generate_rollouts.parse_args(argv)

@@ -230,6 +230,7 @@ def test_a_group_without_runs_or_with_the_same_twice_is_refused(text):
 def test_two_groups_of_one_name_are_refused():
     with pytest.raises(InputError, match="--compare: a is named twice"):
         read_groups(["a=r/1", "a=r/2"])
+    assert len(read_groups(["r/1", "r/1"])) == 2  # harmless
 
 
 def test_a_group_is_the_mean_of_its_runs_on_the_problems_that_all_have(tmp_path):
