@@ -17,11 +17,12 @@ from checkpoints import ChatFormat, load_pretrained
 from decoding import pad_left, positions_of
 from generate_rollouts import Node, grade, make_child, make_root, run
 from mas import MAS
+from packing import token_batches
 from policy import Policy, Sample
 from runs import InputError, SearchProgress, Work, ignore, seeded
 from search import sample_all
 from tasks import Problem
-from value import ValueModel, token_batches
+from value import ValueModel
 
 # ---- Rollouts ------------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ def read_values(rollouts: list[Rollout], value_model: ValueModel, *, batch_token
     nodes = []
     for rollout in rollouts:
         nodes += [rollout.root, *rollout.nodes]
-    values, _ = value_model.score([node.state for node in nodes], batch_tokens=batch_tokens)
+    values = value_model.score([node.state for node in nodes], batch_tokens=batch_tokens)
     for node, value in zip(nodes, values, strict=True):
         node.V = value
 

@@ -261,7 +261,7 @@ class ModelScorer:
     def __init__(self, model: ValueModel, *, batch_tokens: int):
         self.model = model
         self.batch_tokens = batch_tokens
-        self.known: dict[State, tuple[float, int, float]] = {}  # state -> (V, tokens, seconds)
+        self.known: dict[State, tuple[float, float]] = {}  # state -> (V, seconds)
 
     def __call__(
         self, requests: list[tuple[Problem, Score | Outcome]]
@@ -274,12 +274,11 @@ class ModelScorer:
         replies = []
         for _, request in requests:
             values = [self.known[node.state][0] for node in request.nodes]
-            cost = Cost()
-            # Equal states of one request are read once.
-            for state in dict.fromkeys(node.state for node in request.nodes):
-                _, tokens, seconds = self.known[state]
-                cost.scored_tokens += tokens
-                cost.seconds += seconds
+            # Equal states of one request are read once, and so is what its states have in common.
+            distinct = list(dict.fromkeys(node.state for node in request.nodes))
+            cost = Cost(scored_tokens=self.model.num_tokens(distinct))
+            for state in distinct:
+                cost.seconds += self.known[state][1]
             replies.append((values, cost))
         return replies
 
@@ -290,10 +289,10 @@ class ModelScorer:
         if not new_states:
             return
         start = time.perf_counter()
-        values, tokens = self.model.score(new_states, batch_tokens=self.batch_tokens)
+        values = self.model.score(new_states, batch_tokens=self.batch_tokens)
         seconds_per_state = (time.perf_counter() - start) / len(new_states)
-        for state, value, num_tokens in zip(new_states, values, tokens, strict=True):
-            self.known[state] = (value, num_tokens, seconds_per_state)
+        for state, value in zip(new_states, values, strict=True):
+            self.known[state] = (value, seconds_per_state)
 
 
 def policy_scorer(requests: list[tuple[Problem, Score]]) -> list[tuple[list[float], Cost]]:

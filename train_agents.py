@@ -15,7 +15,6 @@ the adapters that are best on held-out problems are kept, whatever their reward.
 What a message is worth is in rewards.py; this file has the update, and the loop around it.
 """
 
-import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from torch import nn
 
 from adapters import AgentAdapters, adapter_names
 from checkpoints import checkpoint_fingerprint
-from decoding import pad_left, positions_of
 from generate_rollouts import (
     Edge,
     Node,
@@ -37,6 +35,7 @@ from generate_rollouts import (
 )
 from mas import MAS, load_graph
 from metrics import problem_aucs
+from packing import collate, max_width_for, pack, packed_batches
 from policy import Policy, add_policy_arguments, make_policy
 from report import plot_training, training_line, training_table
 from rewards import (
@@ -78,7 +77,7 @@ from runs import (
 from search import add_value_argument, load_model, model_folder
 from tasks import Problem, source
 from train_value import add_lora_training_arguments, save_problems, write_checkpoint
-from value import ValueModel, token_batches, weights_fingerprint
+from value import ValueModel, weights_fingerprint
 
 # ---- The update ----------------------------------------------------------------------------------
 
@@ -158,19 +157,19 @@ class Learner:
         self.kl_coef = kl_coef
         self.num_minibatches = num_minibatches
         self.batch_tokens = batch_tokens
+        self.max_width = max_width_for(self.model.config)
         self.optimizer = torch.optim.AdamW(adapters.parameters().values(), lr=lr, weight_decay=0.0)
 
     def update(self, rows: list[Row], rng) -> dict[str, float]:
         """Train one epoch on the rows. Returns the mean KL and the share of clipped tokens."""
         # 1. The minibatches, each in batches that are read at once.
-        order = rng.sample(rows, len(rows))
         minibatches = []
-        for index in range(self.num_minibatches):
-            minibatches.append(self._batches(order[index :: self.num_minibatches]))
+        for minibatch in self._minibatches(rows, rng):
+            minibatches.append(self._batches(minibatch))
 
         # 2. Log-probabilities before the update, and those of the reference.
         with torch.no_grad():
-            for batch in itertools.chain(*minibatches):
+            for batch in self._batches(rows):
                 logprobs = self.message_logprobs(batch)
                 with self.adapters.off():
                     reference = self.message_logprobs(batch)
@@ -193,6 +192,17 @@ class Learner:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return {"kl": kl / num_tokens, "clip_share": num_clipped / num_tokens}
+
+    def _minibatches(self, rows: list[Row], rng) -> list[list[Row]]:
+        """Distribute the prompts. All messages of a prompt are in one minibatch: read together."""
+        rows_of_prompt = defaultdict(list)
+        for row in rows:
+            rows_of_prompt[row.agent, tuple(row.prompt_ids)].append(row)
+        prompts = rng.sample(list(rows_of_prompt), len(rows_of_prompt))
+        minibatches = [[] for _ in range(self.num_minibatches)]
+        for index, prompt in enumerate(prompts):
+            minibatches[index % self.num_minibatches] += rows_of_prompt[prompt]
+        return minibatches
 
     def loss(self, rows: list[Row]) -> tuple[torch.Tensor, float, int]:
         """Return the summed loss of the tokens of all samples, their KL, and how many are clipped.
@@ -218,35 +228,46 @@ class Learner:
     def message_logprobs(self, rows: list[Row]) -> list[torch.Tensor]:
         """Return log pi of each token of each message: per row, float32 [tokens of the message].
 
-        All rows are read with the adapter of the first one's agent.
+        All rows are read with the adapter of the first one's agent, shared prompts once.
         """
         self.adapters.use(rows[0].agent)
-        token_ids, mask = pad_left([row.prompt_ids + row.token_ids for row in rows], self.pad_id)
-        token_ids, mask = token_ids.to(self.model.device), mask.to(self.model.device)
-        longest = max(len(row.token_ids) for row in rows)
-        logits = self.model(
-            input_ids=token_ids,
-            attention_mask=mask,
-            position_ids=positions_of(mask),
-            logits_to_keep=longest + 1,
-            use_cache=False,
-        ).logits[:, :-1]
-        targets = token_ids[:, -longest:]
-        logprobs = (logits.float() / self.temperature).log_softmax(-1)
-        logprobs = logprobs.gather(-1, targets[:, :, None])[:, :, 0]
-        # Padded on the left, so messages end in the last column.
-        return [logprobs[index, -len(row.token_ids) :] for index, row in enumerate(rows)]
+        sequences = [row.prompt_ids + row.token_ids for row in rows]
+        packed = pack(sequences, max_width=self.max_width)
+
+        # 1. A token is predicted by the one before it on its path.
+        predicted_by: dict[int, tuple[int, list[int]]] = {}  # row -> (packed row, columns)
+        for packed_index, packed_row in enumerate(packed):
+            for index, columns in packed_row.columns.items():
+                start = len(rows[index].prompt_ids) - 1
+                predicted_by[index] = (packed_index, columns[start:-1])
+        # Logits of other columns would take memory for nothing.
+        kept = sorted(set().union(*(columns for _, columns in predicted_by.values())))
+        kept_index = {column: position for position, column in enumerate(kept)}
+
+        # 2. Read, and look up each token.
+        device = self.model.device
+        inputs = collate(packed, self.pad_id, device)
+        logits = self.model(**inputs, logits_to_keep=torch.tensor(kept, device=device)).logits
+        logits = logits.float() / self.temperature  # [packed rows, kept columns, vocabulary]
+        log_total = logits.logsumexp(-1)
+        logprobs = []
+        for index, row in enumerate(rows):
+            packed_index, columns = predicted_by[index]
+            places = torch.tensor([kept_index[column] for column in columns], device=device)
+            tokens = torch.tensor(row.token_ids, device=device)
+            chosen = logits[packed_index, places, tokens]
+            logprobs.append(chosen - log_total[packed_index, places])
+        return logprobs
 
     def _batches(self, rows: list[Row]) -> list[list[Row]]:
-        """Cut rows into batches of one adapter each, of similar lengths."""
+        """Cut rows into batches of one adapter each; those that share prompts stay together."""
         rows_of_adapter = defaultdict(list)
         for row in rows:
             rows_of_adapter[self.adapters.name_for(row.agent)].append(row)
         batches = []
         for group in rows_of_adapter.values():
-            lengths = [len(row.prompt_ids) + len(row.token_ids) for row in group]
-            order = sorted(range(len(group)), key=lengths.__getitem__)
-            for indices in token_batches(lengths, order, self.batch_tokens):
+            sequences = [row.prompt_ids + row.token_ids for row in group]
+            for indices in packed_batches(sequences, self.batch_tokens, max_width=self.max_width):
                 batches.append([group[index] for index in indices])
         return batches
 

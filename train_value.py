@@ -37,6 +37,7 @@ from checkpoints import resolve_dtype
 from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
 from metrics import value_metrics
+from packing import num_distinct_tokens, token_batches
 from report import value_table
 from runs import (
     HERE,
@@ -70,7 +71,6 @@ from value import (
     label_positions,
     load_backbone,
     rendering_fingerprint,
-    token_batches,
 )
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -132,17 +132,6 @@ def weigh_by_visits(rows: list[Row]) -> list[Row]:
         weights = [visits / mean_visits for visits in row.visits]
         weighted.append(replace(row, weights=weights))
     return weighted
-
-
-def distinct_tokens(rows: list[Row]) -> int:
-    """Count the tokens that are left if a prefix shared by several rows is read once."""
-    prefixes = set()
-    for row in rows:
-        prefix = 0
-        for token in row.ids:
-            prefix = hash((prefix, token))
-            prefixes.add(prefix)
-    return len(prefixes)
 
 
 def epoch_batches(
@@ -738,7 +727,7 @@ def describe_training(
 ) -> str:
     num_labels = sum(len(row.targets) for row in rows)
     num_tokens = sum(len(row.ids) for row in rows)
-    repetition = num_tokens / distinct_tokens(rows)
+    repetition = num_tokens / num_distinct_tokens([row.ids for row in rows])
     num_trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     return (
         f"{num_labels} labelled states of {len(labels.records['train'])} problems "
@@ -799,8 +788,8 @@ def verify_saved(
     Raises AssertionError if they differ: a head that was not saved must not go unnoticed.
     """
     loaded = ValueModel.load(folder, model.mas, device=device, dtype=dtype, must_be_finished=False)
-    trained_values, _ = model.score(states, batch_tokens=batch_tokens)
-    loaded_values, _ = loaded.score(states, batch_tokens=batch_tokens)
+    trained_values = model.score(states, batch_tokens=batch_tokens)
+    loaded_values = loaded.score(states, batch_tokens=batch_tokens)
     differences = [abs(a - b) for a, b in zip(trained_values, loaded_values, strict=True)]
     worst = max(differences)
     print(

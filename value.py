@@ -3,7 +3,8 @@
 V(s) = tanh(w.h + b), with h the last hidden state of a causal language model at the token that ends
 the newest message (paper section 4.2). train_value.py trains it, search.py queries it.
 
-A transcript is read causally, so one forward over a root-to-leaf path gives V of every state on it.
+A transcript is read causally, so one forward over a root-to-leaf path gives V of every state on it,
+and the transcripts of a tree are read together, every token once (packing.py).
 """
 
 import functools
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers import AutoModel
 from adapters import load_lora
 from checkpoints import beginning_ids, checkpoint_fingerprint, load_pretrained
 from mas import MAS, State
+from packing import collate, max_width_for, num_distinct_tokens, pack, packed_batches
 from runs import InputError, fingerprint, ignore, read_config
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -51,26 +53,11 @@ class Row:
 
 
 def label_positions(rows: list[Row]) -> list[tuple[int, int]]:
-    """Return (row, position) of every label in a batch."""
+    """Return (row, position) of every label in a list of rows."""
     positions = []
     for index, row in enumerate(rows):
         positions += [(index, position) for position in row.positions]
     return positions
-
-
-def token_batches(lengths: list[int], order: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut `order` into batches whose padded size, rows x longest, is at most `batch_tokens`."""
-    batch = []
-    longest = 0
-    for index in order:
-        longest = max(longest, lengths[index])
-        if batch and (len(batch) + 1) * longest > batch_tokens:
-            yield batch
-            batch = []
-            longest = lengths[index]
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 # ---- The value model -----------------------------------------------------------------------------
@@ -92,6 +79,8 @@ class ValueModel(nn.Module):
     """
 
     NUM_BINS = 21
+    # Larger batches leave the caches of a CPU: 32,768 tokens at once take 1.8 times as long.
+    CPU_BATCH_TOKENS = 4096
 
     def __init__(self, backbone: nn.Module, tokenizer, mas: MAS, view: str, loss: str):
         super().__init__()
@@ -109,6 +98,7 @@ class ValueModel(nn.Module):
         )
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.max_width = max_width_for(backbone.config)
         self.on_rows: Callable[[int], None] = ignore
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
 
@@ -136,18 +126,21 @@ class ValueModel(nn.Module):
         return ids, ends
 
     def outputs(self, token_ids: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
-        """Return w.h + b at each (row, position): float32 [len(positions), outputs of the head].
+        """Return w.h + b at each (sequence, position): float32 [positions, outputs of the head].
 
-        Rows are padded on the right and read causally, so no attention mask is needed.
+        token_ids: of each sequence. Prefixes that they share are read once.
         """
-        longest = max(map(len, token_ids))
-        pad_id = self.tokenizer.pad_token_id
-        padded = [ids + [pad_id] * (longest - len(ids)) for ids in token_ids]
-        input_ids = torch.tensor(padded, device=self.backbone.device)
-        output = self.backbone(input_ids=input_ids, use_cache=False)
-        hidden = output.last_hidden_state  # [rows, longest, hidden size]
-        row_index, position = torch.tensor(positions, device=self.backbone.device).T
-        return self.head(hidden[row_index, position].float())
+        packed = pack(token_ids, max_width=self.max_width)
+        row_of, columns_of = {}, {}
+        for row_index, row in enumerate(packed):
+            for index, columns in row.columns.items():
+                row_of[index], columns_of[index] = row_index, columns
+        places = [(row_of[index], columns_of[index][position]) for index, position in positions]
+
+        inputs = collate(packed, self.tokenizer.pad_token_id, self.backbone.device)
+        hidden = self.backbone(**inputs).last_hidden_state  # [rows, width, hidden size]
+        row, column = torch.tensor(places, device=self.backbone.device).T
+        return self.head(hidden[row, column].float())
 
     def value(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return V in [-1, 1] from the outputs of the head: float32 [len(outputs)]."""
@@ -159,7 +152,7 @@ class ValueModel(nn.Module):
         return torch.linspace(-1, 1, self.NUM_BINS, device=self.head.weight.device)
 
     def forward(self, token_ids: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
-        """Return V at each (row, position): float32 [len(positions)]."""
+        """Return V at each (sequence, position): float32 [len(positions)]."""
         return self.value(self.outputs(token_ids, positions))
 
     @torch.inference_mode()
@@ -169,28 +162,29 @@ class ValueModel(nn.Module):
         Out of memory splits a batch in two. Raises InputError if a single row does not fit.
         """
         self.eval()
-        lengths = [len(row.ids) for row in rows]
-        by_length = sorted(range(len(rows)), key=lengths.__getitem__)
-        batches = list(token_batches(lengths, by_length, batch_tokens))
+        if self.backbone.device.type == "cpu":
+            batch_tokens = min(batch_tokens, self.CPU_BATCH_TOKENS)
+        sequences = [row.ids for row in rows]
+        batches = packed_batches(sequences, batch_tokens, max_width=self.max_width)
         values: list[list[float]] = [[] for _ in rows]
         while batches:
-            batch = batches.pop()  # the longest first: memory runs out at once or never
+            batch = batches.pop()  # the widest first: memory runs out at once or never
             batch_rows = [rows[index] for index in batch]
             positions = label_positions(batch_rows)
             try:
                 batch_values = self([row.ids for row in batch_rows], positions).tolist()
             except torch.OutOfMemoryError:
-                batches += self._split(batch, lengths)
+                batches += self._split(batch, rows)
                 continue
             for (index, _), value in zip(positions, batch_values, strict=True):
                 values[batch[index]].append(value)
             self.on_rows(len(batch))
         return values
 
-    def _split(self, batch: list[int], lengths: list[int]) -> list[list[int]]:
+    def _split(self, batch: list[int], rows: list[Row]) -> list[list[int]]:
         """Split a batch that does not fit into memory. Raises InputError if it is a single row."""
         if len(batch) == 1:
-            tokens = lengths[batch[0]]
+            tokens = len(rows[batch[0]].ids)
             raise InputError(
                 f"out of memory with one transcript of {tokens} tokens; take a smaller --backbone"
             ) from None
@@ -199,8 +193,8 @@ class ValueModel(nn.Module):
         middle = len(batch) // 2
         return [batch[:middle], batch[middle:]]
 
-    def score(self, states: list[State], *, batch_tokens: int) -> tuple[list[float], list[int]]:
-        """Return (V, tokens read) per state. Equal states are read once; the first is charged."""
+    def score(self, states: list[State], *, batch_tokens: int) -> list[float]:
+        """Return V of each state. Equal states are read once."""
         rows = {}
         for state in dict.fromkeys(states):
             ids, ends = self.encode(state)
@@ -209,10 +203,11 @@ class ValueModel(nn.Module):
         value_of = {}
         for state, [value] in zip(rows, predictions, strict=True):
             value_of[state] = value
-        tokens_of = {state: len(row.ids) for state, row in rows.items()}
-        values = [value_of[state] for state in states]
-        tokens = [tokens_of.pop(state, 0) for state in states]
-        return values, tokens
+        return [value_of[state] for state in states]
+
+    def num_tokens(self, states: list[State]) -> int:
+        """Return how many tokens are read to score these states together."""
+        return num_distinct_tokens([self.encode(state)[0] for state in states])
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters, LoRA and head, by name."""

@@ -34,6 +34,7 @@ FILES = [
     "extraction.py",
     "tasks.py",
     "decoding.py",
+    "packing.py",
     "journal.py",
     "policy.py",
     "generate_rollouts.py",

@@ -404,6 +404,33 @@ def test_minibatches_are_drawn_at_random(learner, rollouts, monkeypatch):
     assert minibatches(0) == minibatches(0) != minibatches(1)
 
 
+def test_messages_of_one_prompt_are_in_one_minibatch_and_read_together(learner, shared):
+    """So that the prompt is read once: before the update, by the reference, and in the update."""
+    [rollout] = rollouts_of(shared, counts=(1, 4, 1, 1), num_agents=2, num=1)
+    rows = rows_of([rollout])
+    [reader] = [row for row in rows if row.agent == "Reader"]
+    plans = [row for row in rows if row.agent == "Planner"]
+    assert len(plans) > 1
+    learner.num_minibatches = 3
+    minibatches = learner._minibatches(rows, seeded("minibatches"))
+    assert sorted(map(len, minibatches)) == [0, 1, len(plans)]
+    assert [reader] in minibatches
+
+    widths = []
+
+    def count(module, args, kwargs):
+        widths.append(kwargs["input_ids"].shape)
+
+    hook = learner.model.register_forward_pre_hook(count, with_kwargs=True)
+    learner.update(plans, seeded("update"))
+    hook.remove()
+    num_tokens = len(plans[0].prompt_ids) + sum(len(row.token_ids) for row in plans)
+    assert len(widths) == 3
+    for num_rows, width in widths:
+        assert num_rows == 1
+        assert len(plans[0].prompt_ids) < width <= num_tokens
+
+
 def test_agents_with_adapters_of_their_own_speak_with_them():
     """Also when their messages are asked for together."""
     policy = trained_policy("per-agent")

@@ -524,8 +524,8 @@ def test_states_are_prefixes_of_their_childrens_on_every_family(value_model):
     ids, ends = encoded[-1]
     assert len(ids) > 2 * WINDOW
     [by_path] = value_model.predict([Row(ids, ends[1:])], batch_tokens=4000)
-    together, _ = value_model.score(states, batch_tokens=4000)
-    alone = [value_model.score([state], batch_tokens=1)[0][0] for state in states]
+    together = value_model.score(states, batch_tokens=4000)
+    alone = [value_model.score([state], batch_tokens=1)[0] for state in states]
     assert together == pytest.approx(alone, abs=1e-5)
     assert by_path == pytest.approx(alone, abs=1e-5)
     assert len({round(value, 3) for value in alone}) == len(alone)

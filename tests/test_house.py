@@ -24,6 +24,7 @@ ORDER = [
     "extraction",
     "tasks",
     "decoding",
+    "packing",
     "checkpoints",
     "adapters",
     "journal",

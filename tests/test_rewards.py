@@ -75,7 +75,7 @@ class FakeValue:
 
     def score(self, states, *, batch_tokens):
         self.states += states
-        return [self.value_of(state) for state in states], [1] * len(states)
+        return [self.value_of(state) for state in states]
 
 
 # ---- Rollouts ------------------------------------------------------------------------------------

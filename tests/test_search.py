@@ -676,8 +676,14 @@ class CountingModel:
     def score(self, states, *, batch_tokens):
         assert batch_tokens == 99
         self.num_scored += len(states)
-        lengths = [len(state.messages) for state in states]
-        return lengths, [2 * length for length in lengths]
+        return [len(state.messages) for state in states]
+
+    def num_tokens(self, states):
+        prefixes = set()
+        for state in states:
+            for length in range(1, len(state.messages) + 1):
+                prefixes.add(state.messages[:length])
+        return 2 * len(prefixes)
 
 
 def test_a_model_scores_all_requests_together_and_each_gets_its_own(duo, monkeypatch):
@@ -691,7 +697,8 @@ def test_a_model_scores_all_requests_together_and_each_gets_its_own(duo, monkeyp
 
     assert [values for values, _ in replies] == [[2, 2], [1, 1, 1], [2]]
     costs = [cost for _, cost in replies]
-    assert [cost.scored_tokens for cost in costs] == [4 + 4, 2 + 2 + 2, 4]
+    # The two children of one node share its message.
+    assert [cost.scored_tokens for cost in costs] == [2 + 2 + 2, 2 + 2 + 2, 2 + 2]
     # The 2.5 seconds are divided by the number of distinct states.
     assert [cost.seconds for cost in costs] == [1.0, 1.5, 0.5]
     for cost in costs:

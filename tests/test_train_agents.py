@@ -133,8 +133,7 @@ def test_what_is_not_needed_is_not_sampled(finished, tmp_path, monkeypatch):
 
     class FakeValue:
         def score(self, states, *, batch_tokens):
-            values = [len(state.messages[-1:] and state.messages[-1].text) for state in states]
-            return [value / 1000 for value in values], [1] * len(states)
+            return [len(state.messages[-1:] and state.messages[-1].text) / 1000 for state in states]
 
     monkeypatch.setattr(train_agents, "load_value_model", lambda args, mas: FakeValue())
     monkeypatch.setattr(train_agents, "weights_fingerprint", lambda folder: "0")

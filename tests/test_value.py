@@ -27,6 +27,7 @@ from checkpoints import load_pretrained
 from decoding import uniforms
 from generate_rollouts import Edge, Sample, label_tree, run, tree_paths, tree_record
 from mas import CHAIN, SINGLE, State
+from packing import collate, packed_batches
 from runs import (
     HERE,
     InputError,
@@ -40,7 +41,6 @@ from runs import (
 )
 from tasks import Problem
 from train_value import (
-    distinct_tokens,
     epoch_batches,
     learning_rate_factor,
     make_rows,
@@ -56,7 +56,6 @@ from value import (
     backbone_setting,
     load_backbone,
     rendering_fingerprint,
-    token_batches,
 )
 
 # ---- Scripted trees ------------------------------------------------------------------------------
@@ -260,13 +259,6 @@ def test_paths_share_their_prefix_instead_of_repeating_it(records, model):
     assert len(rows) == len(visited_leaves(records))
 
 
-def test_distinct_tokens_by_hand():
-    sequences = [[1, 2, 3], [1, 2, 4], [1, 5], [2, 3], [1, 2]]
-    rows = [Row(ids, [], [], []) for ids in sequences]
-    # The distinct prefixes: 1, 12, 123, 124, 15, 2, 23
-    assert distinct_tokens(rows) == 7
-
-
 def test_no_problem_is_on_both_sides(records):
     problems = {"train": set(), "heldout": set()}
     for edge in edges_of(paths_of(records)):
@@ -380,8 +372,7 @@ def test_the_list_of_problems_has_their_keys(tmp_path):
 
 
 def score(model, states, batch_tokens=99):
-    values, _ = model.score(states, batch_tokens=batch_tokens)
-    return values
+    return model.score(states, batch_tokens=batch_tokens)
 
 
 def test_token_ids_of_a_state_are_a_prefix_of_its_childrens(model):
@@ -447,49 +438,60 @@ def test_out_of_memory_splits_the_batch(records, model, monkeypatch, capsys):
 
 
 def test_a_batch_is_split_in_its_middle_and_a_single_row_is_an_error(model, capsys):
-    lengths = [10, 11, 12, 13, 77]
-    assert model._split([4, 2], lengths) == [[4], [2]]
+    rows = [Row([5] * length, []) for length in (10, 11, 12, 13, 77)]
+    assert model._split([4, 2], rows) == [[4], [2]]
     message = "out of memory: 2 transcripts are scored in two batches\n"
     assert capsys.readouterr().err == message
-    assert model._split([4, 0, 1, 2, 3], lengths) == [[4, 0], [1, 2, 3]]
-    assert model._split([0, 1, 2, 3], lengths) == [[0, 1], [2, 3]]
+    assert model._split([4, 0, 1, 2, 3], rows) == [[4, 0], [1, 2, 3]]
+    assert model._split([0, 1, 2, 3], rows) == [[0, 1], [2, 3]]
 
     with pytest.raises(InputError) as error:
-        model._split([4], lengths)
+        model._split([4], rows)
     message = "out of memory with one transcript of 77 tokens; take a smaller --backbone"
     assert str(error.value) == message
 
 
-def test_equal_states_are_read_once_and_charged_once(model):
+def test_what_states_share_is_read_once(model, monkeypatch):
+    """Two states, one of them twice, that share a question and a message."""
     state = CHAIN.step(State("q", ()), "facts")
-    ids, _ = model.encode(state)
-    values, tokens = model.score([state, state], batch_tokens=99)
-    assert values[0] == values[1]
-    assert tokens == [len(ids), 0]
+    first, second = CHAIN.step(state, "a plan"), CHAIN.step(state, "another")
+    expected = score(model, [first]) + score(model, [second])
+    num_shared = len(model.encode(state)[0])
+    num_tokens = num_shared
+    for child in (first, second):
+        num_tokens += len(model.encode(child)[0]) - num_shared
+
+    widths = []
+
+    def collate_and_count(rows, *args):
+        widths.extend(row.width for row in rows)
+        return collate(rows, *args)
+
+    monkeypatch.setattr(value, "collate", collate_and_count)
+    values = score(model, [first, second, first], batch_tokens=999)
+    assert values == pytest.approx([*expected, expected[0]], abs=1e-5)
+    assert widths[0] < num_tokens + 3  # "a plan" and "another" may begin alike
+    assert widths == [model.num_tokens([first, second, first])]
+
+
+def test_batches_of_a_cpu_fit_into_its_caches(records, model, monkeypatch):
+    limits = []
+
+    def batches_and_limit(sequences, batch_tokens, *, max_width):
+        limits.append(batch_tokens)
+        return packed_batches(sequences, batch_tokens, max_width=max_width)
+
+    monkeypatch.setattr(value, "packed_batches", batches_and_limit)
+    states = states_of(records[:1])
+    for batch_tokens in (300, 100_000):
+        score(model, states, batch_tokens=batch_tokens)
+    assert limits == [300, ValueModel.CPU_BATCH_TOKENS]
 
 
 def test_a_transcript_that_does_not_fit_raises_instead_of_losing_its_end(model):
     state = CHAIN.step(State("q", ()), "word " * 1100)
     with pytest.raises(InputError, match="does not fit"):
         score(model, [state])
-
-
-@pytest.mark.parametrize(
-    "budget, lengths_of_batches",
-    [
-        (20, [[1, 4, 4, 5], [8, 9], [30]]),
-        (12, [[1, 4, 4], [5], [8], [9], [30]]),
-    ],
-)
-def test_token_batches_cover_all_rows_within_the_budget(budget, lengths_of_batches):
-    lengths = [5, 9, 1, 30, 4, 4, 8]
-    by_length = sorted(range(7), key=lengths.__getitem__)
-    batches = list(token_batches(lengths, by_length, budget))
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    for batch, expected in zip(batches, lengths_of_batches, strict=True):
-        batch_lengths = [lengths[index] for index in batch]
-        assert batch_lengths == expected
-        assert len(batch) * max(batch_lengths) <= budget or len(batch) == 1
 
 
 # ---- Number types and memory ---------------------------------------------------------------------
@@ -1124,7 +1126,7 @@ from value import ValueModel
 
 model = ValueModel.load(Path(sys.argv[1]), CHAIN, device="cpu", dtype="float32")
 state = CHAIN.step(State("a question", ()), "some facts")
-values, _ = model.score([state], batch_tokens=99)
+values = model.score([state], batch_tokens=99)
 print(json.dumps(values))
 """
 

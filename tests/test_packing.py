@@ -1,0 +1,220 @@
+"""Tests of packing.py: batches, and sequences that share prefixes in one row."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen2ForCausalLM
+
+from packing import (
+    MAX_WIDTH,
+    collate,
+    max_width_for,
+    num_distinct_tokens,
+    pack,
+    packed_batches,
+    row_mask,
+    shared_prefix,
+    token_batches,
+)
+
+# ---- Batches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "budget, lengths_of_batches",
+    [
+        (20, [[1, 4, 4, 5], [8, 9], [30]]),
+        (12, [[1, 4, 4], [5], [8], [9], [30]]),
+    ],
+)
+def test_token_batches_cover_all_rows_within_the_budget(budget, lengths_of_batches):
+    lengths = [5, 9, 1, 30, 4, 4, 8]
+    by_length = sorted(range(7), key=lengths.__getitem__)
+    batches = list(token_batches(lengths, by_length, budget))
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    for batch, expected in zip(batches, lengths_of_batches, strict=True):
+        batch_lengths = [lengths[index] for index in batch]
+        assert batch_lengths == expected
+        assert len(batch) * max(batch_lengths) <= budget or len(batch) == 1
+
+
+def test_packed_batches_hold_whole_rows_within_the_budget():
+    """Two trees of widths 6 and 4, and a sequence of 9 that is alone."""
+    tree = [[1, 1, 1, 1, 2], [1, 1, 1, 1, 3]]
+    small = [[2, 2, 2], [2, 2, 3]]
+    sequences = [tree[0], small[0], [9] * 9, tree[1], small[1]]
+    assert packed_batches(sequences, 12, max_width=99) == [[1, 4, 0, 3], [2]]
+    assert packed_batches(sequences, 11, max_width=99) == [[1, 4], [0, 3], [2]]
+    assert packed_batches(sequences, 11, max_width=0) == [[1, 4], [0, 3], [2]]
+    assert packed_batches(sequences, 9, max_width=0) == [[1, 4], [0], [3], [2]]
+
+
+# ---- Rows ----------------------------------------------------------------------------------------
+
+
+def test_a_row_by_hand():
+    """
+    1 - 2 - 3 - 4
+         \\    \\ 5 - 6
+          7
+    """
+    sequences = [[1, 2, 7], [1, 2, 3, 5, 6], [1, 2, 3, 4]]
+    [row] = pack(sequences, max_width=99)
+    assert row.ids == [1, 2, 3, 4, 5, 6, 7]
+    assert row.depths == [0, 1, 2, 3, 3, 4, 2]
+    assert row.columns == {2: [0, 1, 2, 3], 1: [0, 1, 2, 4, 5], 0: [0, 1, 6]}
+    assert row_mask(row, 8).astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 1, 0, 0, 0],
+        [1, 1, 1, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1],  # padding
+    ]
+
+
+def test_equal_sequences_and_prefixes_take_no_room():
+    sequences = [[1, 2, 3], [1, 2], [1, 2, 3], [1]]
+    [row] = pack(sequences, max_width=99)
+    assert row.ids == [1, 2, 3]
+    assert row.columns == {3: [0], 1: [0, 1], 0: [0, 1, 2], 2: [0, 1, 2]}
+
+
+def test_a_row_is_not_wider_than_its_limit_unless_a_sequence_is():
+    sequences = [[1, 1, 1, 1, token] for token in range(2, 9)]
+    rows = pack(sequences, max_width=7)
+    assert [row.width for row in rows] == [7, 7, 5]
+    assert [row.width for row in pack(sequences, max_width=3)] == [5] * 7
+    assert [row.width for row in pack(sequences, max_width=99)] == [11]
+
+
+def test_sequences_that_share_little_have_rows_of_their_own():
+    """A shared token of four is enough, one of five is not."""
+    assert len(pack([[1, 2, 2, 2], [1, 3, 3, 3]], max_width=99)) == 1
+    assert len(pack([[1, 2, 2, 2, 2], [1, 3, 3, 3, 3]], max_width=99)) == 2
+
+
+def test_shared_prefixes_and_distinct_tokens_by_hand():
+    assert shared_prefix([1, 2, 3], [1, 2, 4]) == 2
+    assert shared_prefix([1, 2], [1, 2, 4]) == 2
+    assert shared_prefix([], [1]) == 0
+    sequences = [[1, 2, 3], [1, 2, 4], [1, 5], [2, 3], [1, 2]]
+    # The distinct prefixes: 1, 12, 123, 124, 15, 2, 23
+    assert num_distinct_tokens(sequences) == 7
+
+
+# ---- What a model computes -----------------------------------------------------------------------
+
+
+def random_trees(seed: int) -> list[list[int]]:
+    """Sequences of three trees of depth three, in random order, some of them twice."""
+    rng = random.Random(seed)
+
+    def tokens() -> list[int]:
+        return [rng.randrange(60) for _ in range(rng.randrange(4, 12))]
+
+    sequences = []
+    for _ in range(3):
+        question = tokens()
+        for _ in range(2):
+            facts = question + tokens()
+            sequences.append(facts)
+            sequences += [facts + tokens() for _ in range(3)]
+    rng.shuffle(sequences)
+    return sequences + sequences[:2]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def losses_of_sequences(model, sequences, *, max_width):
+    """Read all sequences in one batch. Returns the logits of each, [tokens, vocabulary]."""
+    rows = pack(sequences, max_width=max_width)
+    logits = model(**collate(rows, 0, model.device)).logits
+    found = {}
+    for row_index, row in enumerate(rows):
+        for index, columns in row.columns.items():
+            assert [row.ids[column] for column in columns] == sequences[index]
+            found[index] = logits[row_index, columns]
+    return [found[index] for index in range(len(sequences))]
+
+
+@pytest.mark.parametrize("max_width", [0, 30, 60, 500])
+def test_packed_sequences_are_read_as_if_each_were_alone(model, max_width):
+    """The logits, and the gradients of a loss on them."""
+    sequences = random_trees(0)
+
+    def gradients() -> list[torch.Tensor]:
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    model.zero_grad()
+    expected = []
+    for sequence in sequences:
+        expected.append(model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0])
+    sum(logits.square().sum() for logits in expected).backward()
+    expected_gradients = gradients()
+
+    model.zero_grad()
+    packed = losses_of_sequences(model, sequences, max_width=max_width)
+    sum(logits.square().sum() for logits in packed).backward()
+    for logits, alone in zip(packed, expected, strict=True):
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+    for gradient, alone in zip(gradients(), expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_packing_reads_every_token_of_a_tree_once():
+    sequences = random_trees(1)
+    rows = pack(sequences, max_width=500)
+    assert len(rows) == 3
+    assert sum(row.width for row in rows) == num_distinct_tokens(sequences)
+    assert num_distinct_tokens(sequences) < 0.6 * sum(map(len, sequences))
+
+
+def test_without_shared_prefixes_there_is_no_mask():
+    """The model's own causal attention is then right, and faster."""
+    rows = pack([[1, 2, 3], [4, 5]], max_width=99)
+    inputs = collate(rows, 0, torch.device("cpu"))
+    assert set(inputs) == {"input_ids", "use_cache"} and inputs["use_cache"] is False
+    assert inputs["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
+    rows = pack([[1, 2], [1, 3], [4, 5]], max_width=99)
+    assert collate(rows, 0, torch.device("cpu"))["attention_mask"].shape == (2, 1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (Qwen2Config(), MAX_WIDTH),
+        (Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1), 0),
+        (MistralConfig(sliding_window=None), MAX_WIDTH),
+        (MistralConfig(sliding_window=4096), 0),
+        (Gemma3TextConfig(), 0),
+    ],
+)
+def test_models_with_sliding_windows_read_sequences_one_by_one(config, expected):
+    assert max_width_for(config) == expected
+
+
+def test_a_row_shares_with_the_neighbour_in_alphabetical_order():
+    """Whatever the order in which sequences are given, the same rows result."""
+    sequences = [[1, 1, 1, 2], [1, 1, 1, 3], [4, 4, 4, 5], [4, 4, 4, 6]]
+    for order in itertools.permutations(sequences):
+        assert [row.ids for row in pack(list(order), max_width=99)] == [
+            [1, 1, 1, 2, 3],
+            [4, 4, 4, 5, 6],
+        ]
