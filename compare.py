@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metrics import seeds_and_problems, seeds_and_problems_difference
-from report import (
+from pictures import plot_learning
+from runs import InputError, read_config, read_jsonl, read_records, without_shard
+from tables import (
     markdown_table,
     mean_and_deviation,
     number_or_dash,
     percent_interval,
-    plot_learning,
     reading_of_v,
 )
-from runs import InputError, read_config, read_jsonl, read_records, without_shard
 
 
 @dataclass

@@ -20,6 +20,7 @@ from extraction import extract_answer
 from generate_rollouts import Node, run
 from mas import MAS, load_graph
 from metrics import paired, wilson
+from pictures import plot_accuracy
 from policy import (
     Cost,
     Policy,
@@ -30,12 +31,6 @@ from policy import (
     make_policy,
     search_settings,
 )
-from report import (
-    markdown_table,
-    method_table,
-    plot_accuracy,
-    screen,
-)
 from runs import (
     InputError,
     Parser,
@@ -45,6 +40,7 @@ from runs import (
     cli,
     finished_message,
     is_mine,
+    non_negative_int,
     open_run,
     open_to_append,
     positive_int,
@@ -62,7 +58,9 @@ from search import (
     parse_method,
     path_to,
     report_to,
+    search_tree,
 )
+from tables import markdown_table, method_table, screen
 from tasks import Problem, check_same_problems, is_correct, load_problems, question_key
 from value import weights_fingerprint
 
@@ -71,8 +69,13 @@ COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "s
 # ---- Records: one line per problem and method ----------------------------------------------------
 
 
-def answer_record(problem: Problem, leaf: Node, cost: Cost, scorer: str | None) -> dict:
-    """Return the record of one answer. leaf: the terminal node whose answer is given."""
+def answer_record(
+    problem: Problem, leaf: Node, cost: Cost, scorer: str | None, *, keep_tree: bool
+) -> dict:
+    """Return the record of one answer. leaf: the terminal node whose answer is given.
+
+    keep_tree: of a search, for report.py.
+    """
     answer = extract_answer(leaf.message.text, problem.answer_type)
     transcript = []
     for node in path_to(leaf):
@@ -93,6 +96,7 @@ def answer_record(problem: Problem, leaf: Node, cost: Cost, scorer: str | None) 
     record["truncated"] = cost.truncated
     record["scorer"] = scorer
     record["transcript"] = transcript
+    record["tree"] = search_tree(leaf, problem.answer_type) if keep_tree else None
     return record
 
 
@@ -136,11 +140,14 @@ def evaluate_method(
         searches = ((problem, method.search(problem, mas, c_uct=args.c_uct)) for problem in todo)
         handlers = make_handlers(method, scorers, policy)
         report_to(progress, handlers)
+        kept_trees = {problem.id for problem in problems[: args.num_trees]}
         with progress:
             for problem, leaf, cost in run(
                 searches, handlers, max_active=args.max_active, progress=progress
             ):
-                append_jsonl(file, answer_record(problem, leaf, cost, scorer))
+                keep_tree = problem.id in kept_trees
+                record = answer_record(problem, leaf, cost, scorer, keep_tree=keep_tree)
+                append_jsonl(file, record)
 
 
 def scorer_fingerprint(method: Method, args) -> str | None:
@@ -392,6 +399,12 @@ def parse_args(argv=None):
         type=positive_int,
         default=178,
         help="test problems; 178 is all that `tiny` has",
+    )
+    parser.add_argument(
+        "--num-trees",
+        type=non_negative_int,
+        default=178,
+        help="keep the trees of the searches for that many problems, to show them (report.py)",
     )
     add_overwrite_argument(parser)
     return parser.parse_args(argv)

@@ -66,7 +66,10 @@ class Node:
         N: number of visits of the edge.
         W: sum of the values backed up through the edge.
         V: score of the state in [-1, 1], by the scorer of a search (stage 3); None if not scored.
+        outcome: the ORM's score of a terminal state; None if it was not asked.
         reward: the value that a terminal state backs up.
+        simulations: at the root, the terminal nodes that each simulation has backed up, its own
+            last. The search can be replayed from them.
     """
 
     def __init__(
@@ -84,7 +87,9 @@ class Node:
         self.N = 0
         self.W = 0.0
         self.V: float | None = None
+        self.outcome: float | None = None
         self.reward: float | None = None
+        self.simulations: list[list[Node]] = []
 
     @property
     def Q(self) -> float:
@@ -164,6 +169,7 @@ def label_tree(
     """
     root = make_root(problem.question)
     for _ in range(num_simulations):
+        graded_siblings = []
         node = root
         while not mas.is_terminal(node.state):
             if node.children is not None:
@@ -178,7 +184,9 @@ def label_tree(
                     child.reward = grade(problem, child)
                     if child is not node:
                         backup(child, child.reward)
+                        graded_siblings.append(child)
         backup(node, node.reward)
+        root.simulations.append([*graded_siblings, node])
     return root
 
 
@@ -269,9 +277,25 @@ def run(
 
 
 def tree_record(problem: Problem, root: Node, cost: Cost) -> dict:
-    """Return a whole tree as one JSON-lines record, enough to grade and label it again offline.
+    """Return a whole tree as one JSON-lines record, enough to grade and label it again offline."""
+    return {
+        "id": problem.id,
+        "split": problem.split,
+        "question": problem.question,
+        "gold": problem.gold,
+        "kind": problem.answer_type,  # the name in the file format
+        "subject": problem.subject,
+        "level": problem.level,
+        **tree_fields(root, problem.answer_type),
+        "cost": vars(cost),
+    }
 
-    Nodes are listed depth first, so parents come before their children.
+
+def tree_fields(root: Node, answer_type: str, chosen: Node | None = None) -> dict:
+    """Return the nodes of a tree, depth first, so that parents come before their children.
+
+    `simulations`: `Node.simulations` as indices of nodes; `chosen`: the index of the node whose
+    answer a search has given.
     """
     nodes = []
     index_of = {}
@@ -281,21 +305,20 @@ def tree_record(problem: Problem, root: Node, cost: Cost) -> dict:
         index_of[node] = len(nodes)
         parent = index_of.get(node.parent)
         nodes.append({"parent": parent} | _message_fields(node) | {"N": node.N, "W": node.W})
+        for name in ("V", "outcome", "reward"):
+            if getattr(node, name) is not None:
+                nodes[-1][name] = getattr(node, name)
         if node.reward is not None:
-            answer = extract_answer(node.message.text, problem.answer_type)
-            nodes[-1] |= {"reward": node.reward, "answer": answer.value, "rung": answer.rung}
+            answer = extract_answer(node.message.text, answer_type)
+            nodes[-1] |= {"answer": answer.value, "rung": answer.rung}
         stack += reversed(node.children or [])
-    return {
-        "id": problem.id,
-        "split": problem.split,
-        "question": problem.question,
-        "gold": problem.gold,
-        "kind": problem.answer_type,  # the name in the file format
-        "subject": problem.subject,
-        "level": problem.level,
-        "nodes": nodes,
-        "cost": vars(cost),
-    }
+    simulations = []
+    for leaves in root.simulations:
+        simulations.append([index_of[leaf] for leaf in leaves])
+    fields = {"nodes": nodes, "simulations": simulations}
+    if chosen is not None:
+        fields["chosen"] = index_of[chosen]
+    return fields
 
 
 def _message_fields(node: Node) -> dict:

@@ -25,7 +25,7 @@ import re
 import shutil
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from answers import same_answer
@@ -40,6 +40,7 @@ from generate_rollouts import (
     make_root,
     run,
     select,
+    tree_fields,
 )
 from mas import MAS, State, load_graph
 from policy import (
@@ -55,6 +56,7 @@ from policy import (
     journal_of,
     make_policy,
 )
+from report import tree_page, write_page
 from runs import (
     InputError,
     Parser,
@@ -227,11 +229,12 @@ def mcts(
                     child.N, child.W = 1, value  # virtual visit: N = 1, W = V(child)
             node = select(node, c_uct)  # Eq. 2
         if node.reward is None:
-            outcome = 0.0
             if lam > 0:
-                [outcome] = yield Outcome([node])
-            node.reward = (1 - lam) * node.V + lam * outcome  # terminal value, lambda mixing
+                [node.outcome] = yield Outcome([node])
+            # The terminal value, lambda mixing.
+            node.reward = (1 - lam) * node.V + lam * (node.outcome or 0.0)
         backup(node, node.reward)
+        root.simulations.append([node])
     return decide(root, mas)
 
 
@@ -546,6 +549,15 @@ def path_to(node: Node) -> list[Node]:
     return path[::-1]
 
 
+def search_tree(leaf: Node, answer_type: str) -> dict | None:
+    """Return the tree in which a search has found its answer, as in `tree_fields`.
+
+    None if it has no tree: passes have nothing in common.
+    """
+    root = path_to(leaf)[0].parent
+    return tree_fields(root, answer_type, leaf) if root.children else None
+
+
 def show_tree(root: Node, chosen: Node, *, width: int) -> str:
     """Show the tree as text, a line of at most `width` characters per node.
 
@@ -582,6 +594,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--index", type=positive_int, default=1, help="which test problem of the task, from 1"
     )
+    parser.add_argument("--html", default=None, help="write the tree to this file, as a page")
     return parser.parse_args(argv)
 
 
@@ -603,6 +616,13 @@ def main(args) -> None:
 
     # 3. Show everything.
     print_solution(problem, method, leaf, cost)
+    if args.html is not None:
+        tree = search_tree(leaf, problem.answer_type)
+        if tree is None:
+            raise InputError(f"--html: {method.name} has no tree; take an sbs or mcts --method")
+        settings = {"graph": asdict(mas), "c_uct": args.c_uct}
+        record = {"id": problem.id, "question": problem.question, "gold": problem.gold} | tree
+        write_page(Path(args.html), tree_page(record, settings, method.name))
 
 
 def choose_problem(args) -> Problem:

@@ -36,8 +36,8 @@ from generate_rollouts import (
 from mas import MAS, load_graph
 from metrics import problem_aucs
 from packing import collate, max_width_for, pack, packed_batches
+from pictures import plot_training
 from policy import Policy, add_policy_arguments, make_policy
-from report import plot_training, training_line, training_table
 from rewards import (
     REWARDS,
     VALUE_REWARDS,
@@ -75,6 +75,7 @@ from runs import (
     write_line,
 )
 from search import add_value_argument, load_model, model_folder
+from tables import training_line, training_table
 from tasks import Problem, source
 from train_value import add_lora_training_arguments, save_problems, write_checkpoint
 from value import ValueModel, weights_fingerprint

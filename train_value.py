@@ -38,7 +38,6 @@ from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
 from metrics import value_metrics
 from packing import num_distinct_tokens, token_batches
-from report import value_table
 from runs import (
     HERE,
     InputError,
@@ -63,6 +62,7 @@ from runs import (
     write_config,
     write_line,
 )
+from tables import value_table
 from tasks import question_key
 from value import (
     Row,

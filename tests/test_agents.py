@@ -12,8 +12,8 @@ import train_agents
 from adapters import AgentAdapters, adapters_setting
 from generate_rollouts import Node
 from mas import CHAIN, State
+from pictures import plot_training
 from policy import Candidate, Sample
-from report import plot_training, training_line, training_table
 from rewards import (
     REWARDS,
     Rollout,
@@ -24,6 +24,7 @@ from rewards import (
     sample_tree,
 )
 from runs import seeded
+from tables import training_line, training_table
 from tasks import Problem, load_problems
 from train_agents import Learner, Row, Training, make_rows
 

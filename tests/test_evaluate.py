@@ -311,7 +311,9 @@ def test_the_record_of_an_answer(duo):
         truncated=Counter({"B": 1}),
         seconds=0.125,
     )
-    record = evaluate.answer_record(make_problem("p1"), leaf, cost, "value#12345678")
+    record = evaluate.answer_record(
+        make_problem("p1"), leaf, cost, "value#12345678", keep_tree=False
+    )
     expected = {
         "id": "p1",
         "subject": "sums",
@@ -332,10 +334,11 @@ def test_the_record_of_an_answer(duo):
             {"agent": "A", "message": "3 + 4", "V": 0.25},
             {"agent": "B", "message": final, "V": -0.5},
         ],
+        "tree": None,
     }
     assert list(record.items()) == list(expected.items())
 
-    wrong = evaluate.answer_record(make_problem("p1", gold="8"), leaf, cost, None)
+    wrong = evaluate.answer_record(make_problem("p1", gold="8"), leaf, cost, None, keep_tree=False)
     assert wrong["correct"] is False
     assert wrong["answer"] == "7"
     assert wrong["scorer"] is None
@@ -369,7 +372,7 @@ class Evaluation:
     def __init__(self, folder, mas):
         self.folder = folder
         self.mas = mas
-        self.args = SimpleNamespace(c_uct=1.0, max_active=2)
+        self.args = SimpleNamespace(c_uct=1.0, max_active=2, num_trees=1)
 
     def answer(self, names, method_name="greedy", scorers=None):
         """Answer problems. Returns the policy that did it."""

@@ -29,6 +29,8 @@ ORDER = [
     "adapters",
     "journal",
     "policy",
+    "tables",
+    "pictures",
     "report",
     "generate_rollouts",
     "value",

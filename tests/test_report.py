@@ -1,376 +1,282 @@
-"""Tests of report.py: tables for the terminal and for GitHub, and the picture."""
+"""Tests of report.py: a recorded search is replayed, in Python and on its page."""
 
+import html
+import json
 import math
-from itertools import combinations
+import re
+import shutil
+import subprocess
 
-import matplotlib
 import pytest
+from conftest import NoProgress, ScriptedPolicy
 
-from evaluate import DEFAULT_METHODS
-from report import (
-    family_of,
-    headline_comparisons,
-    method_table,
-    plot_accuracy,
-    screen,
-    value_table,
-)
+import report
+from generate_rollouts import label_tree, run, tree_fields, tree_record
+from mas import CHAIN
+from policy import Cost, Sample, Score
+from runs import InputError, seeded
+from search import mcts, path_to, search_tree
+from tasks import Problem
 
-TERMINAL_WIDTH = 80
-TERMINAL_HEIGHT = 24
-
-# ---- A summary, as of a run with the default methods ---------------------------------------------
-
-N = 300
-METHODS = [  # name, right, low, high, agent calls, prompt, generated and scored tokens, seconds
-    ("greedy", 98, 0.2761, 0.3816, 4.00, 508, 197, 0, 0.044),
-    ("vote-4", 93, 0.2603, 0.3645, 16.00, 1754, 788, 0, 0.126),
-    ("best_of-4-value", 213, 0.6563, 0.7584, 16.00, 1754, 788, 1029, 0.179),
-    ("best_of-8-value", 261, 0.8268, 0.9030, 32.00, 3417, 1576, 2058, 0.301),
-    ("sbs-2x1.6.1.1-value", 252, 0.7943, 0.8771, 11.00, 802, 688, 1802, 0.316),
-    ("sbs-2x1.6.1.1-policy", 67, 0.1799, 0.2738, 11.00, 802, 688, 0, 0.250),
-    ("mcts-8x3-value", 281, 0.9030, 0.9591, 20.10, 1204, 1022, 2711, 0.291),
-    ("mcts-8x1.8.1.1-value", 277, 0.8876, 0.9484, 12.96, 797, 846, 1912, 0.264),
-    ("mcts-8x1.8.1.1-policy", 93, 0.2603, 0.3645, 18.87, 1667, 1115, 0, 0.135),
-    ("mcts-8x1.8.1.1-random", 106, 0.3014, 0.4090, 14.39, 1008, 911, 0, 0.084),
-]
-BEST_OF = "best_of-4-value"
-BEST_OF_8 = "best_of-8-value"
-MCTS_UNIFORM = "mcts-8x3-value"
-SBS = "sbs-2x1.6.1.1-value"
-SBS_POLICY = "sbs-2x1.6.1.1-policy"
-MCTS = "mcts-8x1.8.1.1-value"
-MCTS_POLICY = "mcts-8x1.8.1.1-policy"
-MCTS_RANDOM = "mcts-8x1.8.1.1-random"
-COMPARISONS = [  # method, against, why, won, lost, low, high, p
-    ("vote-4", "greedy", "greedy", 45, 50, -0.0804, 0.0473, 0.68),
-    (BEST_OF, "greedy", "greedy", 129, 14, 0.3155, 0.4461, 1.8e-24),
-    (BEST_OF, "vote-4", "nearest vote", 121, 1, 0.3407, 0.4540, 4.6e-35),
-    (SBS, "greedy", "greedy", 160, 6, 0.4485, 0.5713, 5.9e-40),
-    (SBS, "vote-4", "nearest vote", 164, 5, 0.4659, 0.5871, 3e-42),
-    (SBS, BEST_OF, "nearest best-of-N", 68, 29, 0.0662, 0.1920, 9.3e-05),
-    (SBS, SBS_POLICY, "same, by policy", 187, 2, 0.5554, 0.6698, 4.6e-53),
-    (SBS_POLICY, "greedy", "greedy", 21, 52, -0.1576, -0.0476, 0.00037),
-    (SBS_POLICY, "vote-4", "nearest vote", 31, 57, -0.1469, -0.0253, 0.0073),
-    (SBS, BEST_OF_8, "costlier best-of-N", 30, 39, -0.0845, 0.0249, 0.34),
-    (MCTS_UNIFORM, "greedy", "greedy", 185, 2, 0.5487, 0.6630, 1.8e-52),
-    (MCTS_UNIFORM, "vote-4", "nearest vote", 189, 1, 0.5666, 0.6783, 2.4e-55),
-    (MCTS_UNIFORM, BEST_OF_8, "nearest best-of-N", 32, 12, 0.0233, 0.1087, 0.0037),
-    (MCTS, "greedy", "greedy", 181, 2, 0.5351, 0.6504, 2.7e-51),
-    (MCTS, "vote-4", "nearest vote", 185, 1, 0.5527, 0.6658, 3.8e-54),
-    (MCTS, BEST_OF, "nearest best-of-N", 78, 14, 0.1537, 0.2701, 6.2e-12),
-    (MCTS, BEST_OF_8, "costlier best-of-N", 31, 15, 0.0081, 0.0979, 0.026),
-    (MCTS, MCTS_POLICY, "same, by policy", 184, 0, 0.5535, 0.6651, 8.2e-56),
-    (MCTS, MCTS_RANDOM, "same, by random", 171, 0, 0.5096, 0.6229, 6.7e-52),
-    (MCTS_POLICY, "greedy", "greedy", 15, 20, -0.0560, 0.0229, 0.5),
-    (MCTS_POLICY, "vote-4", "nearest vote", 47, 47, -0.0636, 0.0636, 1),
-    (MCTS_RANDOM, "greedy", "greedy", 63, 55, -0.0445, 0.0975, 0.52),
-    (MCTS_RANDOM, "vote-4", "nearest vote", 62, 49, -0.0258, 0.1119, 0.25),
-]
+PROBLEM = Problem("p", "test", "How many? </script><b>", gold="4", answer_type="number")
+GRAPH = {
+    "name": "chain",
+    "agents": [{"name": agent.name, "sees": list(agent.sees)} for agent in CHAIN.agents],
+}
+SETTINGS = {"graph": GRAPH, "c_uct": 0.8}
 
 
-def method_row(right, low, high, calls, prompt_tokens, generated_tokens, scored_tokens, seconds):
-    return {
-        "n": N,
-        "right": right,
-        "em": right / N,
-        "low": low,
-        "high": high,
-        "agent_calls": calls,
-        "prompt_tokens": prompt_tokens,
-        "generated_tokens": generated_tokens,
-        "scored_tokens": scored_tokens,
-        "seconds": seconds,
-        "truncated": {},
-        "rungs": {"told": N},
-    }
+def say(path):
+    """The Verifier's answer depends on the Planner's candidate; every message is distinct."""
+    if len(path) == 4:
+        return f"Final answer: {3 + path[1] % 3}"
+    return f"<i>message</i> {'.'.join(map(str, path))}"
 
 
-def make_summary():
-    """Return a summary as evaluate.summarise would."""
-    rows = {name: method_row(*numbers) for name, *numbers in METHODS}
-    comparisons = []
-    for method, against, why, wins, losses, low, high, p in COMPARISONS:
-        comparison = {
-            "method": method,
-            "against": against,
-            "why": why,
-            "lost": [],
-            "calls": rows[method]["agent_calls"],
-            "calls_against": rows[against]["agent_calls"],
-            "difference": (wins - losses) / N,
-            "low": low,
-            "high": high,
-            "wins": wins,
-            "losses": losses,
-            "p": p,
-        }
-        comparisons.append(comparison)
-    return {"methods": rows, "comparisons": comparisons}
+def score_by_path(requests):
+    """A value that depends on the path, so that Eq. 2 has something to compare."""
+    replies = []
+    for _, request in requests:
+        values = []
+        for node in request.nodes:
+            values.append(0.6 * seeded("value", node.path).random() - 0.3)
+        replies.append((values, Cost()))
+    return replies
 
 
-def test_the_summary_has_the_default_methods():
-    assert list(make_summary()["methods"]) == DEFAULT_METHODS
-
-
-# ---- Tables for the terminal ---------------------------------------------------------------------
-
-
-def assert_fits_the_terminal(text):
-    for line in text.splitlines():
-        assert len(line) <= TERMINAL_WIDTH, line
-
-
-def test_the_screen_fits_the_terminal_and_names_every_method():
-    text = screen(make_summary())
-    assert_fits_the_terminal(text)
-    assert len(text.splitlines()) <= TERMINAL_HEIGHT
-    for method in DEFAULT_METHODS:
-        assert method in text
-
-
-def test_the_screen_shows_em_interval_and_costs():
-    methods, comparisons = screen(make_summary()).split("\n\n")
-    [method_line] = [line for line in methods.splitlines() if line.startswith(f"{SBS} ")]
-    assert "n = 300 problems." in methods
-    numbers = ["84.0", "79.4", "to", "87.7", "11.0", "688", "1802", "0.316"]
-    assert method_line.split() == [SBS, *numbers]
-    lines = [line.split() for line in comparisons.splitlines()]
-    assert [SBS, BEST_OF, "+13.0", "+6.6", "to", "+19.2"] in lines
-
-
-def test_the_screen_of_a_single_method_has_no_comparisons():
-    summary = make_summary()
-    alone = {"methods": {"greedy": summary["methods"]["greedy"]}, "comparisons": []}
-    text = screen(alone)
-    assert_fits_the_terminal(text)
-    assert "All 0 comparisons" in text
-    assert "against" not in text
-
-
-def test_headline_comparisons_ask_three_questions_of_each_guided_search():
-    chosen = headline_comparisons(make_summary()["comparisons"])
-    assert [(row["method"], row["against"], row["why"]) for row in chosen] == [
-        (SBS, "vote-4", "nearest vote"),
-        (SBS, BEST_OF, "nearest best-of-N"),
-        (SBS, SBS_POLICY, "same, by policy"),
-        (MCTS_UNIFORM, "vote-4", "nearest vote"),
-        (MCTS_UNIFORM, BEST_OF_8, "nearest best-of-N"),
-        (MCTS, "vote-4", "nearest vote"),
-        (MCTS, BEST_OF, "nearest best-of-N"),
-        (MCTS, MCTS_POLICY, "same, by policy"),
-    ]
-
-
-def test_headline_comparisons_do_not_look_at_results():
-    comparisons = make_summary()["comparisons"]
-    chosen = headline_comparisons(comparisons)
-    for row in comparisons:
-        row["difference"] *= -1
-        row["low"], row["high"] = -row["high"], -row["low"]
-        row["p"] = 1 - row["p"]
-    assert headline_comparisons(comparisons) == chosen
-
-
-def test_headline_comparisons_are_at_most_eight():
-    comparisons = make_summary()["comparisons"]
-    for method in ("mcts-4x3-value", "mcts-4x3-outcome"):
-        comparisons.append({"method": method, "against": "vote-4", "why": "nearest vote"})
-    assert len(headline_comparisons(comparisons)) == 8
-    # The others qualify as well: they are left out only because there are eight already.
-    assert len(headline_comparisons(comparisons[-2:])) == 2
-
-
-def test_the_table_of_v_fits_the_terminal_and_shows_missing_metrics():
-    planner = {"n": 438, "rmse": 0.5099, "rmse_of_mean": 0.9177, "ece": 0.1168, "auc": 0.9665}
-    planner |= {"auc_problems": 31}
-    planner |= {"auc_95": [0.9297, 0.9935], "top1": 0.967, "chance": 0.4689}
-    solver = {"n": 123456, "rmse": 0.2117, "rmse_of_mean": 0.9218, "ece": 0.0005, "auc": None}
-    solver |= {"auc_problems": 0, "auc_95": None, "top1": None, "chance": None}
-    text = value_table({"Planner": planner, "Solver": solver})
-    assert_fits_the_terminal(text)
-    _, planner_line, solver_line, last_line = text.splitlines()
-    numbers = ["438", "0.510", "0.918", "0.117", "0.967", "[0.930,", "0.994]", "0.967", "0.469"]
-    assert planner_line.split() == ["Planner", *numbers]
-    numbers = ["123456", "0.212", "0.922", "0.001", "-", "[-,", "-]", "-", "-"]
-    assert solver_line.split() == ["Solver", *numbers]
-    assert "over the 0 to 31 problems" in last_line
-
-
-# ---- Tables for GitHub ---------------------------------------------------------------------------
-
-
-def test_the_method_table_has_a_row_per_method_and_per_comparison():
-    summary = make_summary()
-    summary["methods"]["greedy"]["truncated"] = {"Planner": 12, "Solver": 25}
-    summary["methods"]["greedy"]["rungs"] = {"told": 289, "number": 8, "none": 3}
-    methods, note, comparisons = method_table(summary).split("\n\n")
-
-    header, ruler, *rows = methods.splitlines()
-    assert len(rows) == len(METHODS)
-    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in DEFAULT_METHODS]
-    assert rows[0] == (
-        "| greedy | 300 | 32.7 | 27.6 to 38.2 | 4.0 | 508 | 197 | 0 | 0.044 "
-        "| told 289, number 8, none 3 | Planner 12, Solver 25 |"
+@pytest.fixture(scope="module")
+def searched():
+    """The record of an MCTS that was guided by random values, as an evaluation keeps it."""
+    search = mcts(
+        PROBLEM.question, CHAIN, num_simulations=20, num_candidates=(2, 3, 1, 2), c_uct=0.8, lam=0.0
     )
-    assert rows[1].endswith("| told 300 | 0 |")
-    assert {row.count("|") for row in rows} == {header.count("|")} == {ruler.count("|")}
-    assert "Intervals take the problems as independent." in note
+    handlers = {Score: score_by_path, Sample: ScriptedPolicy(say)}
+    [(_, leaf, _)] = run([(PROBLEM, search)], handlers, max_active=1, progress=NoProgress())
+    root = path_to(leaf)[0].parent
+    record = {"id": "p", "question": PROBLEM.question, "gold": "4"}
+    return json.loads(json.dumps(record | search_tree(leaf, "number"))), root, leaf
 
-    header, ruler, *rows = comparisons.splitlines()
-    assert len(rows) == len(COMPARISONS)
-    assert rows[0] == (
-        "| vote-4 (16.0) | greedy: greedy (4.0) | -1.7 | -8.0 to +4.7 | 45 : 50 | 0.68 |"
+
+@pytest.fixture(scope="module")
+def labelled():
+    """A line of trees.jsonl."""
+    tree = label_tree(
+        PROBLEM,
+        CHAIN,
+        num_simulations=20,
+        num_candidates=(2, 3, 1, 2),
+        c_uct=0.8,
+        rng=seeded("labels"),
     )
-    assert {row.count("|") for row in rows} == {header.count("|")} == {ruler.count("|")}
+    handlers = {Sample: ScriptedPolicy(say)}
+    [(_, root, cost)] = run([(PROBLEM, tree)], handlers, max_active=1, progress=NoProgress())
+    return json.loads(json.dumps(tree_record(PROBLEM, root, cost)))
 
 
-# ---- The picture ---------------------------------------------------------------------------------
+# ---- The replay ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def draw(tmp_path, monkeypatch):
-    """Return a function that draws a summary through plot_accuracy and returns its figure."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figures = []
-    close = pyplot.close
-    monkeypatch.setattr(pyplot, "close", figures.append)  # keep the figure open
-
-    def draw_summary(summary):
-        path = tmp_path / "picture.png"
-        plot_accuracy(summary, path)
-        assert path.stat().st_size > 0
-        figure = figures[-1]
-        figure.canvas.draw()
-        return figure
-
-    yield draw_summary
-    for figure in figures:
-        close(figure)
+def choice_by_equation_2(selection, c):
+    """Eq. 2 from N and Q alone; the first of equal ones."""
+    total = sum(N for _, N, _, _ in selection["rows"])
+    bounds = []
+    for _, N, Q, _ in selection["rows"]:
+        bounds.append(Q + c * math.sqrt(math.log(1 + total) / (1 + N)))
+    return selection["rows"][bounds.index(max(bounds))][0]
 
 
-SEVERAL_N = [  # name, share of right answers, agent calls
-    ("best_of-2-value", 0.50, 8),
-    ("best_of-16-value", 0.93, 64),
-    ("mcts-2x3-value", 0.62, 9),
-    ("mcts-4x3-value", 0.82, 13.5),
-    ("mcts-16x3-value", 0.95, 28),
-    ("vote-8", 0.33, 32),
-    ("vote-16", 0.335, 64),
-]
+def test_equation_2_takes_what_the_search_took_at_every_selection(searched):
+    record, _, _ = searched
+    selections = report.selections(record, c_uct=0.8, virtual=True)
+    assert len(selections) == 20 * 4
+    for selection in selections:
+        assert not selection["chance"]
+        assert choice_by_equation_2(selection, 0.8) == selection["taken"]
+    taken = {(selection["node"], selection["taken"]) for selection in selections}
+    assert len(taken) > 10  # the search has looked around
 
 
-def summary_with_several_n():
-    """Return a summary in which three families have several N."""
-    summary = make_summary()
-    for name, em, calls in SEVERAL_N:
-        row = method_row(round(N * em), em - 0.04, em + 0.04, calls, 800, 800, 0, 0.1)
-        summary["methods"][name] = row
-    return summary
+def test_equation_2_takes_what_the_labelling_took_but_among_new_candidates(labelled):
+    """Those are picked by chance, and the siblings of a terminal state count at once."""
+    selections = report.selections(labelled, c_uct=0.8, virtual=False)
+    by_chance = [selection for selection in selections if selection["chance"]]
+    by_equation = [selection for selection in selections if not selection["chance"]]
+    for selection in by_equation:
+        assert choice_by_equation_2(selection, 0.8) == selection["taken"]
+    expanded = {node["parent"] for node in labelled["nodes"]} - {None}
+    assert len(by_chance) == len(expanded)
+    assert len(by_equation) > 20
+    for selection in by_chance:
+        assert {N for _, N, _, _ in selection["rows"]} == {0}
 
 
-def assert_texts_are_apart_and_inside(axes):
-    inside = axes.get_window_extent()
-    boxes = [(text.get_text(), text.get_window_extent()) for text in axes.texts]
-    for name, box in boxes:
-        assert inside.x0 <= box.x0 and box.x1 <= inside.x1, name
-        assert inside.y0 <= box.y0 and box.y1 <= inside.y1, name
-    for (name, box), (other_name, other_box) in combinations(boxes, 2):
-        assert not box.overlaps(other_box), (name, other_name)
-    for container in axes.containers:
-        point = container.lines[0].get_window_extent()
-        for name, box in boxes:
-            assert not box.overlaps(point), name
+def test_the_replay_ends_with_the_statistics_of_the_search(searched):
+    """After the last simulation, N and W are those that the search has left."""
+    record, root, leaf = searched
+    nodes = record["nodes"]
+    last = {}
+    for selection in report.selections(record, c_uct=0.8, virtual=True):
+        for child, N, Q, _ in selection["rows"]:
+            last[child] = (N, N * Q, selection["simulation"])
+    # The numbers were shown before a simulation; it adds one visit to what it took.
+    final = record["simulations"][-1]
+    path = report.path_to(nodes, final[-1])
+    for child, (N, W, simulation) in last.items():
+        if simulation == len(record["simulations"]) - 1 and child in path:
+            N, W = N + 1, W + nodes[final[-1]]["reward"]
+            assert (N, pytest.approx(W)) == (nodes[child]["N"], nodes[child]["W"])
+    chosen = nodes[record["chosen"]]
+    assert chosen["message"] == leaf.message.text and chosen["answer"] is not None
+    messages = [nodes[index]["message"] for index in report.path_to(nodes, record["chosen"])[1:]]
+    assert messages == [node.message.text for node in path_to(leaf)]
+    assert nodes[0]["N"] == root.N == 20
 
 
-@pytest.mark.parametrize("most_calls", [18.87, 400])
-def test_no_two_names_in_the_picture_overlap_and_none_is_cut_off(draw, most_calls):
-    """With 400 calls, the name of the point on the right has room on its left only."""
-    summary = make_summary()
-    summary["methods"][MCTS_POLICY]["agent_calls"] = most_calls
-    [axes] = draw(summary).axes
-    texts = {text.get_text() for text in axes.texts}
-    assert texts == set(DEFAULT_METHODS) - {BEST_OF} | {"4"}
-    assert_texts_are_apart_and_inside(axes)
+def test_labels_are_the_same_with_and_without_the_order_of_simulations(labelled):
+    leaves = [index for of_one in labelled["simulations"] for index in of_one]
+    visits = [0] * len(labelled["nodes"])
+    for leaf in leaves:
+        for index in report.path_to(labelled["nodes"], leaf):
+            visits[index] += 1
+    assert visits == [node["N"] for node in labelled["nodes"]]
 
 
-def test_the_methods_of_a_family_are_one_line_with_the_n_of_each(draw):
-    """The line follows the agent calls, not N or the order of the methods."""
-    summary = summary_with_several_n()
-    summary["methods"]["best_of-16-value"]["agent_calls"] = 30  # fewer than best_of-8-value
-    [axes] = draw(summary).axes
-    assert_texts_are_apart_and_inside(axes)
-    texts = [text.get_text() for text in axes.texts]
-    for text, num in [("best_of-8-value", 1), ("mcts-16x3-value", 1), ("vote-16", 1), ("8", 2)]:
-        assert texts.count(text) == num, text
+def test_a_search_without_a_tree_has_none(searched):
+    _, root, leaf = searched
+    assert tree_fields(root, "number")["simulations"] == searched[0]["simulations"]
+    root.children, children = None, root.children
+    assert search_tree(leaf, "number") is None
+    root.children = children
 
-    rows = summary["methods"]
-    best_of_calls = []
-    for num in (2, 4, 16, 8):
-        best_of_calls.append(rows[f"best_of-{num}-value"]["agent_calls"])
-    lines = [list(line.get_xdata()) for line in axes.lines]
-    assert best_of_calls in lines
-    assert [9, 13.5, 20.1, 28] in lines  # mcts-Nx3-value
-    assert [16, 32, 64] in lines  # vote-N
 
-    # One colour per family, another one for each.
-    colours = {}
-    for name, container in zip(rows, axes.containers, strict=True):
-        colours.setdefault(family_of(name), set()).add(container.lines[0].get_color())
-    assert all(len(of_family) == 1 for of_family in colours.values())
-    assert len(set.union(*colours.values())) == len(colours) == 9
+# ---- The page ------------------------------------------------------------------------------------
+
+
+def data_of(page: str) -> dict:
+    """Return what the page's script reads."""
+    [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    return json.loads(text)
+
+
+def test_a_message_cannot_become_html(searched):
+    page = report.tree_page(searched[0], SETTINGS, "mcts-20x2.3.1.2-value")
+    assert "</script><b>" not in page and "<i>message" not in page
+    assert data_of(page)["question"] == PROBLEM.question
+    assert page.count("</script>") == 2
+
+
+def test_the_page_says_what_the_tree_is(searched, labelled):
+    page = report.tree_page(searched[0], SETTINGS, "mcts-20x2.3.1.2-policy")
+    num = len(searched[0]["nodes"]) - 1
+    assert f"{num} messages, 20 simulations; it answers" in page
+    assert data_of(page)["scorer"] == "likelihood" and data_of(page)["virtual"] is True
+    assert data_of(page)["sees"]["Solver"] == ["Planner"]
+    page = report.tree_page(labelled, SETTINGS, None)
+    assert "final answers are right" in page
+    assert data_of(page)["virtual"] is False and data_of(page)["chosen"] is None
 
 
 @pytest.mark.parametrize(
-    "name, family",
+    "method, name",
     [
-        ("greedy", "greedy"),
-        ("vote-4", "vote-N"),
-        ("best_of-8-value", "best_of-N-value"),
-        ("mcts-8x1.8.1.1-value", "mcts-Nx1.8.1.1-value"),
-        ("mcts-8x3-value-lam0.5", "mcts-Nx3-value-lam0.5"),
+        (None, "V"),
+        ("mcts-8x3-value", "V"),
+        ("mcts-8x3-value-lam0.5", "V"),
+        ("sbs-2x1-outcome", "ORM"),
+        ("mcts-8x3-random", "random"),
+        ("sbs-2x1-policy", "likelihood"),
     ],
 )
-def test_the_methods_of_a_family_differ_in_n_alone(name, family):
-    assert family_of(name) == family
+def test_the_scores_of_a_search_have_their_name(method, name):
+    assert report.scorer_name(method) == name
 
 
-@pytest.mark.parametrize("scale", [1, 0.3, 20])
-def test_ticks_of_the_picture_are_powers_of_two_in_the_range_of_the_data(draw, scale):
-    summary = make_summary()
-    for row in summary["methods"].values():
-        row["agent_calls"] *= scale
-    figure = draw(summary)
-    [axes] = figure.axes
-    left, right = axes.get_xlim()
-    calls = [row["agent_calls"] for row in summary["methods"].values()]
-    assert left < min(calls)
-    assert right > max(calls)
-    # The limits leave room for names, but not for another power of two without data.
-    assert left > min(calls) / 2
-    assert right < max(calls) * 4
-
-    ticks = list(axes.get_xticks())
-    exponents = [math.log2(tick) for tick in ticks]
-    assert all(exponent == int(exponent) for exponent in exponents)
-    assert all(left <= tick <= right for tick in ticks)
-    assert len(ticks) >= 2
-    labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels == [f"{tick:g}" for tick in ticks]
+def test_a_tree_of_the_version_before_has_no_slider(labelled):
+    before = {name: value for name, value in labelled.items() if name != "simulations"}
+    page = report.tree_page(before, SETTINGS, None)
+    assert data_of(page)["simulations"] == []
+    assert 'id="time"' not in page and 'id="selections"' not in page
 
 
-def test_the_picture_shows_every_method_with_its_interval(draw):
-    """Also a method that somebody has added to search.py, as the README shows."""
-    summary = make_summary()
-    summary["methods"]["reject-8-value"] = summary["methods"][MCTS] | {"agent_calls": 24}
-    [axes] = draw(summary).axes
-    assert len(axes.containers) == len(METHODS) + 1
-    low, high = axes.get_ylim()
-    for container, row in zip(axes.containers, summary["methods"].values(), strict=True):
-        [(x, y)] = container.lines[0].get_xydata()
-        assert x == row["agent_calls"]
-        assert y == pytest.approx(100 * row["em"])
-        assert low <= 100 * row["low"]
-        assert 100 * row["high"] <= high
+def dom_of(page, tmp_path, fragment=""):
+    """Return the document as a browser has built it."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium or google-chrome on this machine")
+    path = tmp_path / "tree.html"
+    path.write_text(page, encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-sync", "--disable-quic"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}{fragment}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.mark.parametrize("kind", ["searched", "labelled"])
+def test_the_numbers_on_the_page_are_those_of_the_replay(kind, request, tmp_path):
+    """Every selection of the search, computed by the page's script in a real browser."""
+    record = request.getfixturevalue(kind)
+    record, method = (record[0], "mcts-20x3-value") if kind == "searched" else (record, None)
+    dom = dom_of(report.tree_page(record, SETTINGS, method), tmp_path, "#after=3&node=1")
+    shown = [json.loads(html.unescape(text)) for text in re.findall('data-selection="(.*?)"', dom)]
+    expected = report.selections(record, c_uct=0.8, virtual=kind == "searched")
+    assert len(shown) == len(expected)
+    for on_page, selection in zip(shown, expected, strict=True):
+        for name in ("simulation", "node", "taken", "chance"):
+            assert on_page[name] == selection[name]
+        for row, (child, N, Q, bound) in zip(on_page["rows"], selection["rows"], strict=True):
+            assert (row["child"], row["N"]) == (child, N)
+            assert (row["Q"], row["bound"]) == pytest.approx((Q, bound))
+    assert "after 3 of 20 simulations" in dom
+    assert "What the Reader saw" in dom and "Simulation 4 chooses here by Eq. 2" in dom
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished_run(searched, labelled, tmp_path):
+    record, _, _ = searched
+    tree = {name: record[name] for name in ("nodes", "simulations", "chosen")}
+    answer = {"id": "p", "question": record["question"], "gold": "4", "tree": tree}
+    passes = answer | {"tree": None}
+    for name, records in (
+        ("rollouts/trees", [labelled]),
+        ("eval/mcts-20x2.3.1.2-value", [answer]),
+        ("eval/vote-4", [passes]),
+    ):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(records[0]) + "\n")
+        (path.parent / "config.json").write_text(json.dumps({"settings": SETTINGS}))
+    return tmp_path
+
+
+def call(*argv):
+    report.main(report.parse_args([str(argument) for argument in argv]))
+
+
+def test_pages_are_written_from_the_records(finished_run, capsys):
+    call("tree", finished_run, "p")
+    labels = finished_run / "pages" / "p-labels.html"
+    assert f"{labels} (" in capsys.readouterr().out
+    assert "labelled by search" in labels.read_text()
+    call("tree", finished_run, "p", "--method", "mcts-20x2.3.1.2-value", "--output", labels)
+    assert "p, mcts-20x2.3.1.2-value" in labels.read_text()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["q"], "q: no such problem in .*rollouts; one of them is p"),
+        (["p", "--method", "mcts"], "--method mcts: not in .*; it has mcts-20x2.3.1.2-value, vote"),
+        (["p", "--method", "vote-4"], "p: vote-4 kept no tree of it; only sbs and mcts have trees"),
+    ],
+)
+def test_what_cannot_be_shown_is_named(finished_run, argv, message):
+    with pytest.raises(InputError, match=message):
+        call("tree", finished_run, *argv)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(InputError, match="no config.json here"):
+        call("tree", tmp_path, "p")

@@ -531,6 +531,7 @@ def test_a_tree_record_by_hand(duo):
         "kind": "letter",
         "subject": "logic",
         "level": "2",
+        "simulations": [[3, 2]],  # its own answer is last, after its sibling
     }
     message = {"tokens": 2, "logprob": -0.5, "truncated": False}
     assert nodes == [
