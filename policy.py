@@ -468,7 +468,7 @@ def add_policy_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=positive_int,
-        default=256,
+        default=192,
         help="limit of a message, in addition to the agent's own; suits the tiny agents, "
         "give 512 or so for a real model",
     )

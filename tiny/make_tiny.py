@@ -703,7 +703,7 @@ def target_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.T
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-MAX_NEW_TOKENS = 256
+MAX_NEW_TOKENS = 192
 ORDER_SEEDS = range(8)  # among these, both orders of the Planner's candidate occur
 
 
