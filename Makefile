@@ -155,8 +155,9 @@ credit: $(call tables,before $(CREDIT))
 	$(RUN) evaluate.py --compare $(call groups,$(CREDIT)) --curves runs/5/credit.png
 
 # Is V hacked, and what helps? About 14,000 messages for each; labels for a fresh V not counted.
-CURES := hacked mixed searched returned
+CURES := hacked owned mixed searched returned
 flags-hacked := $(PLANNER_TREES) --num-steps 24 --reward value
+flags-owned := $(flags-hacked) --adapters per-agent
 flags-mixed := $(PLANNER_TREES) --num-steps 9 --reward value --outcome-share 0.5
 flags-searched := $(PLANNER_TREES) --num-steps 9 --reward search
 flags-returned := --num-steps 14 --reward value-delta --credit return
