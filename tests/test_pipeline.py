@@ -433,6 +433,22 @@ def test_rollouts_killed_and_resumed_equal_the_uninterrupted_run(finished, tmp_p
     assert resumed == read_shards(finished.run / "rollouts" / "trees.jsonl")
 
 
+def assert_equal_up_to_rounding(found, expected):
+    """V depends in its last bits on which other states are read in its row."""
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=1e-5)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_equal_up_to_rounding(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_equal_up_to_rounding(one, other)
+    else:
+        assert found == expected
+
+
 def test_evaluation_killed_and_resumed_equals_the_uninterrupted_run(finished, tmp_path):
     rng = random.Random(8)
     kill_times = [rng.uniform(0.5, 3.0) for _ in range(2)]
@@ -440,7 +456,7 @@ def test_evaluation_killed_and_resumed_equals_the_uninterrupted_run(finished, tm
     run_with_kills(kill_times, evaluate, "--run", tmp_path, *flags)
     for name in METHODS:
         resumed = read_shards(tmp_path / "eval" / f"{name}.jsonl")
-        assert resumed == read_shards(finished.run / "eval" / f"{name}.jsonl")
+        assert_equal_up_to_rounding(resumed, read_shards(finished.run / "eval" / f"{name}.jsonl"))
 
 
 def count_messages(monkeypatch, path):
