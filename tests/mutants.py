@@ -37,6 +37,7 @@ FILES = [
     "packing.py",
     "journal.py",
     "policy.py",
+    "report.py",
     "generate_rollouts.py",
     "value.py",
     "metrics.py",
