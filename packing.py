@@ -88,9 +88,12 @@ def max_width_for(config) -> int:
     """Return how wide a packed row may be for a model; 0 if it must read sequences one by one.
 
     The mask of a packed row replaces the model's own, so every layer has to attend to everything
-    before it. Sliding windows and recurrent layers do not.
+    before it. Sliding windows and recurrent layers do not. And the attention has to take a mask of
+    bools: "sdpa" does, "eager" would add it to the scores.
     """
     config = config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return 0
     layer_types = getattr(config, "layer_types", None) or []
     has_window = getattr(config, "sliding_window", None) is not None
     if any(layer_type != "full_attention" for layer_type in layer_types):

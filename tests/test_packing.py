@@ -128,18 +128,16 @@ def random_trees(seed: int) -> list[list[int]]:
     return sequences + sequences[:2]
 
 
+SHAPE = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE)).eval()
+    assert max_width_for(model.config) == MAX_WIDTH
+    return model
 
 
 def losses_of_sequences(model, sequences, *, max_width):
@@ -207,7 +205,17 @@ def test_without_shared_prefixes_there_is_no_mask():
     ],
 )
 def test_models_with_sliding_windows_read_sequences_one_by_one(config, expected):
+    config._attn_implementation = "sdpa"
     assert max_width_for(config) == expected
+
+
+def test_only_sdpa_takes_the_mask_of_a_packed_row():
+    config = Qwen2Config()
+    config._attn_implementation = "eager"
+    assert max_width_for(config) == 0
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM._from_config(Qwen2Config(**SHAPE), attn_implementation="eager").eval()
+    assert max_width_for(model.config) == 0
 
 
 def test_a_row_shares_with_the_neighbour_in_alphabetical_order():
