@@ -165,8 +165,8 @@ flags-first := $(PLANNER_TREES) --num-steps 8 --reward value
 
 # A round of the loop: KIND-SEED continues the agents of another run with a fresh V.
 define round
-	$(RUN) generate_rollouts.py --run $(2) --adapter $(1)/agents --seed $(3) --num-train 100
-	$(RUN) train_value.py --run $(2) --seed $(3) --epochs 4
+	$(RUN) generate_rollouts.py --run $(2) --adapter $(1)/agents --seed $(3)
+	$(RUN) train_value.py --run $(2) --seed $(3)
 	$(RUN) evaluate.py --run $(1)/fresh --adapter $(1)/agents --seed $(3) \
 	  --messages $(1)/messages --value $(2)/value --methods greedy vote-1 $(SEARCHES)
 	$(RUN) train_agents.py --run $(2) --adapter $(1)/agents --seed $(3) $(flags-first)
