@@ -76,10 +76,10 @@ def _compare_values(groups: list[Group]) -> str:
         folders = [run / "value" for run in group.runs if (run / "value").is_dir()]
         if not folders:
             continue
-        settings = _finished_config(folders[0])["settings"]
+        configs = [_finished_config(folder) for folder in folders]
+        settings = configs[0]["settings"]
         last_epochs = []
         for folder in folders:
-            _finished_config(folder)
             last_epochs.append(read_jsonl(folder / "metrics.jsonl")[-1]["heldout"])
         for agent in last_epochs[0]:
             metrics = [epoch[agent] for epoch in last_epochs]
@@ -122,33 +122,38 @@ def _compare_agents(groups: list[Group]) -> str:
         if not folders:
             continue
         configs = [_finished_config(folder) for folder in folders]
-        measured_of_run = []
-        for folder in folders:
-            records = read_jsonl(folder / "metrics.jsonl")
-            measured_of_run.append([record for record in records if "dev" in record])
-        for when in ("before", "kept", "at the end"):
-            chosen = []
-            for config, measured in zip(configs, measured_of_run, strict=True):
-                of_step = {record["step"]: record for record in measured}
-                steps = {"before": 0, "kept": config["best_step"], "at the end": max(of_step)}
-                chosen.append(of_step[steps[when]])
-            accuracies, excesses, aucs = [], [], []
-            for record in chosen:
-                accuracies.append(record["dev"]["accuracy"])
-                excess, auc = reading_of_v(record["dev"])
-                excesses.append(excess)
-                aucs.append(auc)
+        stages = []
+        for folder, config in zip(folders, configs, strict=True):
+            stages.append(_stages_of_training(folder, config["best_step"]))
+        for stage in stages[0]:
+            records = [of_run[stage] for of_run in stages]
+            accuracies = [record["dev"]["accuracy"] for record in records]
+            readings = [reading_of_v(record["dev"]) for record in records]
             cells = [
-                f"{group.name}, {when}",
+                f"{group.name}, {stage}",
                 str(len(folders)),
                 configs[0]["settings"]["reward"],
-                f"{statistics.fmean(record['messages'] for record in chosen):.0f}",
+                f"{statistics.fmean(record['messages'] for record in records):.0f}",
                 mean_and_deviation(accuracies, scale=100, digits=1),
-                mean_and_deviation(excesses),
-                mean_and_deviation(aucs),
+                mean_and_deviation([excess for excess, _ in readings]),
+                mean_and_deviation([auc for _, auc in readings]),
             ]
             rows.append(cells)
     return markdown_table(header, rows)
+
+
+def _stages_of_training(folder: Path, best_step: int) -> dict[str, dict]:
+    """Return three held-out measurements of stage 5: before, of the adapters kept, at the end."""
+    measured = {}
+    for record in read_jsonl(folder / "metrics.jsonl"):
+        if "dev" in record:
+            measured[record["step"]] = record
+    last_step = max(measured)
+    return {
+        "before": measured[0],
+        "kept": measured[best_step],
+        "at the end": measured[last_step],
+    }
 
 
 def write_curves(groups: list[Group], path: Path) -> None:

@@ -125,6 +125,15 @@ def pack(sequences: list[list[int]], *, max_width: int) -> list[PackedRow]:
     return rows
 
 
+def sequence_columns(rows: list[PackedRow]) -> dict[int, tuple[int, list[int]]]:
+    """Return where each sequence is: its index -> (row, the column of each of its tokens)."""
+    places = {}
+    for row_index, row in enumerate(rows):
+        for index, columns in row.columns.items():
+            places[index] = (row_index, columns)
+    return places
+
+
 def shared_prefix(a: list[int], b: list[int]) -> int:
     """Return how many tokens two sequences have in common at their beginnings."""
     num = 0

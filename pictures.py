@@ -282,8 +282,7 @@ def plot_learning(records_of_group: dict[str, list[list[dict]]], path: Path) -> 
         style = {"color": COLOURS[index % len(COLOURS)]}
         style["linestyle"] = "-" if index < len(COLOURS) else "--"
         curves_of_run = [_learning_curves(records) for records in records_of_run]
-        for panel, number_of_curve in zip(axes, range(3), strict=True):
-            curves = [curves[number_of_curve] for curves in curves_of_run]
+        for panel, *curves in zip(axes, *curves_of_run, strict=True):
             if len(curves) > 1:
                 for curve in curves:
                     _plot_known(panel, *curve, linewidth=0.6, alpha=0.6, **style)

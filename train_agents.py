@@ -35,7 +35,7 @@ from generate_rollouts import (
 )
 from mas import MAS, load_graph
 from metrics import problem_aucs
-from packing import collate, max_width_for, pack, packed_batches
+from packing import collate, max_width_for, pack, packed_batches, sequence_columns
 from pictures import plot_training
 from policy import Policy, add_policy_arguments, make_policy
 from rewards import (
@@ -237,10 +237,9 @@ class Learner:
 
         # 1. A token is predicted by the one before it on its path.
         predicted_by: dict[int, tuple[int, list[int]]] = {}  # row -> (packed row, columns)
-        for packed_index, packed_row in enumerate(packed):
-            for index, columns in packed_row.columns.items():
-                start = len(rows[index].prompt_ids) - 1
-                predicted_by[index] = (packed_index, columns[start:-1])
+        for index, (packed_index, columns) in sequence_columns(packed).items():
+            start = len(rows[index].prompt_ids) - 1
+            predicted_by[index] = (packed_index, columns[start:-1])
         # Logits of other columns would take memory for nothing.
         kept = sorted(set().union(*(columns for _, columns in predicted_by.values())))
         kept_index = {column: position for position, column in enumerate(kept)}

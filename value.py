@@ -25,7 +25,14 @@ from transformers import AutoModel
 from adapters import load_lora
 from checkpoints import beginning_ids, checkpoint_fingerprint, load_pretrained
 from mas import MAS, State
-from packing import collate, max_width_for, num_distinct_tokens, pack, packed_batches
+from packing import (
+    collate,
+    max_width_for,
+    num_distinct_tokens,
+    pack,
+    packed_batches,
+    sequence_columns,
+)
 from runs import InputError, fingerprint, ignore, read_config
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -131,11 +138,11 @@ class ValueModel(nn.Module):
         token_ids: of each sequence. Prefixes that they share are read once.
         """
         packed = pack(token_ids, max_width=self.max_width)
-        row_of, columns_of = {}, {}
-        for row_index, row in enumerate(packed):
-            for index, columns in row.columns.items():
-                row_of[index], columns_of[index] = row_index, columns
-        places = [(row_of[index], columns_of[index][position]) for index, position in positions]
+        columns_of = sequence_columns(packed)
+        places = []
+        for index, position in positions:
+            row_index, columns = columns_of[index]
+            places.append((row_index, columns[position]))
 
         inputs = collate(packed, self.tokenizer.pad_token_id, self.backbone.device)
         hidden = self.backbone(**inputs).last_hidden_state  # [rows, width, hidden size]

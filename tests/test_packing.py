@@ -15,6 +15,7 @@ from packing import (
     pack,
     packed_batches,
     row_mask,
+    sequence_columns,
     shared_prefix,
     token_batches,
 )
@@ -140,15 +141,14 @@ def model():
     return model
 
 
-def losses_of_sequences(model, sequences, *, max_width):
+def logits_of_sequences(model, sequences, *, max_width):
     """Read all sequences in one batch. Returns the logits of each, [tokens, vocabulary]."""
     rows = pack(sequences, max_width=max_width)
     logits = model(**collate(rows, 0, model.device)).logits
     found = {}
-    for row_index, row in enumerate(rows):
-        for index, columns in row.columns.items():
-            assert [row.ids[column] for column in columns] == sequences[index]
-            found[index] = logits[row_index, columns]
+    for index, (row_index, columns) in sequence_columns(rows).items():
+        assert [rows[row_index].ids[column] for column in columns] == sequences[index]
+        found[index] = logits[row_index, columns]
     return [found[index] for index in range(len(sequences))]
 
 
@@ -168,7 +168,7 @@ def test_packed_sequences_are_read_as_if_each_were_alone(model, max_width):
     expected_gradients = gradients()
 
     model.zero_grad()
-    packed = losses_of_sequences(model, sequences, max_width=max_width)
+    packed = logits_of_sequences(model, sequences, max_width=max_width)
     sum(logits.square().sum() for logits in packed).backward()
     for logits, alone in zip(packed, expected, strict=True):
         torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
