@@ -163,25 +163,30 @@ flags-searched := $(PLANNER_TREES) --num-steps 9 --reward search
 flags-returned := --num-steps 14 --reward value-delta --credit return
 flags-first := $(PLANNER_TREES) --num-steps 8 --reward value
 
-# A round of the loop: KIND-SEED continues the agents of another run with a fresh V.
-define round
-	$(RUN) generate_rollouts.py --run $(2) --adapter $(1)/agents --seed $(3)
-	$(RUN) train_value.py --run $(2) --seed $(3)
-	$(RUN) evaluate.py --run $(1)/fresh --adapter $(1)/agents --seed $(3) \
-	  --messages $(1)/messages --value $(2)/value --methods greedy vote-1 $(SEARCHES)
-	$(RUN) train_agents.py --run $(2) --adapter $(1)/agents --seed $(3) $(flags-first)
-	$(RUN) evaluate.py --run $(2) --adapter $(2)/agents --seed $(3) \
+# fresh-KIND-SEED: a fresh V, from labels of the agents of KIND-SEED.
+runs/5/fresh-%/eval/table.md: runs/5/%/eval/table.md
+	$(RUN) generate_rollouts.py --run runs/5/fresh-$* --adapter runs/5/$*/agents --seed $(SEED)
+	$(RUN) train_value.py --run runs/5/fresh-$* --seed $(SEED)
+	$(RUN) evaluate.py --run runs/5/fresh-$* --adapter runs/5/$*/agents --seed $(SEED) \
 	  --methods greedy vote-1 $(SEARCHES)
+
+# The loop: second and third train the agents of the round before on its fresh V.
+define round
+	$(RUN) train_agents.py --run $(2) --adapter $(1)/agents --seed $(3) $(flags-first) \
+	  --value $(subst /5/,/5/fresh-,$(1))/value
+	$(RUN) evaluate.py --run $(2) --adapter $(2)/agents --seed $(3) \
+	  --value $(subst /5/,/5/fresh-,$(1))/value --methods greedy vote-1 $(SEARCHES)
 endef
-runs/5/second-%/eval/table.md: runs/5/first-%/eval/table.md
+runs/5/second-%/eval/table.md: runs/5/fresh-first-%/eval/table.md
 	$(call round,runs/5/first-$*,runs/5/second-$*,$*)
-runs/5/third-%/eval/table.md: runs/5/second-%/eval/table.md
+runs/5/third-%/eval/table.md: runs/5/fresh-second-%/eval/table.md
 	$(call round,runs/5/second-$*,runs/5/third-$*,$*)
 
-ALL_CURES := $(CURES) first second third
+ALL_CURES := $(CURES) first fresh-first second fresh-second third fresh-searched
+TRAINED := $(CURES) first second third
 cures: $(call tables,before $(ALL_CURES))
 	$(RUN) evaluate.py --compare $(call groups,before $(ALL_CURES))
-	$(RUN) evaluate.py --compare $(call groups,$(ALL_CURES)) --curves runs/5/cures.png
+	$(RUN) evaluate.py --compare $(call groups,$(TRAINED)) --curves runs/5/cures.png
 
 # ---- Set-up ----
 

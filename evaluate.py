@@ -16,6 +16,7 @@ from pathlib import Path
 
 from answers import MATH_VERIFY
 from compare import compare_runs, read_groups, write_curves
+from diagnosis import answer_signatures, warnings
 from extraction import extract_answer
 from generate_rollouts import Node, run
 from mas import MAS, load_graph
@@ -60,7 +61,7 @@ from search import (
     report_to,
     search_tree,
 )
-from tables import markdown_table, method_table, screen
+from tables import breakdown_table, markdown_table, method_table, screen
 from tasks import Problem, check_same_problems, is_correct, load_problems, question_key
 from value import weights_fingerprint
 
@@ -96,8 +97,22 @@ def answer_record(
     record["truncated"] = cost.truncated
     record["scorer"] = scorer
     record["transcript"] = transcript
-    record["tree"] = search_tree(leaf, problem.answer_type) if keep_tree else None
+    record["tree"] = graded_tree(problem, leaf) if keep_tree else None
     return record
+
+
+def graded_tree(problem: Problem, leaf: Node) -> dict | None:
+    """Return the tree of a search (`search_tree`), and of each final answer whether it is right."""
+    tree = search_tree(leaf, problem.answer_type)
+    if tree is None:
+        return None
+    final_nodes = [node for node in tree["nodes"] if "answer" in node]
+    answers = {node["answer"] for node in final_nodes}
+    # Each answer is graded once: some comparisons take seconds (answers.py).
+    correct = {answer: is_correct(problem, answer) for answer in answers}
+    for node in final_nodes:
+        node["correct"] = correct[node["answer"]]
+    return tree
 
 
 def evaluate_method(
@@ -328,24 +343,6 @@ def _is_same_search(method: Method, other: Method) -> bool:
     return settings == (other.algorithm, other.num, other.num_candidates)
 
 
-def breakdown(methods: list[Method], records: dict[str, list[dict]], key: str) -> str:
-    """Return a table of EM per method and per subject or level (key), from the records."""
-    first_records = records[methods[0].name]
-    groups = sorted({str(record[key]) for record in first_records})
-    rows = []
-    for group in groups:
-        num_problems = sum(str(record[key]) == group for record in first_records)
-        shares = []
-        for method in methods:
-            verdicts = []
-            for record in records[method.name]:
-                if str(record[key]) == group:
-                    verdicts.append(record["correct"])
-            shares.append(f"{100 * sum(verdicts) / len(verdicts):.1f}")
-        rows.append([group, str(num_problems), *shares])
-    return markdown_table([key, "problems", *(method.name for method in methods)], rows)
-
-
 # ---- The script ----------------------------------------------------------------------------------
 
 DEFAULT_METHODS = [
@@ -479,12 +476,13 @@ def write_report(
     keys: break EM down by "subject", "level", both or none.
     """
     summary = summarise(methods, records)
-    breakdowns = [breakdown(methods, records, key) for key in keys]
-    table = "\n\n".join([method_table(summary), *breakdowns])
+    breakdowns = [markdown_table(*breakdown_table(records, key)) for key in keys]
+    flags = warnings(answer_signatures(records, summary["comparisons"]))
+    table = "\n\n".join([method_table(summary), *breakdowns]) + flags
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     (folder / "table.md").write_text(table + "\n", "utf-8")
     plot_accuracy(summary, folder / "em_vs_calls.png")
-    print("\n\n".join(["", screen(summary), *breakdowns]))
+    print("\n\n".join(["", screen(summary), *breakdowns]) + flags)
     if MATH_VERIFY.timeouts > 0:
         # Those of other processes, and of earlier ones that were resumed, are in their own output.
         print(

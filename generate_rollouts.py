@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diagnosis import label_signatures, warnings
 from extraction import extract_answer
 from mas import MAS, Message, State, load_graph
 from policy import (
@@ -51,6 +52,7 @@ from runs import (
     seeded,
     shard_path,
 )
+from tables import labels_table, text_table
 from tasks import Problem, check_same_problems, is_correct, load_problems
 
 # ---- The tree ------------------------------------------------------------------------------------
@@ -334,14 +336,8 @@ def _message_fields(node: Node) -> dict:
 
 
 def label_statistics(records: list[dict], mas: MAS) -> str:
-    """Return a table of the labels per agent, from the records alone."""
-    lines = ["agent        edges  visited  mean Q  |Q| = 1  truncated"]
-    for agent in mas.agents:
-        edges = []
-        for record in records:
-            edges += [node for node in record["nodes"] if node.get("agent") == agent.name]
-        lines.append(_agent_statistics(agent.name, edges))
-
+    """Show the labels per agent, from the records alone."""
+    table = text_table(*labels_table(records, [agent.name for agent in mas.agents]))
     num_mixed, num_leaves, num_unanswered = 0, 0, 0
     for record in records:
         leaves = [node for node in record["nodes"] if "reward" in node]
@@ -349,22 +345,9 @@ def label_statistics(records: list[dict], mas: MAS) -> str:
         num_mixed += len(rewards) == 2
         num_leaves += len(leaves)
         num_unanswered += sum(leaf["answer"] is None for leaf in leaves)
-    lines.append(
-        f"{len(records)} trees, {num_mixed} of them with both right and wrong answers\n"
-        f"{num_unanswered} of {num_leaves} final messages held no answer (graded wrong)"
-    )
-    return "\n".join(lines)
-
-
-def _agent_statistics(name: str, edges: list[dict]) -> str:
-    targets = [edge["W"] / edge["N"] for edge in edges if edge["N"] > 0]
-    num_targets = max(1, len(targets))
-    mean_target = sum(targets) / num_targets
-    certain = sum(abs(target) == 1 for target in targets) / num_targets
-    num_truncated = sum(edge["truncated"] for edge in edges)
     return (
-        f"{name:10s} {len(edges):7d} {len(targets):8d} {mean_target:7.3f} "
-        f"{certain:8.1%} {num_truncated:10d}"
+        f"{table}\n{len(records)} trees, {num_mixed} of them with both right and wrong answers\n"
+        f"{num_unanswered} of {num_leaves} final messages held no answer (graded wrong)"
     )
 
 
@@ -376,6 +359,7 @@ class Edge:
     """One visited edge (s, a) of a tree, and its label.
 
     Attributes:
+        node: index of next(s, a) in its tree.
         parent: index of s in its tree; edges with equal parents are siblings.
         agent: who said a.
         state: next(s, a), the state that V scores.
@@ -385,6 +369,7 @@ class Edge:
 
     problem_id: str
     split: str
+    node: int
     parent: int
     agent: str
     state: State
@@ -428,6 +413,7 @@ def tree_paths(record: dict, mas: MAS, target: str) -> list[list[Edge]]:
                 edge = Edge(
                     problem_id=record["id"],
                     split=record["split"],
+                    node=index,
                     parent=node["parent"],
                     agent=node["agent"],
                     state=states[index],
@@ -490,7 +476,10 @@ def main(args) -> None:
     if num_missing > 0:
         print(finished_message(num_missing, "problems"))
     else:
-        print(label_statistics(list(records.values()), mas))
+        trees = list(records.values())
+        agents = [agent.name for agent in mas.agents]
+        signatures = label_signatures(trees, agents, num_candidates)
+        print(label_statistics(trees, mas) + warnings(signatures))
 
 
 def load_training_problems(args) -> list[Problem]:

@@ -5,6 +5,7 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import BinaryIO
 
 from tables import reading_of_v
 
@@ -25,7 +26,17 @@ def _load_pyplot():
     return pyplot
 
 
-# ---- Exact match against agent calls -------------------------------------------------------------
+# ---- Exact match against cost --------------------------------------------------------------------
+
+# What a method may be charged with: the records' names of its parts, and what they are called.
+COSTS = {
+    "agent calls": {"agent_calls": "sampled messages"},
+    "tokens": {
+        "prompt_tokens": "prompts",
+        "generated_tokens": "generated",
+        "scored_tokens": "scored",
+    },
+}
 
 
 def family_of(name: str) -> str:
@@ -37,24 +48,29 @@ def family_of(name: str) -> str:
 
 
 def families_of(rows: dict[str, dict]) -> list[list[str]]:
-    """Return the names of the methods of each family, in the order of their agent calls."""
+    """Return the names of the methods of each family, in the order of their cost."""
     families: dict[str, list[str]] = {}
     for name in rows:
         families.setdefault(family_of(name), []).append(name)
     for names in families.values():
-        names.sort(key=lambda name: rows[name]["agent_calls"])
+        names.sort(key=lambda name: rows[name]["cost"])
     return list(families.values())
 
 
-def plot_accuracy(summary: dict, path: Path) -> None:
-    """Draw exact match against agent calls, with 95 % intervals.
+def plot_accuracy(summary: dict, file: Path | BinaryIO, *, cost: str = "agent calls") -> None:
+    """Draw exact match against cost, with 95 % intervals.
 
-    The methods of a family are one line. Its point with the most calls is labelled with the name,
-    the others with their N.
+    The methods of a family are one line. Its costliest point is labelled with the name, the others
+    with their N.
+
+    Args:
+        cost: one of COSTS.
     """
     pyplot = _load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    rows = summary["methods"]
+    rows = {}
+    for name, row in summary["methods"].items():
+        rows[name] = row | {"cost": sum(row[part] for part in COSTS[cost])}
     families = families_of(rows)
     colour_of, hollow = {}, set()
     for index, names in enumerate(families):
@@ -66,10 +82,10 @@ def plot_accuracy(summary: dict, path: Path) -> None:
         _draw_point(axes, name, row, colour_of[name], is_hollow=name in hollow)
     for names in families:
         _draw_line(axes, [rows[name] for name in names], colour_of[names[0]])
-    set_axes(axes, summary)
+    set_axes(axes, list(rows.values()), cost)
     figure.canvas.draw()  # the layout must be final before there is room to measure
     place_names(axes, rows, families, colour_of)
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 
@@ -78,7 +94,7 @@ def _draw_point(axes, name: str, row: dict, colour: str, *, is_hollow: bool) -> 
     algorithm = name.split("-")[0]
     em = 100 * row["em"]
     axes.errorbar(
-        row["agent_calls"],
+        row["cost"],
         em,
         yerr=[[em - 100 * row["low"]], [100 * row["high"] - em]],
         color=colour,
@@ -92,25 +108,24 @@ def _draw_point(axes, name: str, row: dict, colour: str, *, is_hollow: bool) -> 
 
 def _draw_line(axes, rows: list[dict], colour: str) -> None:
     """Connect the points of a family."""
-    calls = [row["agent_calls"] for row in rows]
+    costs = [row["cost"] for row in rows]
     accuracies = [100 * row["em"] for row in rows]
-    axes.plot(calls, accuracies, color=colour, linewidth=1.2)
+    axes.plot(costs, accuracies, color=colour, linewidth=1.2)
 
 
-def set_axes(axes, summary: dict) -> None:
+def set_axes(axes, rows: list[dict], cost: str) -> None:
     """Set limits, ticks and labels of the picture from its data."""
-    rows = list(summary["methods"].values())
-    calls = [row["agent_calls"] for row in rows]
+    costs = [row["cost"] for row in rows]
     lowest = 100 * min(row["low"] for row in rows)
     highest = 100 * max(row["high"] for row in rows)
     # Room for the names of the outermost points; names are preferably on the right.
-    x_limits = (min(calls) / 1.5, max(calls) * 2.2)
+    x_limits = (min(costs) / 1.5, max(costs) * 2.2)
     y_limits = (max(0, lowest - 5), min(105, highest + 8))
     axes.set(
         xscale="log",
         xlim=x_limits,
         ylim=y_limits,
-        xlabel="agent calls (sampled messages) per problem, mean",
+        xlabel=f"{cost} ({', '.join(COSTS[cost].values())}) per problem, mean",
         ylabel="exact match, %",
         title=f"{rows[0]['n']} test problems, 95 % intervals",
     )
@@ -176,7 +191,7 @@ def _box_of_point(axes, row: dict):
     """Return the box, in pixels, of a point with its interval."""
     from matplotlib.transforms import Bbox
 
-    ends = [(row["agent_calls"], 100 * row["low"]), (row["agent_calls"], 100 * row["high"])]
+    ends = [(row["cost"], 100 * row["low"]), (row["cost"], 100 * row["high"])]
     (x, bottom), (_, top) = axes.transData.transform(ends)
     return Bbox.from_extents(x - 6, bottom, x + 6, top)
 
@@ -187,7 +202,7 @@ def _boxes_of_line(axes, row: dict, next_row: dict) -> list:
 
     ends = []
     for end in (row, next_row):
-        ends.append((end["agent_calls"], 100 * end["em"]))
+        ends.append((end["cost"], 100 * end["em"]))
     (x0, y0), (x1, y1) = axes.transData.transform(ends)
     boxes = []
     for step in range(21):
@@ -202,7 +217,7 @@ def _write(axes, text: str, row: dict, place: tuple[int, int, str], colour: str)
     dx, dy, alignment = place
     return axes.annotate(
         text,
-        (row["agent_calls"], 100 * row["em"]),
+        (row["cost"], 100 * row["em"]),
         xytext=(dx, dy),
         textcoords="offset points",
         ha=alignment,
@@ -212,10 +227,91 @@ def _write(axes, text: str, row: dict, place: tuple[int, int, str], colour: str)
     )
 
 
+# ---- Labels, and V against them ------------------------------------------------------------------
+
+
+def plot_targets(targets_of_agent: dict[str, list[float]], file: Path | BinaryIO) -> None:
+    """Draw the distribution of the targets, a panel per agent."""
+    pyplot, figure, panels = _panel_per_agent(list(targets_of_agent))
+    for panel, (agent, targets) in zip(panels, targets_of_agent.items(), strict=True):
+        shares = [1 / len(targets)] * len(targets)
+        panel.hist(targets, bins=20, range=(-1, 1), weights=shares, color=COLOURS[1])
+        panel.set(title=f"{agent}, {len(targets)} labels", xlabel="target y", ylim=(0, 1))
+    panels[0].set(ylabel="share of the labels")
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def plot_reliability(edges_of_agent: dict[str, list[dict]], file: Path | BinaryIO) -> None:
+    """Draw the mean label against V, a panel per agent: on the diagonal V is calibrated.
+
+    edges_of_agent: agent -> lines of heldout.jsonl. Of each of ten bins of V, a point shows the
+    means; its area is the number of states.
+    """
+    pyplot, figure, panels = _panel_per_agent(list(edges_of_agent))
+    for panel, (agent, edges) in zip(panels, edges_of_agent.items(), strict=True):
+        bins: dict[int, list[dict]] = {}
+        for edge in edges:
+            bins.setdefault(min(9, int((edge["V"] + 1) / 2 * 10)), []).append(edge)
+        values, labels, areas = [], [], []
+        for states in bins.values():
+            values.append(statistics.fmean(edge["V"] for edge in states))
+            labels.append(statistics.fmean(edge["y"] for edge in states))
+            areas.append(20 + 400 * len(states) / len(edges))
+        panel.plot((-1, 1), (-1, 1), color=COLOURS[7], linestyle=":")
+        panel.scatter(values, labels, s=areas, color=COLOURS[1], alpha=0.7)
+        panel.set(title=f"{agent}, {len(edges)} states", xlabel="V", xlim=(-1.1, 1.1))
+        panel.set(ylim=(-1.1, 1.1), aspect="equal")
+    panels[0].set(ylabel="mean label")
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def plot_epochs(epochs: list[dict], file: Path | BinaryIO) -> None:
+    """Draw how V learnt. epochs: the lines of metrics.jsonl of stage 2."""
+    pyplot = _load_pyplot()
+    figure, (loss, error, ranking) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    numbers = [epoch["epoch"] + 1 for epoch in epochs]
+    loss.plot(numbers, [epoch["train_loss"] for epoch in epochs], color=COLOURS[0], marker="o")
+    for index, agent in enumerate(epochs[-1]["heldout"]):
+        marker = "osD^vP"[index % 6]
+        style = {"color": COLOURS[1 + index % 6], "marker": marker, "label": agent}
+        metrics = [epoch["heldout"][agent] for epoch in epochs]
+        _plot_known(error, numbers, [row["rmse"] for row in metrics], **style)
+        _plot_known(ranking, numbers, [row["auc"] for row in metrics], **style)
+    loss.set(title="training: loss", ylim=(0, None))
+    error.set(title="held-out: RMSE of V", ylim=(0, None))
+    error.legend(fontsize=8)
+    ranking.set(title="held-out: AUC of V within a problem", ylim=(0.3, 1.03))
+    ranking.axhline(0.5, color=COLOURS[7], linestyle=":")
+    for panel in (loss, error, ranking):
+        panel.set(xlabel="epoch", xticks=numbers)
+        panel.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def _panel_per_agent(agents: list[str]):
+    """Return pyplot, a figure and its panels, at most four in a row."""
+    pyplot = _load_pyplot()
+    num_columns = min(4, len(agents))
+    num_rows = math.ceil(len(agents) / num_columns)
+    size = (3 * num_columns, 3.2 * num_rows)
+    figure, axes = pyplot.subplots(
+        num_rows, num_columns, figsize=size, layout="constrained", squeeze=False
+    )
+    panels = list(axes.flat)
+    for panel in panels[len(agents) :]:
+        panel.remove()
+    for panel in panels[: len(agents)]:
+        panel.grid(alpha=0.3)
+    return pyplot, figure, panels[: len(agents)]
+
+
 # ---- Training the agents (stage 5) ---------------------------------------------------------------
 
 
-def plot_training(records: list[dict], best_step: int, path: Path) -> None:
+def plot_training(records: list[dict], best_step: int, file: Path | BinaryIO) -> None:
     """Draw what happens to accuracy, to V's reading, to the reward and to the messages.
 
     records: the lines of metrics.jsonl. If the mean V of an agent rises above the share of right
@@ -265,11 +361,11 @@ def plot_training(records: list[dict], best_step: int, path: Path) -> None:
     length.set(title="held-out: tokens of a message", xlabel="step")
     for panel in axes.flat:
         panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    figure.savefig(file, dpi=100)
     pyplot.close(figure)
 
 
-def plot_learning(records_of_group: dict[str, list[list[dict]]], path: Path) -> None:
+def plot_learning(records_of_group: dict[str, list[list[dict]]], file: Path | BinaryIO) -> None:
     """Draw what training has done to the agents against the messages it took, for several runs.
 
     records_of_group: name -> the lines of metrics.jsonl of each run of this group. Thin lines are
@@ -293,7 +389,7 @@ def plot_learning(records_of_group: dict[str, list[list[dict]]], path: Path) -> 
     axes[1].axhline(0, color=COLOURS[7], linestyle=":")
     axes[2].axhline(0.5, color=COLOURS[7], linestyle=":")
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.savefig(file, dpi=100)
     pyplot.close(figure)
 
 

@@ -1,18 +1,55 @@
 """Pages for teachers and auditors, from a run folder's records. No model, no GPU, no network.
 
-    python report.py tree runs/tiny packs-train-00012       # a labelled tree -> RUN/pages/*.html
+    python report.py runs/tiny                          # all stages of a run -> RUN/report.html
+    python report.py tree runs/tiny packs-train-00012   # a labelled tree -> RUN/pages/*.html
     python report.py tree runs/tiny packs-test-00003 --method mcts-8x3-value   # a search of stage 4
 
 A tree page shows every message with N, Q and V, what its agent saw, and Eq. 2 with its numbers at
-every step of the search. It is one file that opens by double click.
+every step of the search. The report of a run shows labels, V, answers and finetuned agents, which
+signatures of failure they have (diagnosis.py), and links to the trees of instructive problems. Each
+page is one file that opens by double click.
 """
 
+import base64
+import io
+import json
 import math
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from runs import HERE, InputError, Parser, cli, read_config, read_records, without_shard
+from diagnosis import (
+    Signature,
+    agents_signatures,
+    answer_signatures,
+    blame,
+    evidence,
+    label_signatures,
+    value_signatures,
+)
+from pictures import plot_accuracy, plot_epochs, plot_reliability, plot_targets, plot_training
+from runs import (
+    HERE,
+    InputError,
+    Parser,
+    cli,
+    read_config,
+    read_finished_lines,
+    read_jsonl,
+    read_records,
+    without_shard,
+)
+from tables import (
+    METHODS_NOTE,
+    Table,
+    breakdown_table,
+    comparisons_table,
+    heldout_table,
+    labels_table,
+    methods_table,
+)
 
 # ---- The tree page -------------------------------------------------------------------------------
 
@@ -144,6 +181,332 @@ def path_to(nodes: list[dict], index: int) -> list[int]:
     return path[::-1]
 
 
+# ---- The report of a run -------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """A PNG inside a page."""
+
+    description: str
+    source: str  # a data: URL
+
+
+class Section(NamedTuple):
+    """A part of the report: one stage, or what is to be seen in it.
+
+    Attributes:
+        provenance: command, commit, time and device; "" if it has no config.json of its own.
+    """
+
+    title: str
+    provenance: str
+    notes: list[str]
+    tables: list[Table]
+    pictures: list[Picture]
+
+
+class Link(NamedTuple):
+    """A cell of a table that leads to a page."""
+
+    text: str
+    target: str
+
+
+def run_page(run: Path) -> str:
+    """Return the report of a run, and write the tree pages that it links to.
+
+    Raises InputError if no stage has left anything to show.
+    """
+    sections, signatures, missing = [], [], []
+    for name, make_section in (
+        ("rollouts", labels_section),
+        ("value", value_section),
+        ("orm", value_section),
+        ("eval", answers_section),
+        ("agents", agents_section),
+    ):
+        if (run / name).is_dir():
+            section, found = make_section(run / name)
+            sections.append(section)
+            signatures += found
+        else:
+            missing.append(name)
+    if not sections:
+        raise InputError(f"{run}: none of {', '.join(missing)} is in it; it is not a run")
+    if (run / "eval").is_dir():
+        sections.append(instructive_section(run))
+    return render(
+        "report.html",
+        title=f"Run {run.resolve().name}",
+        sections=sections,
+        triggered=[signature for signature in signatures if signature.is_triggered],
+        silent=[signature for signature in signatures if not signature.is_triggered],
+        evidence=evidence,
+        missing=missing,
+    )
+
+
+def picture(description: str, plot, *arguments, **options) -> Picture:
+    """Draw into memory. plot: a function of pictures.py; its file is added to the arguments."""
+    file = io.BytesIO()
+    plot(*arguments, file, **options)
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return Picture(description, f"data:image/png;base64,{encoded}")
+
+
+def provenance(config: dict) -> str:
+    commit, *dirty = (config["commit"] or "unknown").split("-")
+    parts = [config["command"], "-".join([f"commit {commit[:7]}", *dirty])]
+    parts += [f"started {config['started']}", config["device"]]
+    return ", ".join(parts)
+
+
+def labels_section(folder: Path) -> tuple[Section, list[Signature]]:
+    """Show the labels of stage 1, per agent."""
+    config = read_config(folder)
+    trees = list(read_records(folder / "trees.jsonl").values())
+    names = [agent["name"] for agent in config["settings"]["graph"]["agents"]]
+    targets: dict[str, list[float]] = {name: [] for name in names}
+    for tree in trees:
+        for node in tree["nodes"][1:]:
+            if node["N"] > 0:
+                targets[node["agent"]].append(node["W"] / node["N"])
+    labelled = {agent: numbers for agent, numbers in targets.items() if numbers}
+    pictures = []
+    if labelled:
+        pictures.append(picture("Distribution of the targets", plot_targets, labelled))
+    section = Section(
+        title="Labels",
+        provenance=provenance(config),
+        notes=[f"{len(trees)} trees."],
+        tables=[labels_table(trees, names)],
+        pictures=pictures,
+    )
+    num_candidates = config["settings"]["num_candidates"]
+    return section, label_signatures(trees, names, num_candidates)
+
+
+def value_section(folder: Path) -> tuple[Section, list[Signature]]:
+    """Show how V, or the ORM, has learnt, and how it reads held-out states."""
+    name = "V" if folder.name == "value" else "The ORM"
+    config = read_config(folder)
+    epochs = read_finished_lines(folder / "metrics.jsonl")
+    heldout = read_finished_lines(folder / "heldout.jsonl")
+    notes, tables, pictures, signatures = [], [], [], []
+    if not config.get("finished"):
+        notes.append("Its training is not finished.")
+    if epochs:
+        tables.append(heldout_table(epochs[-1]["heldout"]))
+        pictures.append(picture(f"{name}, epoch by epoch", plot_epochs, epochs))
+    if heldout:
+        edges_of_agent: dict[str, list[dict]] = {}
+        for edge in heldout:
+            edges_of_agent.setdefault(edge["agent"], []).append(edge)
+        pictures.append(
+            picture(f"{name} against held-out labels", plot_reliability, edges_of_agent)
+        )
+        signatures = value_signatures(epochs[-1]["train_loss"], heldout, config["settings"])
+        if folder.name == "value":
+            tables.append(blame_table(heldout, list(edges_of_agent)))
+            notes.append(
+                "Blame: of each wrong final state of the held-out trees, the message with the "
+                "largest drop below the mean of its siblings."
+            )
+    elif epochs:
+        notes.append(
+            "No reliability, blame or signatures: train_value.py of that version kept no held-out "
+            "values (heldout.jsonl); train again with --overwrite."
+        )
+    section = Section(name, provenance(config), notes, tables, pictures)
+    return section, signatures
+
+
+def blame_table(heldout: list[dict], agents: list[str]) -> Table:
+    """Return how often each agent's message lost the problem, by V and by the labels."""
+    counts = {}
+    for by in ("V", "y"):
+        counts[by] = Counter(loss.agent for loss in blame(heldout, by=by))
+    num_losses = max(1, counts["V"].total())
+    rows = []
+    for agent in [*agents, None]:
+        shares = [f"{100 * counts[by][agent] / num_losses:.1f}" for by in ("V", "y")]
+        rows.append([agent or "nobody", *shares])
+    return Table(["wrong answers lost by", "% by V", "% by the labels"], rows)
+
+
+def answers_section(folder: Path) -> tuple[Section, list[Signature]]:
+    """Show how often the methods are right, and what they cost."""
+    config = read_config(folder)
+    path = folder / "summary.json"
+    if not path.is_file():
+        notes = [f"The evaluation is not finished: no {path.name}. Run evaluate.py again."]
+        return Section("Answers", provenance(config), notes, [], []), []
+    summary = json.loads(path.read_text("utf-8"))
+    records = evaluation_records(folder, summary)
+    tables = [methods_table(summary), comparisons_table(summary)]
+    for key in ("subject", "level"):
+        groups = {str(record[key]) for record in next(iter(records.values()))}
+        if 1 < len(groups) <= MAX_GROUPS:
+            tables.append(breakdown_table(records, key))
+    pictures = []
+    for cost in ("agent calls", "tokens"):
+        pictures.append(picture(f"Exact match against {cost}", plot_accuracy, summary, cost=cost))
+    section = Section("Answers", provenance(config), [METHODS_NOTE], tables, pictures)
+    return section, answer_signatures(records, summary["comparisons"])
+
+
+MAX_GROUPS = 20  # a table by subject with more rows shows nothing
+
+
+def evaluation_records(folder: Path, summary: dict) -> dict[str, list[dict]]:
+    """Return the records of each method of the summary, in the order of the first one's."""
+    records = {}
+    for method in summary["methods"]:
+        records[method] = list(read_records(folder / f"{method}.jsonl").values())
+    return records
+
+
+def agents_section(folder: Path) -> tuple[Section, list[Signature]]:
+    """Show what training has done to the agents (stage 5)."""
+    config = read_config(folder)
+    records = read_jsonl(folder / "metrics.jsonl")
+    if not config.get("finished"):
+        notes = ["Their training is not finished."]
+        return Section("Finetuned agents", provenance(config), notes, [], []), []
+    best_step = config["best_step"]
+    learning = picture("How the agents learnt", plot_training, records, best_step)
+    section = Section("Finetuned agents", provenance(config), [], [], [learning])
+    return section, agents_signatures(records, best_step)
+
+
+# ---- Instructive problems ------------------------------------------------------------------------
+
+NUM_INSTRUCTIVE = 10
+
+
+class Instance(NamedTuple):
+    """A problem from which something can be learnt.
+
+    Attributes:
+        why: what happened.
+        strength: a number by which problems of the same kind are ranked, the largest first.
+    """
+
+    method: str
+    record: dict
+    why: str
+    strength: float
+
+
+def instructive_section(run: Path) -> Section:
+    """Link to the trees of the most instructive problems, whose pages are written."""
+    title = "Instructive problems"
+    path = run / "eval" / "summary.json"
+    records = {}
+    if path.is_file():
+        records = evaluation_records(run / "eval", json.loads(path.read_text("utf-8")))
+    instances = choose_instances(records)
+    if not instances:
+        notes = ["None: no search answered wrongly with a right answer at hand, or no tree kept."]
+        return Section(title, "", notes, [], [])
+    settings = read_config(run / "eval")["settings"]
+    rows = []
+    for instance in instances:
+        record, method = instance.record, instance.method
+        page = default_page(run, record["id"], method)
+        save_page(page, tree_page(record | record["tree"], settings, method))
+        link = Link(record["id"], page.relative_to(run).as_posix())
+        answer = record["answer"] or "none"
+        rows.append([link, method, instance.why, answer, record["gold"], values_on_path(record)])
+    header = ["problem", "method", "what happened", "answer", "gold"]
+    header += ["V from message to message"]
+    return Section(title, "", [], [Table(header, rows)], [])
+
+
+def values_on_path(record: dict) -> str:
+    """Return V after each message of the answer: "Reader −0.41, Planner +0.87"."""
+    parts = []
+    for turn in record["transcript"]:
+        if turn["V"] is not None:
+            parts.append(f"{turn['agent']} {turn['V']:+.2f}")
+    return ", ".join(parts)
+
+
+def choose_instances(records: dict[str, list[dict]]) -> list[Instance]:
+    """Return the most instructive problems, of each kind in turn, each problem once.
+
+    records: method -> its records. Only searches guided by V that kept their trees are considered.
+    """
+    kinds = [missed_answers(records), disagreements(records), lost_to_vote(records)]
+    for instances in kinds:
+        instances.sort(key=lambda instance: -instance.strength)
+    chosen: dict[str, Instance] = {}
+    while any(kinds) and len(chosen) < NUM_INSTRUCTIVE:
+        for instances in kinds:
+            while instances and instances[0].record["id"] in chosen:
+                instances.pop(0)
+            if instances and len(chosen) < NUM_INSTRUCTIVE:
+                instance = instances.pop(0)
+                chosen[instance.record["id"]] = instance
+    return list(chosen.values())
+
+
+def searches_by_value(records: dict[str, list[dict]]) -> list[tuple[str, dict]]:
+    """Return (method, record) of each search guided by V whose tree was kept with its verdicts."""
+    searches = []
+    for method, records_of_method in records.items():
+        if "-value" not in method:
+            continue
+        for record in records_of_method:
+            tree = record.get("tree")
+            if tree is not None and any("correct" in node for node in tree["nodes"]):
+                searches.append((method, record))
+    return searches
+
+
+def missed_answers(records: dict[str, list[dict]]) -> list[Instance]:
+    """Return the searches that answered wrongly although their tree holds a right answer."""
+    instances = []
+    for method, record in searches_by_value(records):
+        nodes = record["tree"]["nodes"]
+        right = [node["V"] for node in nodes if node.get("correct")]
+        if record["correct"] or not right:
+            continue
+        chosen = nodes[record["tree"]["chosen"]]["V"]
+        why = f"V prefers a wrong answer ({chosen:+.2f}) to a right one ({max(right):+.2f})"
+        instances.append(Instance(method, record, why, chosen - max(right)))
+    return instances
+
+
+def disagreements(records: dict[str, list[dict]]) -> list[Instance]:
+    """Return the searches with ORM, each with the final state on which V and ORM differ most."""
+    instances = []
+    for method, record in searches_by_value(records):
+        both = [node for node in record["tree"]["nodes"] if "outcome" in node]
+        if not both:
+            continue
+        node = max(both, key=lambda node: abs(node["V"] - node["outcome"]))
+        verdict = "right" if node["correct"] else "wrong"
+        why = f"V {node['V']:+.2f}, ORM {node['outcome']:+.2f} of a {verdict} answer"
+        instances.append(Instance(method, record, why, abs(node["V"] - node["outcome"])))
+    return instances
+
+
+def lost_to_vote(records: dict[str, list[dict]]) -> list[Instance]:
+    """Return the searches that answered wrongly where a vote was right."""
+    instances = []
+    votes = [method for method in records if method.startswith("vote-")]
+    for vote in votes:
+        right = {record["id"] for record in records[vote] if record["correct"]}
+        for method, record in searches_by_value(records):
+            if record["correct"] or record["id"] not in right:
+                continue
+            chosen = record["tree"]["nodes"][record["tree"]["chosen"]]["V"]
+            why = f"{vote} is right; V of the search's wrong answer is {chosen:+.2f}"
+            instances.append(Instance(method, record, why, chosen))
+    return instances
+
+
 # ---- Templates -----------------------------------------------------------------------------------
 
 
@@ -160,24 +523,41 @@ def render(template: str, **values) -> str:
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("tree",), help="which page")
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("id", help="id of a problem")
     parser.add_argument(
-        "--method", default=None, help="its search by this method, not its labelled tree"
+        "page",
+        nargs="+",
+        metavar="RUN",
+        help="RUN for its report, or: tree RUN ID, ID of a problem",
     )
     parser.add_argument(
-        "--output", default=None, help="the page's file (default: RUN/pages/ID-METHOD.html)"
+        "--method", default=None, help="with tree: its search by this method, not its labelled tree"
+    )
+    parser.add_argument(
+        "--output",
+        default=None,
+        help="the page's file (default: RUN/report.html, RUN/pages/ID-METHOD.html)",
     )
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    run = Path(args.run)
-    record, settings = load_tree(run, args.id, args.method)
-    default = run / "pages" / f"{args.id}-{args.method or 'labels'}.html"
-    path = Path(args.output) if args.output else default
-    write_page(path, tree_page(record, settings, args.method))
+    if len(args.page) == 1:
+        if args.method is not None:
+            raise InputError("--method is for a tree: report.py tree RUN ID --method METHOD")
+        run = Path(args.page[0])
+        # Its links to tree pages start at the run folder.
+        if args.output and Path(args.output).resolve().parent != run.resolve():
+            raise InputError(f"--output {args.output}: a report has to lie in {run}")
+        path = Path(args.output) if args.output else run / "report.html"
+        page = run_page(run)
+    elif len(args.page) == 3 and args.page[0] == "tree":
+        run, problem_id = Path(args.page[1]), args.page[2]
+        record, settings = load_tree(run, problem_id, args.method)
+        path = Path(args.output) if args.output else default_page(run, problem_id, args.method)
+        page = tree_page(record, settings, args.method)
+    else:
+        raise InputError(f"{' '.join(args.page)}: give RUN for its report, or tree RUN ID")
+    write_page(path, page)
 
 
 def load_tree(run: Path, problem_id: str, method: str | None) -> tuple[dict, dict]:
@@ -206,9 +586,19 @@ def load_tree(run: Path, problem_id: str, method: str | None) -> tuple[dict, dic
     return record, config["settings"]
 
 
-def write_page(path: Path, page: str) -> None:
+def default_page(run: Path, problem_id: str, method: str | None) -> Path:
+    """Return where the page of a tree lies, unless the user says otherwise."""
+    return run / "pages" / f"{problem_id}-{method or 'labels'}.html"
+
+
+def save_page(path: Path, page: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def write_page(path: Path, page: str) -> None:
+    """Save a page, and tell the user."""
+    save_page(path, page)
     print(f"{path} ({len(page.encode()) / 1000:.0f} kB) opens in any browser")
 
 

@@ -4,8 +4,60 @@ Two kinds of tables: for the terminal, at most 80 columns wide, and for GitHub (
 """
 
 import statistics
+from typing import NamedTuple
 
-# ---- V on held-out problems ----------------------------------------------------------------------
+
+class Table(NamedTuple):
+    """A table of texts."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def text_table(header: list[str], rows: list[list[str]]) -> str:
+    """Show a table in a terminal: names on the left, numbers aligned on the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for cells in (header, *rows):
+        name, *numbers = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([cells[0].ljust(len(name)), *numbers]))
+    return "\n".join(lines)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Show a table on GitHub."""
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+# ---- Labels (stage 1) ----------------------------------------------------------------------------
+
+
+def labels_table(trees: list[dict], agents: list[str]) -> Table:
+    """Return a row per agent about its labels. trees: lines of trees.jsonl."""
+    header = ["agent", "edges", "visited", "mean Q", "|Q| = 1", "truncated"]
+    rows = []
+    for agent in agents:
+        edges = []
+        for tree in trees:
+            edges += [node for node in tree["nodes"] if node.get("agent") == agent]
+        targets = [edge["W"] / edge["N"] for edge in edges if edge["N"] > 0]
+        num_targets = max(1, len(targets))
+        cells = [
+            agent,
+            str(len(edges)),
+            str(len(targets)),
+            f"{sum(targets) / num_targets:.3f}",
+            f"{sum(abs(target) == 1 for target in targets) / num_targets:.1%}",
+            str(sum(edge["truncated"] for edge in edges)),
+        ]
+        rows.append(cells)
+    return Table(header, rows)
+
+
+# ---- V on held-out problems (stage 2) ------------------------------------------------------------
 
 
 def value_table(report: dict[str, dict]) -> str:
@@ -14,20 +66,33 @@ def value_table(report: dict[str, dict]) -> str:
     report: agent -> metrics, as in metrics.jsonl.
     """
     num_problems = [row["auc_problems"] for row in report.values()]
-    lines = ["held-out    edges   RMSE  of mean  calib.    AUC   95 % interval  top-1  chance"]
-    for agent, row in report.items():
-        low, high = row["auc_95"] or (None, None)
-        interval = f"[{number_or_dash(low)}, {number_or_dash(high)}]"
-        lines.append(
-            f"{agent:10s} {row['n']:6d} {row['rmse']:6.3f} {row['rmse_of_mean']:8.3f} "
-            f"{row['ece']:7.3f} {number_or_dash(row['auc']):>6s}  {interval:14s} "
-            f"{number_or_dash(row['top1']):>6s} {number_or_dash(row['chance']):>7s}"
-        )
-    lines.append(
+    return (
+        f"{text_table(*heldout_table(report))}\n"
         f"AUC is a mean over the {min(num_problems)} to {max(num_problems)} problems "
         f"with right and wrong states."
     )
-    return "\n".join(lines)
+
+
+def heldout_table(report: dict[str, dict]) -> Table:
+    """Return a row per agent. report: agent -> metrics of V, as in metrics.jsonl."""
+    header = ["held-out", "edges", "RMSE", "of mean", "calib.", "AUC", "95 % interval"]
+    header += ["top-1", "chance"]
+    rows = []
+    for agent, row in report.items():
+        low, high = row["auc_95"] or (None, None)
+        cells = [
+            agent,
+            str(row["n"]),
+            f"{row['rmse']:.3f}",
+            f"{row['rmse_of_mean']:.3f}",
+            f"{row['ece']:.3f}",
+            number_or_dash(row["auc"]),
+            f"[{number_or_dash(low)}, {number_or_dash(high)}]",
+            number_or_dash(row["top1"]),
+            number_or_dash(row["chance"]),
+        ]
+        rows.append(cells)
+    return Table(header, rows)
 
 
 def number_or_dash(value: float | None) -> str:
@@ -175,15 +240,22 @@ def headline_comparisons(comparisons: list[dict]) -> list[dict]:
 # ---- Tables for GitHub ---------------------------------------------------------------------------
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+METHODS_NOTE = (
+    "Intervals take the problems as independent. Costs are means per problem. `answers read` "
+    "counts how the answers were found (extraction.py), `none` those that hold no answer. "
+    "`cut` counts messages that ran into their token limit, per agent."
+)
 
 
 def method_table(summary: dict) -> str:
     """Return two tables: the methods, and all comparisons on the same problems."""
+    methods = markdown_table(*methods_table(summary))
+    comparisons = markdown_table(*comparisons_table(summary))
+    return "\n".join([methods, "", METHODS_NOTE, "", comparisons])
+
+
+def methods_table(summary: dict) -> Table:
+    """Return a row per method: its exact match and its cost."""
     header = ["method", "problems", "EM %", "95 % interval", "agent calls", "prompt tokens"]
     header += ["generated", "scored", "seconds", "answers read", "cut"]
     rows = []
@@ -202,12 +274,7 @@ def method_table(summary: dict) -> str:
             counts_text(row["truncated"]) or "0",
         ]
         rows.append(cells)
-    note = (
-        "Intervals take the problems as independent. Costs are means per problem. `answers read` "
-        "counts how the answers were found (extraction.py), `none` those that hold no answer. "
-        "`cut` counts messages that ran into their token limit, per agent."
-    )
-    return "\n".join([markdown_table(header, rows), "", note, "", comparison_table(summary)])
+    return Table(header, rows)
 
 
 def counts_text(counts: dict[str, int]) -> str:
@@ -215,7 +282,7 @@ def counts_text(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {num}" for name, num in counts.items())
 
 
-def comparison_table(summary: dict) -> str:
+def comparisons_table(summary: dict) -> Table:
     """Return every comparison of two methods on the same problems."""
     header = ["method (agent calls)", "against (agent calls)", "EM points", "95 % interval"]
     header += ["won : lost", "p"]
@@ -230,4 +297,21 @@ def comparison_table(summary: dict) -> str:
             f"{row['p']:.2g}",
         ]
         rows.append(cells)
-    return markdown_table(header, rows)
+    return Table(header, rows)
+
+
+def breakdown_table(records: dict[str, list[dict]], key: str) -> Table:
+    """Return EM per method and per subject or level (key). records: method -> its records."""
+    first_records = next(iter(records.values()))
+    rows = []
+    for group in sorted({str(record[key]) for record in first_records}):
+        num_problems = sum(str(record[key]) == group for record in first_records)
+        shares = []
+        for records_of_method in records.values():
+            verdicts = []
+            for record in records_of_method:
+                if str(record[key]) == group:
+                    verdicts.append(record["correct"])
+            shares.append(f"{100 * sum(verdicts) / len(verdicts):.1f}")
+        rows.append([group, str(num_problems), *shares])
+    return Table([key, "problems", *records], rows)

@@ -27,6 +27,7 @@ from torch import nn
 
 from adapters import AgentAdapters, adapter_names
 from checkpoints import checkpoint_fingerprint
+from diagnosis import agents_signatures, warnings
 from generate_rollouts import (
     Edge,
     Node,
@@ -634,7 +635,7 @@ def main(args) -> None:
     config = read_config(folder)
     if config.get("finished"):
         print(f"{folder} is finished already (--overwrite trains it again)")
-        print(training_table(read_jsonl(folder / "metrics.jsonl"), config["best_step"]))
+        report_training(read_jsonl(folder / "metrics.jsonl"), config["best_step"])
         return
     print(describe_training(training, folder))
 
@@ -658,8 +659,13 @@ def main(args) -> None:
     finished = {"finished": True, "best_step": training.best_step}
     write_config(folder, read_config(folder) | finished)
     (folder / "checkpoint.pt").unlink()
-    print(training_table(records, training.best_step))
+    report_training(records, training.best_step)
     print(f"\n{folder} holds the adapters, metrics.jsonl, messages.jsonl and curves.png")
+
+
+def report_training(records: list[dict], best_step: int) -> None:
+    """Print what training has done, and the signatures of failure that it triggers."""
+    print(training_table(records, best_step) + warnings(agents_signatures(records, best_step)))
 
 
 def inherited_problems(args) -> list[dict]:

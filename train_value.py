@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from adapters import add_lora
 from checkpoints import resolve_dtype
+from diagnosis import value_signatures, warnings
 from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
 from metrics import value_metrics
@@ -56,6 +57,7 @@ from runs import (
     positive_int,
     process_rank,
     read_config,
+    read_finished_lines,
     read_jsonl,
     read_records,
     seeded,
@@ -558,7 +560,7 @@ def main(args) -> None:
     open_run(folder, settings, device=args.device, overwrite=args.overwrite)
     if read_config(folder).get("finished"):
         print(f"{folder} is finished already (--overwrite trains it again)")
-        print(value_table(read_jsonl(folder / "metrics.jsonl")[-1]["heldout"]))
+        report_last_epoch(folder)
         return
     log = open_to_append(folder / "metrics.jsonl") if rank == 0 else None
 
@@ -573,8 +575,9 @@ def main(args) -> None:
 
     # 4. Train, and measure V on held-out problems after each epoch.
     def after_epoch(epoch: int, train_loss: float) -> None:
-        report = measure(model, heldout_rows, heldout_edges, batch_tokens=args.batch_tokens)
-        log_epoch(log, epoch, train_loss, report)
+        values = heldout_values(model, heldout_rows, batch_tokens=args.batch_tokens)
+        write_heldout(folder / "heldout.jsonl", heldout_edges, values)
+        log_epoch(log, epoch, train_loss, value_metrics(heldout_edges, values))
 
     try:
         train(
@@ -611,7 +614,7 @@ def main(args) -> None:
         batch_tokens=args.batch_tokens,
     )
     checkpoint.unlink()
-    print(value_table(read_jsonl(folder / "metrics.jsonl")[-1]["heldout"]))
+    report_last_epoch(folder)
 
 
 @dataclass
@@ -737,17 +740,36 @@ def describe_training(
     )
 
 
-def measure(
-    model: ValueModel, rows: list[Row], edges: list[Edge], *, batch_tokens: int
-) -> dict[str, dict]:
-    """Return the metrics of V on held-out labels. edges: the labels of the rows, in their order."""
+def heldout_values(model: ValueModel, rows: list[Row], *, batch_tokens: int) -> list[float]:
+    """Return V of the labelled states of held-out problems, in the order of the rows."""
     values = []
     with Progress(len(rows), description="held-out") as progress:
         model.on_rows = progress.advance
         for row_values in model.predict(rows, batch_tokens=batch_tokens):
             values += row_values
         model.on_rows = ignore  # the bar ends here; V is asked again when it is verified
-    return value_metrics(edges, values)
+    return values
+
+
+def write_heldout(path: Path, edges: list[Edge], values: list[float]) -> None:
+    """Write V beside each held-out label, a line per labelled edge, in place of an older epoch's.
+
+    The report of the run is made from it (report.py).
+    """
+    temporary = path.with_suffix(".part")
+    with open(temporary, "wb") as file:
+        for edge, value in zip(edges, values, strict=True):
+            record = {
+                "id": edge.problem_id,
+                "node": edge.node,
+                "parent": edge.parent,
+                "agent": edge.agent,
+                "y": edge.y,
+                "N": edge.visits,
+                "V": value,
+            }
+            append_jsonl(file, record)
+    temporary.replace(path)
 
 
 def log_epoch(log: BinaryIO, epoch: int, train_loss: float, report: dict[str, dict]) -> None:
@@ -755,6 +777,15 @@ def log_epoch(log: BinaryIO, epoch: int, train_loss: float, report: dict[str, di
     write_line(log, epoch, {"epoch": epoch, "train_loss": train_loss, "heldout": report})
     errors = ", ".join(f"{agent} {row['rmse']:.3f}" for agent, row in report.items())
     tqdm.write(f"epoch {epoch + 1}: training loss {train_loss:.4f}\n  held-out RMSE: {errors}")
+
+
+def report_last_epoch(folder: Path) -> None:
+    """Print how good V is on held-out labels, and the signatures of failure that it triggers."""
+    last_epoch = read_jsonl(folder / "metrics.jsonl")[-1]
+    heldout = read_finished_lines(folder / "heldout.jsonl")
+    settings = read_config(folder)["settings"]
+    signatures = value_signatures(last_epoch["train_loss"], heldout, settings)
+    print(value_table(last_epoch["heldout"]) + warnings(signatures))
 
 
 def peak_memory(device: str) -> str:

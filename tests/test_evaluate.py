@@ -180,10 +180,11 @@ def test_missing_records_are_counted(folder):
 def test_the_breakdown_by_hand(folder):
     """p1 and p2 are hard: MCTS has one of the two, and all three others."""
     records, _ = collect(folder)
-    lines = evaluate.breakdown(make_methods(RIGHT), records, "level").splitlines()
-    assert lines[2:] == [
-        "| easy | 3 | 0.0 | 33.3 | 100.0 | 33.3 |",
-        "| hard | 2 | 50.0 | 100.0 | 50.0 | 0.0 |",
+    table = evaluate.breakdown_table(records, "level")
+    assert table.header == ["level", "problems", *(method.name for method in make_methods(RIGHT))]
+    assert table.rows == [
+        ["easy", "3", "0.0", "33.3", "100.0", "33.3"],
+        ["hard", "2", "50.0", "100.0", "50.0", "0.0"],
     ]
 
 

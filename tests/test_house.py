@@ -31,6 +31,7 @@ ORDER = [
     "policy",
     "tables",
     "pictures",
+    "diagnosis",
     "report",
     "generate_rollouts",
     "value",

@@ -24,6 +24,7 @@ def make_edge(problem_id, parent, y):
     return Edge(
         problem_id=problem_id,
         split="heldout",
+        node=parent + 1,
         parent=parent,
         agent="Solver",
         state=State("q", ()),

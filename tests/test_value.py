@@ -1307,7 +1307,8 @@ def test_measuring_leaves_no_progress_bar_on_the_model(records):
     model = make_model()
     paths = paths_of(records[:1])
     edges = [edge for path in paths for edge in path]
-    train_value.measure(model, make_rows(paths, model), edges, batch_tokens=4000)
+    values = train_value.heldout_values(model, make_rows(paths, model), batch_tokens=4000)
+    assert len(values) == len(edges)
     assert model.on_rows is ignore
 
 
@@ -1340,12 +1341,12 @@ def test_an_epoch_that_is_done_again_replaces_its_line(tmp_path, capsys):
     assert read_jsonl(path) == [lines[0] | {"train_loss": 8.0}]
 
 
-def test_v_is_measured_on_every_label_in_its_order(monkeypatch):
+def test_v_is_measured_on_every_label_in_its_order(monkeypatch, tmp_path):
     """The first row has the labels of A and B, the second one has another label of A."""
     state = State("q", ())
     edges = [
-        Edge("p", "heldout", 0, *label, visits=1)
-        for label in (("A", state, 0.5), ("B", state, -1.0), ("A", state, 0.0))
+        Edge("p", "heldout", *label, visits=1)
+        for label in ((1, 0, "A", state, 0.5), (2, 1, "B", state, -1.0), (3, 0, "A", state, 0.0))
     ]
     rows = [Row([1, 2], [0, 1], [0.5, -1.0], []), Row([1], [0], [0.0], [])]
     bars = []
@@ -1369,11 +1370,22 @@ def test_v_is_measured_on_every_label_in_its_order(monkeypatch):
             return [[0.5, -0.5], [0.25]]
 
     monkeypatch.setattr(train_value, "Progress", RecordedProgress)
-    report = train_value.measure(FixedModel(), rows, edges, batch_tokens=99)
+    values = train_value.heldout_values(FixedModel(), rows, batch_tokens=99)
+    assert values == [0.5, -0.5, 0.25]
+    report = train_value.value_metrics(edges, values)
     assert bars == [(2, "held-out"), 2]
     assert {agent: row["n"] for agent, row in report.items()} == {"A": 2, "B": 1}
     assert report["A"]["rmse"] == pytest.approx(math.sqrt(0.25**2 / 2))
     assert report["B"]["rmse"] == 0.5
+
+    for _ in range(2):  # a later epoch replaces it
+        train_value.write_heldout(tmp_path / "heldout.jsonl", edges, values)
+    assert read_jsonl(tmp_path / "heldout.jsonl") == [
+        {"id": "p", "node": 1, "parent": 0, "agent": "A", "y": 0.5, "N": 1, "V": 0.5},
+        {"id": "p", "node": 2, "parent": 1, "agent": "B", "y": -1.0, "N": 1, "V": -0.5},
+        {"id": "p", "node": 3, "parent": 0, "agent": "A", "y": 0.0, "N": 1, "V": 0.25},
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["heldout.jsonl"]
 
 
 def test_training_is_described_by_its_sizes():

@@ -1,0 +1,100 @@
+"""How often is the blamed agent the guilty one? On the embedded problems the truth is known.
+
+    python tiny/check_blame.py runs/tiny      # after generate_rollouts.py and train_value.py
+
+For each wrong final answer of the held-out trees, `diagnosis.blame` names the agent whose message
+lost the problem. Guilty is the first agent whose message is not the correct work of a faultless
+agent that was given the same input (make_tiny.py). Wrong answers of which nobody is guilty are
+left out and counted. Intervals are over problems.
+"""
+
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from statistics import fmean
+
+# Python puts the folder of this script on sys.path, but the modules below are one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from diagnosis import Loss, blame
+from mas import MAS, State
+from metrics import bootstrap_interval
+from runs import Parser, cli, read_config, read_jsonl, read_records
+from tables import text_table
+from tiny.make_tiny import is_correct_work
+from tiny.problems import make_puzzle
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("run", help="run folder of the embedded agents")
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
+    # 1. Who is guilty of each wrong final answer.
+    run = Path(args.run)
+    mas = MAS.from_dict(read_config(run / "rollouts")["settings"]["graph"])
+    trees = read_records(run / "rollouts" / "trees.jsonl")
+    heldout = read_jsonl(run / "value" / "heldout.jsonl")
+    by_v, by_labels = blame(heldout, by="V"), blame(heldout, by="y")
+    guilty = [first_wrong_work(trees[loss.problem_id], loss.node, mas) for loss in by_v]
+    counts = Counter(guilty)
+    num_without = counts.pop(None, 0)
+    described = ", ".join(f"{agent} {num}" for agent, num in counts.most_common())
+    print(f"{counts.total()} wrong final answers; guilty: {described}; {num_without} without guilt")
+
+    # 2. How often each kind of blame names them.
+    agents = [agent.name for agent in mas.agents]
+    [(most_guilty, _)] = counts.most_common(1)
+    always = [loss._replace(agent=most_guilty) for loss in by_v]
+    rows = []
+    for name, losses in (
+        ("by V", by_v),
+        ("by the labels", by_labels),
+        (f"always the {most_guilty}", always),
+    ):
+        rows.append([name, *shares_found(losses, guilty, agents)])
+    chance = f"{100 / len(agents):.1f}"
+    rows.append(["chance", chance, ""] + [chance] * len(agents))
+    header = ["blamed", "% guilty", "95 % interval"] + [f"{agent} found" for agent in agents]
+    print(text_table(header, rows))
+
+
+def first_wrong_work(tree: dict, leaf: int, mas: MAS) -> str | None:
+    """Return the first agent on the path to a final state whose message is not correct work."""
+    family, split, index = tree["id"].split("-")
+    puzzle = make_puzzle(family, split, int(index))
+    path = []
+    while leaf != 0:
+        path.append(tree["nodes"][leaf])
+        leaf = path[-1]["parent"]
+    state = State(tree["question"], ())
+    for node in reversed(path):
+        if not is_correct_work(puzzle, node["agent"], state, node["message"]):
+            return node["agent"]
+        state = mas.step(state, node["message"])
+    return None
+
+
+def shares_found(losses: list[Loss], guilty: list[str | None], agents: list[str]) -> list[str]:
+    """Return how often the blamed agent is the guilty one, its interval, and this per guilty agent.
+
+    In percent. The first is a mean over problems, each of which counts the same.
+    """
+    hits_of_problem, hits_of_agent = defaultdict(list), defaultdict(list)
+    for loss, agent in zip(losses, guilty, strict=True):
+        if agent is not None:
+            hits_of_problem[loss.problem_id].append(loss.agent == agent)
+            hits_of_agent[agent].append(loss.agent == agent)
+    shares = [fmean(hits) for hits in hits_of_problem.values()]
+    low, high = bootstrap_interval(shares)
+    cells = [f"{100 * fmean(shares):.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
+    for agent in agents:
+        hits = hits_of_agent[agent]
+        cells.append(f"{100 * fmean(hits):.1f}" if hits else "-")
+    return cells
+
+
+if __name__ == "__main__":
+    cli(parse_args, main)
