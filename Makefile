@@ -16,6 +16,7 @@ demo: .venv/.installed
 	$(RUN) train_value.py
 	$(RUN) search.py
 	$(RUN) evaluate.py
+	$(RUN) report.py runs/tiny
 
 test: .venv/.installed-dev
 	$(RUN) -m pytest -q -n 2 --dist loadfile

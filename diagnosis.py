@@ -284,8 +284,8 @@ class Loss(NamedTuple):
 
     Attributes:
         problem_id, node: the final state, an index of its tree.
-        agent: who is blamed; None if V falls nowhere below the mean of the siblings.
-        drop: how far V falls there.
+        agent: who is blamed; None if there is no drop.
+        drop: how far V falls with its message.
     """
 
     problem_id: str
@@ -294,16 +294,17 @@ class Loss(NamedTuple):
     drop: float
 
 
-def blame(edges: list[dict], *, by: str) -> list[Loss]:
+def blame(edges: list[dict], *, by: str, below: str) -> list[Loss]:
     """Say for each wrong final state of the trees which message lost the problem.
 
-    It is the message with the largest drop below the mean of its siblings: the other candidates in
-    the same state show what could be expected there. A message without siblings has no drop. Of
-    equal drops, the first message's counts.
+    It is the message with the largest drop; of equal drops, the first one.
 
     Args:
         edges: lines of heldout.jsonl.
         by: "V", or "y" for the labels themselves.
+        below: what a message falls below. "siblings": their mean, as the other candidates in the
+            same state show what could be expected there; a message without siblings has no drop.
+            "before": the state before it; the first message falls below the mean of its siblings.
     """
     edge_of = {(edge["id"], edge["node"]): edge for edge in edges}
     siblings = defaultdict(list)
@@ -316,7 +317,12 @@ def blame(edges: list[dict], *, by: str) -> list[Loss]:
             continue
         agent, largest_drop = None, 0.0
         for message in reversed(_path_to_root(edge, edge_of)):
-            drop = fmean(siblings[message["id"], message["parent"]]) - message[by]
+            before = edge_of.get((message["id"], message["parent"]))
+            if below == "siblings" or before is None:
+                expected = fmean(siblings[message["id"], message["parent"]])
+            else:
+                expected = before[by]
+            drop = expected - message[by]
             if drop > largest_drop:
                 agent, largest_drop = message["agent"], drop
         losses.append(Loss(edge["id"], edge["node"], agent, largest_drop))

@@ -310,7 +310,7 @@ def value_section(folder: Path) -> tuple[Section, list[Signature]]:
             tables.append(blame_table(heldout, list(edges_of_agent)))
             notes.append(
                 "Blame: of each wrong final state of the held-out trees, the message with the "
-                "largest drop below the mean of its siblings."
+                "largest drop, below the state before it or below the mean of its siblings."
             )
     elif epochs:
         notes.append(
@@ -323,15 +323,16 @@ def value_section(folder: Path) -> tuple[Section, list[Signature]]:
 
 def blame_table(heldout: list[dict], agents: list[str]) -> Table:
     """Return how often each agent's message lost the problem, by V and by the labels."""
-    counts = {}
-    for by in ("V", "y"):
-        counts[by] = Counter(loss.agent for loss in blame(heldout, by=by))
-    num_losses = max(1, counts["V"].total())
-    rows = []
-    for agent in [*agents, None]:
-        shares = [f"{100 * counts[by][agent] / num_losses:.1f}" for by in ("V", "y")]
-        rows.append([agent or "nobody", *shares])
-    return Table(["wrong answers lost by", "% by V", "% by the labels"], rows)
+    header = ["wrong answers lost by"]
+    rows = [[agent] for agent in [*agents, "nobody"]]
+    for by, by_text in (("V", "V"), ("y", "labels")):
+        for below, below_text in (("before", "state before"), ("siblings", "siblings")):
+            header.append(f"% by {by_text}, below {below_text}")
+            losses = blame(heldout, by=by, below=below)
+            counts = Counter(loss.agent or "nobody" for loss in losses)
+            for row in rows:
+                row.append(f"{100 * counts[row[0]] / max(1, len(losses)):.1f}")
+    return Table(header, rows)
 
 
 def answers_section(folder: Path) -> tuple[Section, list[Signature]]:

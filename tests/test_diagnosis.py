@@ -294,7 +294,7 @@ EDGES = [
 
 def test_the_blamed_message_has_the_largest_drop_below_its_siblings():
     """Siblings' means of V: 0 for the Readers, 0.125 for the first plans, -0.25 for the results."""
-    assert blame(EDGES, by="V") == [
+    assert blame(EDGES, by="V", below="siblings") == [
         ("p", 5, "Planner", 0.625),  # 0.125 + 0.5; its Reader is above the mean
         ("p", 8, "Solver", 0.75),  # -0.25 + 1; its Reader falls by 0.25
         ("p", 9, "Reader", 0.25),  # its Solver is above the mean
@@ -303,10 +303,19 @@ def test_the_blamed_message_has_the_largest_drop_below_its_siblings():
 
 def test_blame_by_the_labels():
     """Siblings' means of y: -0.25, 0, -1."""
-    assert blame(EDGES, by="y") == [
+    assert blame(EDGES, by="y", below="siblings") == [
         ("p", 5, "Planner", 1.0),
         ("p", 8, "Reader", 0.75),
         ("p", 9, "Reader", 0.75),
+    ]
+
+
+def test_a_message_may_fall_below_the_state_before_it():
+    """V of the paths: 0.25, -0.5, -1; -0.25, -0.5, -1; -0.25, -0.5, 0.5. The Readers' mean is 0."""
+    assert blame(EDGES, by="V", below="before") == [
+        ("p", 5, "Planner", 0.75),
+        ("p", 8, "Solver", 0.5),
+        ("p", 9, "Reader", 0.25),  # equal to the Planner's, which comes later
     ]
 
 
@@ -318,13 +327,13 @@ def test_of_equal_drops_the_first_message_is_blamed_and_without_siblings_nobody(
         edge(4, 1, "Solver", 0.5, 1.0),
     ]
     # The second Reader's message has no labelled continuation; its label counts as an answer's.
-    assert blame(equal, by="V")[1:] == [("p", 3, "Reader", 0.5)]
+    assert blame(equal, by="V", below="siblings")[1:] == [("p", 3, "Reader", 0.5)]
     alone = [edge(1, 0, "Reader", 0.9, -1.0), edge(2, 1, "Solver", -0.9, -1.0)]
-    assert blame(alone, by="V") == [("p", 2, None, 0.0)]
+    assert blame(alone, by="V", below="siblings") == [("p", 2, None, 0.0)]
 
 
 def test_trees_of_different_problems_are_not_mixed():
     other = [each | {"id": "q"} for each in EDGES]
-    losses = blame(EDGES + other, by="V")
+    losses = blame(EDGES + other, by="V", below="siblings")
     assert [loss.problem_id for loss in losses] == ["p", "p", "p", "q", "q", "q"]
     assert [loss[1:] for loss in losses[3:]] == [loss[1:] for loss in losses[:3]]

@@ -1,10 +1,14 @@
-"""Tests of the embedded problems (tiny/problems.py)."""
+"""Tests of the embedded problems, and of who is guilty of a wrong answer to them (tiny/)."""
 
+import random
 from itertools import combinations
 
 import pytest
 
+from diagnosis import Loss
+from mas import CHAIN
 from tasks import question_key
+from tiny import check_blame, make_tiny
 from tiny.problems import FAMILIES, SPLITS, make_puzzle, numbers_of, total
 
 
@@ -50,3 +54,60 @@ def test_embedded_problems_have_one_solution_and_it_is_the_answer(family):
         count_of_item = dict(zip(puzzle.item_names, solutions[0], strict=True))
         assert puzzle.asked_item in query
         assert puzzle.answer == count_of_item[puzzle.asked_item]
+
+
+# ---- Who is guilty of a wrong answer -------------------------------------------------------------
+
+
+def tree_of(messages):
+    """A tree of one path, as in trees.jsonl."""
+    nodes = [{"parent": None}]
+    for agent, message in zip(CHAIN.agents, messages, strict=True):
+        nodes.append({"parent": len(nodes) - 1, "agent": agent.name, "message": message})
+    return {"id": PUZZLE.id, "question": PUZZLE.question, "nodes": nodes}
+
+
+PUZZLE = make_puzzle("packs", "heldout", 3)
+PAIR = (PUZZLE.x, PUZZLE.y)
+WRONG_PAIR = (PUZZLE.x + 1, PUZZLE.y - 1)
+
+
+def faultless_messages(pair):
+    """What faultless agents say after the Planner has proposed a pair."""
+    rng = random.Random(0)
+    plan, check = make_tiny.planner_message(PUZZLE, *pair, rng, estimate=True)
+    return [
+        make_tiny.reader_message(PUZZLE, rng),
+        plan + check,
+        make_tiny.solver_message(PUZZLE, *pair),
+        make_tiny.verifier_message(PUZZLE, *pair),
+    ]
+
+
+@pytest.mark.parametrize(
+    "pair, changed, guilty",
+    [
+        (PAIR, {}, None),
+        (PAIR, {"Reader": "Facts: none"}, "Reader"),
+        (WRONG_PAIR, {}, "Planner"),
+        (WRONG_PAIR, {"Solver": "Total: 1|1 same."}, "Planner"),  # the first one
+        (PAIR, {"Solver": "Total: 1|1 same."}, "Solver"),
+        (PAIR, {"Verifier": "Final answer: 0"}, "Verifier"),
+    ],
+)
+def test_the_first_agent_that_does_not_do_its_work_is_guilty(pair, changed, guilty):
+    messages = faultless_messages(pair)
+    for index, agent in enumerate(CHAIN.agents):
+        messages[index] = changed.get(agent.name, messages[index])
+    assert check_blame.first_wrong_work(tree_of(messages), 4, CHAIN) == guilty
+
+
+def test_blame_is_right_where_it_names_the_guilty_agent():
+    """On p both of two blames are right, on q none of one: a mean over problems of 50 %."""
+    losses = [Loss("p", 1, "Planner", 0.5), Loss("p", 2, "Solver", 0.5), Loss("q", 1, None, 0.0)]
+    losses.append(Loss("q", 2, "Planner", 0.5))
+    guilty = ["Planner", "Solver", "Planner", None]
+    cells = check_blame.shares_found(losses, guilty, ["Reader", "Planner", "Solver"])
+    assert cells[0] == "50.0"
+    assert cells[1] == "0.0 to 100.0"
+    assert cells[2:] == ["-", "50.0", "100.0"]

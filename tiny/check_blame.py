@@ -37,7 +37,7 @@ def main(args) -> None:
     mas = MAS.from_dict(read_config(run / "rollouts")["settings"]["graph"])
     trees = read_records(run / "rollouts" / "trees.jsonl")
     heldout = read_jsonl(run / "value" / "heldout.jsonl")
-    by_v, by_labels = blame(heldout, by="V"), blame(heldout, by="y")
+    by_v = blame(heldout, by="V", below="before")
     guilty = [first_wrong_work(trees[loss.problem_id], loss.node, mas) for loss in by_v]
     counts = Counter(guilty)
     num_without = counts.pop(None, 0)
@@ -47,14 +47,14 @@ def main(args) -> None:
     # 2. How often each kind of blame names them.
     agents = [agent.name for agent in mas.agents]
     [(most_guilty, _)] = counts.most_common(1)
-    always = [loss._replace(agent=most_guilty) for loss in by_v]
-    rows = []
-    for name, losses in (
-        ("by V", by_v),
-        ("by the labels", by_labels),
-        (f"always the {most_guilty}", always),
-    ):
-        rows.append([name, *shares_found(losses, guilty, agents)])
+    kinds = {
+        "by V, below the state before": by_v,
+        "by V, below its siblings": blame(heldout, by="V", below="siblings"),
+        "by labels, below the state before": blame(heldout, by="y", below="before"),
+        "by labels, below its siblings": blame(heldout, by="y", below="siblings"),
+        f"always the {most_guilty}": [loss._replace(agent=most_guilty) for loss in by_v],
+    }
+    rows = [[name, *shares_found(losses, guilty, agents)] for name, losses in kinds.items()]
     chance = f"{100 / len(agents):.1f}"
     rows.append(["chance", chance, ""] + [chance] * len(agents))
     header = ["blamed", "% guilty", "95 % interval"] + [f"{agent} found" for agent in agents]
