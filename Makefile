@@ -163,6 +163,7 @@ flags-mixed := $(PLANNER_TREES) --num-steps 9 --reward value --outcome-share 0.5
 flags-searched := $(PLANNER_TREES) --num-steps 9 --reward search
 flags-returned := --num-steps 14 --reward value-delta --credit return
 flags-first := $(PLANNER_TREES) --num-steps 8 --reward value
+flags-early := $(PLANNER_TREES) --num-steps 4 --reward value --adapters per-agent
 
 # fresh-KIND-SEED: a fresh V, from labels of the agents of KIND-SEED.
 runs/5/fresh-%/eval/table.md: runs/5/%/eval/table.md
@@ -183,8 +184,8 @@ runs/5/second-%/eval/table.md: runs/5/fresh-first-%/eval/table.md
 runs/5/third-%/eval/table.md: runs/5/fresh-second-%/eval/table.md
 	$(call round,runs/5/second-$*,runs/5/third-$*,$*)
 
-ALL_CURES := $(CURES) first fresh-first second fresh-second third fresh-searched
-TRAINED := $(CURES) first second third
+ALL_CURES := $(CURES) early first fresh-early fresh-first second fresh-second third fresh-searched
+TRAINED := $(CURES) early first second third
 cures: $(call tables,before $(ALL_CURES))
 	$(RUN) evaluate.py --compare $(call groups,before $(ALL_CURES))
 	$(RUN) evaluate.py --compare $(call groups,$(TRAINED)) --curves runs/5/cures.png

@@ -1,5 +1,8 @@
 """Pieces that several tests use: scripted replies, small graphs, and the tiny agents."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 
@@ -119,3 +122,20 @@ def sample_tiny_rollouts(policy: Policy, problems, *, counts, num_agents, seed):
 @pytest.fixture(scope="session")
 def policy(chain) -> Policy:
     return make_tiny_policy(chain)
+
+
+# ---- Pages ---------------------------------------------------------------------------------------
+
+
+def dom_of(page, tmp_path, fragment="", *, width=1200):
+    """Return the document as a browser has built it."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium or google-chrome on this machine")
+    path = tmp_path / "tree.html"
+    path.write_text(page, encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-sync", "--disable-quic"]
+    command += [f"--window-size={width},900"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}{fragment}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

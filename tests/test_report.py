@@ -4,11 +4,9 @@ import html
 import json
 import math
 import re
-import shutil
-import subprocess
 
 import pytest
-from conftest import NoProgress, ScriptedPolicy
+from conftest import NoProgress, ScriptedPolicy, dom_of
 
 import report
 from generate_rollouts import label_tree, run, tree_fields, tree_record
@@ -196,19 +194,6 @@ def test_a_tree_of_the_version_before_has_no_slider(labelled):
     page = report.tree_page(before, SETTINGS, None)
     assert data_of(page)["simulations"] == []
     assert 'id="time"' not in page and 'id="selections"' not in page
-
-
-def dom_of(page, tmp_path, fragment=""):
-    """Return the document as a browser has built it."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium or google-chrome on this machine")
-    path = tmp_path / "tree.html"
-    path.write_text(page, encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-sync", "--disable-quic"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}{fragment}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 @pytest.mark.parametrize("kind", ["searched", "labelled"])

@@ -6,6 +6,7 @@ import re
 
 import matplotlib
 import pytest
+from conftest import dom_of
 
 import evaluate
 import report
@@ -217,6 +218,17 @@ def test_blame_is_counted_per_agent(drawn):
         ["Planner", *["100.0"] * 4],
         ["nobody", *["0.0"] * 4],
     ]
+
+
+@pytest.mark.parametrize("width", [500, 1200])
+def test_the_page_is_never_wider_than_the_window(drawn, tmp_path, width):
+    """Wide tables and pictures scroll on their own. 500 is the narrowest window of Chromium."""
+    _, page = drawn
+    measure = "document.documentElement.scrollWidth + ' of ' + document.documentElement.clientWidth"
+    page += f"<script>document.title = {measure}</script>"
+    [title] = re.findall("<title>(.*?)</title>", dom_of(page, tmp_path, width=width))
+    scroll_width, client_width = map(int, title.split(" of "))
+    assert scroll_width <= client_width <= width
 
 
 # ---- Instructive problems ------------------------------------------------------------------------
