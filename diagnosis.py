@@ -110,14 +110,14 @@ def label_signatures(
             max(shares, default=None),
             0.5,
             "distinct candidates of the agent with most of them: share",
-            "a search has nothing to choose from: raise --temperature",
+            "A search has nothing to choose from: raise --temperature",
         ),
         _above(
             "messages are cut",
             _share(num_cut, num_messages),
             0.05,
             "messages that ran into their token limit: share",
-            "raise --max-new-tokens",
+            "Raise --max-new-tokens",
         ),
     ]
 
@@ -147,14 +147,14 @@ def value_signatures(train_loss: float, heldout: list[dict], settings: dict) -> 
             ratio,
             2.0,
             "held-out loss / training loss, if V explains less than half of the held-out labels",
-            "label more problems (--num-train), or train less (--epochs, --lora-rank)",
+            "Label more problems (--num-train), or train less (--epochs, --lora-rank)",
         ),
         _below(
             "V explains few of the held-out labels",
             explained,
             0.1,
             "explained share of the variance of held-out labels",
-            "label more problems (--num-train), or train longer (--epochs, --lr)",
+            "Label more problems (--num-train), or train longer (--epochs, --lr)",
         ),
     ]
 
@@ -225,28 +225,28 @@ def answer_signatures(records: dict[str, list[dict]], comparisons: list[dict]) -
             _share(num_weak, num_answers),
             0.1,
             "final messages that name no answer, so that their last number counts: share",
-            "tell the last agent how to name its answer, or raise --max-new-tokens",
+            "Tell the last agent how to name its answer, or raise --max-new-tokens",
         ),
         _above(
             "messages are cut",
             _share(num_cut, num_messages),
             0.05,
             "messages that ran into their token limit: share",
-            "raise --max-new-tokens",
+            "Raise --max-new-tokens",
         ),
         _below(
             "MCTS spends its simulations on few final answers",
             _share(num_terminals, num_simulations),
             0.2,
             "distinct terminal states per simulation",
-            "raise --c-uct, or give fewer simulations",
+            "Raise --c-uct, or give fewer simulations",
         ),
         _above(
             "V and the ORM disagree",
             _share(num_disagreements, num_scored_by_both),
             0.2,
             "final states that one of them takes for right and the other for wrong: share",
-            "find out which one is wrong before you mix them (--lam)",
+            "Find out which one is wrong before you mix them (--lam)",
         ),
         _below(
             "V ranks worse than the policy's likelihood",
@@ -271,7 +271,7 @@ def agents_signatures(records: list[dict], best_step: int) -> list[Signature]:
             excess,
             0.1,
             "mean (V + 1) / 2 minus the share of right answers, worst agent, adapters kept",
-            "label with the new agents and train a fresh V (make loop), or mix in the outcome",
+            "Label with the new agents and train a fresh V (make loop), or mix in the outcome",
         )
     ]
 
