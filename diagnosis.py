@@ -34,16 +34,16 @@ class Signature(NamedTuple):
     remedy: str
 
 
-def _above(trouble: str, number: float | None, limit: float, measure: str, remedy: str):
+def _above(*, number: float | None, limit: float, **texts: str) -> Signature:
     """Return a signature that is triggered by a number above its limit."""
     is_triggered = number is not None and number > limit
-    return Signature(trouble, number, limit, is_triggered, measure, remedy)
+    return Signature(number=number, limit=limit, is_triggered=is_triggered, **texts)
 
 
-def _below(trouble: str, number: float | None, limit: float, measure: str, remedy: str):
+def _below(*, number: float | None, limit: float, **texts: str) -> Signature:
     """Return a signature that is triggered by a number below its limit."""
     is_triggered = number is not None and number < limit
-    return Signature(trouble, number, limit, is_triggered, measure, remedy)
+    return Signature(number=number, limit=limit, is_triggered=is_triggered, **texts)
 
 
 def _share(count: int, total: int) -> float | None:
@@ -99,25 +99,25 @@ def label_signatures(
             shares.append(num_distinct[agent] / (num * num_expanded[agent]))
     return [
         _below(
-            "labels are nearly all right or nearly all wrong",
-            _share(num_mixed, len(trees)),
-            0.25,
-            "trees with right and wrong answers: share",
-            "V has little to compare: take easier or harder problems, or another --temperature",
+            trouble="labels are nearly all right or nearly all wrong",
+            number=_share(num_mixed, len(trees)),
+            limit=0.25,
+            measure="trees with right and wrong answers: share",
+            remedy="V has little to compare: take easier or harder problems, or another --temperature",
         ),
         _below(
-            "candidates are nearly all duplicates",
-            max(shares, default=None),
-            0.5,
-            "distinct candidates of the agent with most of them: share",
-            "A search has nothing to choose from: raise --temperature",
+            trouble="candidates are nearly all duplicates",
+            number=max(shares, default=None),
+            limit=0.5,
+            measure="distinct candidates of the agent with most of them: share",
+            remedy="A search has nothing to choose from: raise --temperature",
         ),
         _above(
-            "messages are cut",
-            _share(num_cut, num_messages),
-            0.05,
-            "messages that ran into their token limit: share",
-            "Raise --max-new-tokens",
+            trouble="messages are cut",
+            number=_share(num_cut, num_messages),
+            limit=0.05,
+            measure="messages that ran into their token limit: share",
+            remedy="Raise --max-new-tokens",
         ),
     ]
 
@@ -143,18 +143,18 @@ def value_signatures(train_loss: float, heldout: list[dict], settings: dict) -> 
         ratio = fmean(losses) / train_loss
     return [
         _above(
-            "V fits its training problems, but not held-out ones",
-            ratio,
-            2.0,
-            "held-out loss / training loss, if V explains less than half of the held-out labels",
-            "Label more problems (--num-train), or train less (--epochs, --lora-rank)",
+            trouble="V fits its training problems, but not held-out ones",
+            number=ratio,
+            limit=2.0,
+            measure="held-out loss / training loss, if V explains less than half of the held-out labels",
+            remedy="Label more problems (--num-train), or train less (--epochs, --lora-rank)",
         ),
         _below(
-            "V explains few of the held-out labels",
-            explained,
-            0.1,
-            "explained share of the variance of held-out labels",
-            "Label more problems (--num-train), or train longer (--epochs, --lr)",
+            trouble="V explains few of the held-out labels",
+            number=explained,
+            limit=0.1,
+            measure="explained share of the variance of held-out labels",
+            remedy="Label more problems (--num-train), or train longer (--epochs, --lr)",
         ),
     ]
 
@@ -221,39 +221,39 @@ def answer_signatures(records: dict[str, list[dict]], comparisons: list[dict]) -
             highest.append(row["high"])
     return [
         _above(
-            "answers had to be guessed",
-            _share(num_weak, num_answers),
-            0.1,
-            "final messages that name no answer, so that their last number counts: share",
-            "Tell the last agent how to name its answer, or raise --max-new-tokens",
+            trouble="answers had to be guessed",
+            number=_share(num_weak, num_answers),
+            limit=0.1,
+            measure="final messages that name no answer, so that their last number counts: share",
+            remedy="Tell the last agent how to name its answer, or raise --max-new-tokens",
         ),
         _above(
-            "messages are cut",
-            _share(num_cut, num_messages),
-            0.05,
-            "messages that ran into their token limit: share",
-            "Raise --max-new-tokens",
+            trouble="messages are cut",
+            number=_share(num_cut, num_messages),
+            limit=0.05,
+            measure="messages that ran into their token limit: share",
+            remedy="Raise --max-new-tokens",
         ),
         _below(
-            "MCTS spends its simulations on few final answers",
-            _share(num_terminals, num_simulations),
-            0.2,
-            "distinct terminal states per simulation",
-            "Raise --c-uct, or give fewer simulations",
+            trouble="MCTS spends its simulations on few final answers",
+            number=_share(num_terminals, num_simulations),
+            limit=0.2,
+            measure="distinct terminal states per simulation",
+            remedy="Raise --c-uct, or give fewer simulations",
         ),
         _above(
-            "V and the ORM disagree",
-            _share(num_disagreements, num_scored_by_both),
-            0.2,
-            "final states that one of them takes for right and the other for wrong: share",
-            "Find out which one is wrong before you mix them (--lam)",
+            trouble="V and the ORM disagree",
+            number=_share(num_disagreements, num_scored_by_both),
+            limit=0.2,
+            measure="final states that one of them takes for right and the other for wrong: share",
+            remedy="Find out which one is wrong before you mix them (--lam)",
         ),
         _below(
-            "V ranks worse than the policy's likelihood",
-            min(highest, default=None),
-            0.0,
-            "EM by V minus EM by the policy, same search, upper end of the interval",
-            "V does not fit this task or these agents: train it on their labels",
+            trouble="V ranks worse than the policy's likelihood",
+            number=min(highest, default=None),
+            limit=0.0,
+            measure="EM by V minus EM by the policy, same search, upper end of the interval",
+            remedy="V does not fit this task or these agents: train it on their labels",
         ),
     ]
 
@@ -267,11 +267,11 @@ def agents_signatures(records: list[dict], best_step: int) -> list[Signature]:
     excess, _ = reading_of_v(kept["dev"])
     return [
         _above(
-            "the agents please V more than they are right",
-            excess,
-            0.1,
-            "mean (V + 1) / 2 minus the share of right answers, worst agent, adapters kept",
-            "Label with the new agents and train a fresh V (make loop), or mix in the outcome",
+            trouble="the agents please V more than they are right",
+            number=excess,
+            limit=0.1,
+            measure="mean (V + 1) / 2 minus the share of right answers, worst agent, adapters kept",
+            remedy="Label with the new agents and train a fresh V (make loop), or mix in the outcome",
         )
     ]
 
