@@ -103,7 +103,7 @@ def label_signatures(
             number=_share(num_mixed, len(trees)),
             limit=0.25,
             measure="trees with right and wrong answers: share",
-            remedy="V has little to compare: take easier or harder problems, or another --temperature",
+            remedy="Take easier or harder problems, or another --temperature",
         ),
         _below(
             trouble="candidates are nearly all duplicates",
@@ -146,7 +146,7 @@ def value_signatures(train_loss: float, heldout: list[dict], settings: dict) -> 
             trouble="V fits its training problems, but not held-out ones",
             number=ratio,
             limit=2.0,
-            measure="held-out loss / training loss, if V explains less than half of the held-out labels",
+            measure="held-out / training loss, if V explains less than half of the held-out labels",
             remedy="Label more problems (--num-train), or train less (--epochs, --lora-rank)",
         ),
         _below(
@@ -271,7 +271,7 @@ def agents_signatures(records: list[dict], best_step: int) -> list[Signature]:
             number=excess,
             limit=0.1,
             measure="mean (V + 1) / 2 minus the share of right answers, worst agent, adapters kept",
-            remedy="Label with the new agents and train a fresh V (make loop), or mix in the outcome",
+            remedy="Label with the new agents and train a fresh V, or mix in the outcome",
         )
     ]
 

@@ -257,8 +257,7 @@ def test_only_triggered_signatures_are_printed_with_number_and_remedy():
     signatures = label_signatures([RIGHT, RIGHT], AGENTS, [1, 2])
     assert warnings(signatures) == (
         "\n! labels are nearly all right or nearly all wrong: trees with right and wrong answers: "
-        "share 0.00 (limit 0.25)\n  V has little to compare: take easier or harder problems, or "
-        "another --temperature"
+        "share 0.00 (limit 0.25)\n  Take easier or harder problems, or another --temperature"
     )
     assert warnings(label_signatures([MIXED], AGENTS, [1, 2])) == ""
 
