@@ -37,7 +37,6 @@ from runs import (
     cli,
     read_config,
     read_finished_lines,
-    read_jsonl,
     read_records,
     without_shard,
 )
@@ -255,6 +254,7 @@ def picture(description: str, plot, *arguments, **options) -> Picture:
 
 
 def provenance(config: dict) -> str:
+    """Say which command has made a stage, and when. config: its config.json."""
     commit, *dirty = (config["commit"] or "unknown").split("-")
     parts = [config["command"], "-".join([f"commit {commit[:7]}", *dirty])]
     parts += [f"started {config['started']}", config["device"]]
@@ -335,6 +335,9 @@ def blame_table(heldout: list[dict], agents: list[str]) -> Table:
     return Table(header, rows)
 
 
+MAX_GROUPS = 20  # a table by subject with more rows shows nothing
+
+
 def answers_section(folder: Path) -> tuple[Section, list[Signature]]:
     """Show how often the methods are right, and what they cost."""
     config = read_config(folder)
@@ -356,11 +359,8 @@ def answers_section(folder: Path) -> tuple[Section, list[Signature]]:
     return section, answer_signatures(records, summary["comparisons"])
 
 
-MAX_GROUPS = 20  # a table by subject with more rows shows nothing
-
-
 def evaluation_records(folder: Path, summary: dict) -> dict[str, list[dict]]:
-    """Return the records of each method of the summary, in the order of the first one's."""
+    """Return the records of each method of the summary."""
     records = {}
     for method in summary["methods"]:
         records[method] = list(read_records(folder / f"{method}.jsonl").values())
@@ -370,7 +370,7 @@ def evaluation_records(folder: Path, summary: dict) -> dict[str, list[dict]]:
 def agents_section(folder: Path) -> tuple[Section, list[Signature]]:
     """Show what training has done to the agents (stage 5)."""
     config = read_config(folder)
-    records = read_jsonl(folder / "metrics.jsonl")
+    records = read_finished_lines(folder / "metrics.jsonl")
     if not config.get("finished"):
         notes = ["Their training is not finished."]
         return Section("Finetuned agents", provenance(config), notes, [], []), []
