@@ -1,7 +1,7 @@
 # make demo: the whole method on the embedded agents. make test, make lint: the tests and the linter;
 # make mutants: wrong programs that the tests must catch; make format: fix what the linter can fix.
 # make clean removes .venv, make clean-runs the results.
-# The paper's experiments in small: main and transfer (both after `make demo`), rollout-count,
+# The paper's experiments in small: main, seeds and transfer (after `make demo`), rollout-count,
 # lambda, losses (these three label with `hard` first), refine. train-agents and loop (after `make
 # demo`) finetune the agents. All set up .venv if it is missing.
 PYTHON ?= python3
@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 SEARCHES := sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
 
 .PHONY: demo test mutants lint format clean clean-runs
-.PHONY: main hard rollout-count lambda transfer losses refine train-agents loop credit cures
+.PHONY: main seeds hard rollout-count lambda transfer losses refine train-agents loop credit cures
 
 demo: .venv/.installed
 	$(RUN) generate_rollouts.py
@@ -43,6 +43,15 @@ main: .venv/.installed
 	  $(foreach num,2 4 8 16,mcts-$(num)x1.8.1.1-value) mcts-8x1.8.1.1-value-lam0.5 \
 	  $(foreach num,4 8 16,mcts-$(num)x3-value) mcts-8x1.8.1.1-random \
 	  mcts-8x1.8.1.1-policy mcts-8x1.8.1.1-policy-lam0.5
+
+# The noise of training beside that of the problems: five Vs from the labels of the demo.
+seeds: .venv/.installed
+	for seed in 0 1 2 3 4; do \
+	  $(RUN) train_value.py --run runs/v$$seed --rollouts runs/tiny/rollouts --seed $$seed && \
+	  $(RUN) evaluate.py --run runs/v$$seed --messages runs/tiny/messages --methods greedy vote-4 \
+	    best_of-4-value best_of-8-value $(SEARCHES) mcts-8x3-value || exit 1; \
+	done
+	$(RUN) evaluate.py --compare runs/v0 V=runs/v0,runs/v1,runs/v2,runs/v3,runs/v4
 
 # V is hard to learn here: agents at temperature 1.5, 100 training problems. Every V is measured on
 # the same held-out labels, those of 80 simulations. The runs share the messages of the agents.
