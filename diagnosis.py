@@ -1,10 +1,11 @@
 """What the records of a run say about where it failed: signatures of failure, and blame.
 
-A signature is a number beside the limit at which it usually means trouble. Each stage prints those
-that it triggers; the report of a run (report.py) shows all. Blame says which agent's message lost a
-problem. Plain records only: no model, no search.
+A signature is a number beside the limit at which it usually means trouble. Stages 1, 2, 4 and 5
+print those that they trigger; the report of a run (report.py) shows all. Blame says which agent's
+message lost a problem. Plain records only: no model, no search.
 """
 
+import math
 from collections import Counter, defaultdict
 from statistics import fmean
 from typing import NamedTuple
@@ -19,53 +20,48 @@ class Signature(NamedTuple):
 
     Attributes:
         trouble: what is wrong if it is triggered.
-        number: None if nothing was there to measure.
-        limit: the last number that is no trouble.
-        is_triggered: whether the number is beyond its limit.
         measure: what the number is.
+        number: None if nothing was there to measure.
+        demand: "at most" or "at least" the limit is fine.
         remedy: what usually helps.
     """
 
     trouble: str
-    number: float | None
-    limit: float
-    is_triggered: bool
     measure: str
+    number: float | None
+    demand: str
+    limit: float
     remedy: str
 
-
-def _above(*, number: float | None, limit: float, **texts: str) -> Signature:
-    """Return a signature that is triggered by a number above its limit."""
-    is_triggered = number is not None and number > limit
-    return Signature(number=number, limit=limit, is_triggered=is_triggered, **texts)
-
-
-def _below(*, number: float | None, limit: float, **texts: str) -> Signature:
-    """Return a signature that is triggered by a number below its limit."""
-    is_triggered = number is not None and number < limit
-    return Signature(number=number, limit=limit, is_triggered=is_triggered, **texts)
+    @property
+    def is_triggered(self) -> bool:
+        """Whether the number is on the wrong side. A NaN always is."""
+        if self.number is None:
+            return False
+        if self.demand == "at most":
+            return not self.number <= self.limit
+        return not self.number >= self.limit
 
 
 def _share(count: int, total: int) -> float | None:
     return count / total if total else None
 
 
-def warnings(signatures: list[Signature]) -> str:
+def warning_text(signatures: list[Signature]) -> str:
     """Return two lines for each signature that is triggered; "" if there is none."""
-    paragraphs = []
+    lines = []
     for signature in signatures:
         if signature.is_triggered:
-            paragraphs.append(
-                f"\n! {signature.trouble}: {evidence(signature)}\n  {signature.remedy}"
-            )
-    return "".join(paragraphs)
+            lines += [f"! {signature.trouble}: {evidence(signature)}", f"  {signature.remedy}"]
+    return "\n".join(lines)
 
 
 def evidence(signature: Signature) -> str:
-    """Return what was measured, and the limit: "message cut 0.20 (limit 0.05)"."""
+    """Return what was measured, and what would be fine."""
     if signature.number is None:
         return f"{signature.measure}: nothing to measure"
-    return f"{signature.measure} {signature.number:.2f} (limit {signature.limit:.2f})"
+    demand = f"should be {signature.demand} {signature.limit:g}"
+    return f"{signature.measure}: {signature.number:.3f}, {demand}"
 
 
 # ---- Stage 1: labels -----------------------------------------------------------------------------
@@ -98,25 +94,28 @@ def label_signatures(
         if num > 1 and num_expanded[agent] > 0:
             shares.append(num_distinct[agent] / (num * num_expanded[agent]))
     return [
-        _below(
-            trouble="labels are nearly all right or nearly all wrong",
+        Signature(
+            trouble="most problems are always solved, or never",
+            measure="share of trees with both right and wrong answers",
             number=_share(num_mixed, len(trees)),
+            demand="at least",
             limit=0.25,
-            measure="trees with right and wrong answers: share",
             remedy="Take easier or harder problems, or another --temperature",
         ),
-        _below(
+        Signature(
             trouble="candidates are nearly all duplicates",
+            measure="share of distinct candidates, of the agent with most of them",
             number=max(shares, default=None),
+            demand="at least",
             limit=0.5,
-            measure="distinct candidates of the agent with most of them: share",
             remedy="A search has nothing to choose from: raise --temperature",
         ),
-        _above(
+        Signature(
             trouble="messages are cut",
+            measure="share of messages that ran into their token limit",
             number=_share(num_cut, num_messages),
+            demand="at most",
             limit=0.05,
-            measure="messages that ran into their token limit: share",
             remedy="Raise --max-new-tokens",
         ),
     ]
@@ -131,29 +130,38 @@ def value_signatures(train_loss: float, heldout: list[dict], settings: dict) -> 
     Args:
         train_loss: mean loss of its last epoch.
         heldout: lines of heldout.jsonl.
-        settings: of the training: loss, huber_delta.
+        settings: of the training: target, loss, huber_delta, label_weights.
     """
+    model = "V" if settings["target"] == "search" else "the ORM"
+    # The values of the loss "rank" have no scale.
+    explained = None
+    if heldout and settings["loss"] != "rank":
+        explained = explained_share(heldout)
+
+    # A weighted training loss cannot be compared, nor can one that is no regression.
+    is_comparable = settings["loss"] in ("huber", "mse") and settings["label_weights"] == "equal"
     ratio = None
-    explained = explained_share(heldout) if heldout else None
-    if settings["loss"] in ("huber", "mse") and explained is not None and explained < 0.5:
+    if is_comparable and explained is not None and explained < 0.5:
         losses = []
         for edge in heldout:
             error = abs(edge["V"] - edge["y"])
             losses.append(regression_loss(error, settings["loss"], settings["huber_delta"]))
-        ratio = fmean(losses) / train_loss
+        ratio = fmean(losses) / train_loss if train_loss > 0 else math.inf
     return [
-        _above(
-            trouble="V fits its training problems, but not held-out ones",
+        Signature(
+            trouble=f"{model} fits its training problems, but not held-out ones",
+            measure="held-out / training loss, if less than half of the labels is explained",
             number=ratio,
+            demand="at most",
             limit=2.0,
-            measure="held-out / training loss, if V explains less than half of the held-out labels",
             remedy="Label more problems (--num-train), or train less (--epochs, --lora-rank)",
         ),
-        _below(
-            trouble="V explains few of the held-out labels",
+        Signature(
+            trouble=f"{model} explains little of the held-out labels",
+            measure="share of the variance of held-out labels that it explains",
             number=explained,
+            demand="at least",
             limit=0.1,
-            measure="explained share of the variance of held-out labels",
             remedy="Label more problems (--num-train), or train longer (--epochs, --lr)",
         ),
     ]
@@ -199,16 +207,16 @@ def answer_signatures(records: dict[str, list[dict]], comparisons: list[dict]) -
             num_cut += sum(record["truncated"].values())
 
     # 2. What the searches have looked at.
-    num_simulations, num_terminals = 0, 0
+    num_possible, num_terminals = 0, 0
     num_scored_by_both, num_disagreements = 0, 0
     for method, records_of_method in records.items():
         for record in records_of_method:
             tree = record.get("tree")
-            if tree is None or not method.startswith("mcts-"):
+            if tree is None or not is_guided_mcts(method):
                 continue
-            leaves = [leaves[-1] for leaves in tree["simulations"]]
-            num_simulations += len(leaves)
-            num_terminals += len(set(leaves))
+            ends = [leaves[-1] for leaves in tree["simulations"]]
+            num_possible += min(len(ends), most_final_states(method))
+            num_terminals += len(set(ends))
             for node in tree["nodes"]:
                 if "outcome" in node:
                     num_scored_by_both += 1
@@ -220,57 +228,83 @@ def answer_signatures(records: dict[str, list[dict]], comparisons: list[dict]) -
         if row["why"] == "same, by policy" and "-value" in row["method"]:
             highest.append(row["high"])
     return [
-        _above(
+        Signature(
             trouble="answers had to be guessed",
+            measure="share of final messages that name no answer",
             number=_share(num_weak, num_answers),
+            demand="at most",
             limit=0.1,
-            measure="final messages that name no answer, so that their last number counts: share",
             remedy="Tell the last agent how to name its answer, or raise --max-new-tokens",
         ),
-        _above(
+        Signature(
             trouble="messages are cut",
+            measure="share of messages that ran into their token limit",
             number=_share(num_cut, num_messages),
+            demand="at most",
             limit=0.05,
-            measure="messages that ran into their token limit: share",
             remedy="Raise --max-new-tokens",
         ),
-        _below(
+        Signature(
             trouble="MCTS spends its simulations on few final answers",
-            number=_share(num_terminals, num_simulations),
+            measure="distinct final states per simulation, of those that there can be",
+            number=_share(num_terminals, num_possible),
+            demand="at least",
             limit=0.2,
-            measure="distinct terminal states per simulation",
             remedy="Raise --c-uct, or give fewer simulations",
         ),
-        _above(
+        Signature(
             trouble="V and the ORM disagree",
+            measure="share of final states that only one of them takes for right",
             number=_share(num_disagreements, num_scored_by_both),
+            demand="at most",
             limit=0.2,
-            measure="final states that one of them takes for right and the other for wrong: share",
             remedy="Find out which one is wrong before you mix them (--lam)",
         ),
-        _below(
-            trouble="V ranks worse than the policy's likelihood",
+        Signature(
+            trouble="V guides worse than the policy's likelihood",
+            measure="EM by V minus EM by the likelihood, same search, upper end of the interval",
             number=min(highest, default=None),
+            demand="at least",
             limit=0.0,
-            measure="EM by V minus EM by the policy, same search, upper end of the interval",
             remedy="V does not fit this task or these agents: train it on their labels",
         ),
     ]
+
+
+def is_guided_mcts(method: str) -> bool:
+    """Return whether a method is an MCTS that is guided by V or by the ORM."""
+    return method.startswith("mcts-") and ("-value" in method or "-outcome" in method)
+
+
+def most_final_states(method: str) -> float:
+    """Return how many final states a tree can have: 8 for the method "mcts-64x1.8.1.1-value"."""
+    _, _, candidates = method.split("-")[1].partition("x")
+    if "." not in candidates:
+        return math.inf  # the same number for all agents, however many these are
+    return math.prod(int(num) for num in candidates.split("."))
 
 
 # ---- Stage 5: the agents -------------------------------------------------------------------------
 
 
 def agents_signatures(records: list[dict], best_step: int) -> list[Signature]:
-    """Return the signatures of finetuned agents. records: lines of metrics.jsonl."""
-    [kept] = [record for record in records if record["step"] == best_step and "dev" in record]
-    excess, _ = reading_of_v(kept["dev"])
+    """Return the signatures of finetuned agents.
+
+    Args:
+        records: lines of metrics.jsonl.
+        best_step: whose adapters were kept; 0 if training has not helped.
+    """
+    excess = None
+    for record in records:
+        if record["step"] == best_step > 0 and "dev" in record:
+            excess, _ = reading_of_v(record["dev"])
     return [
-        _above(
-            trouble="the agents please V more than they are right",
+        Signature(
+            trouble="V thinks better of the agents than they are",
+            measure="mean (V + 1) / 2 minus the share of right answers, worst agent",
             number=excess,
+            demand="at most",
             limit=0.1,
-            measure="mean (V + 1) / 2 minus the share of right answers, worst agent, adapters kept",
             remedy="Label with the new agents and train a fresh V, or mix in the outcome",
         )
     ]
@@ -279,7 +313,7 @@ def agents_signatures(records: list[dict], best_step: int) -> list[Signature]:
 # ---- Blame ---------------------------------------------------------------------------------------
 
 
-class Loss(NamedTuple):
+class LostAnswer(NamedTuple):
     """A wrong final state, and the message that lost the problem.
 
     Attributes:
@@ -294,7 +328,7 @@ class Loss(NamedTuple):
     drop: float
 
 
-def blame(edges: list[dict], *, by: str, below: str) -> list[Loss]:
+def blame(edges: list[dict], *, by: str, below: str) -> list[LostAnswer]:
     """Say for each wrong final state of the trees which message lost the problem.
 
     It is the message with the largest drop; of equal drops, the first one.
@@ -303,30 +337,35 @@ def blame(edges: list[dict], *, by: str, below: str) -> list[Loss]:
         edges: lines of heldout.jsonl.
         by: "V", or "y" for the labels themselves.
         below: what a message falls below. "siblings": their mean, as the other candidates in the
-            same state show what could be expected there; a message without siblings has no drop.
-            "before": the state before it; the first message falls below the mean of its siblings.
+            same state show what could be expected there. Only visited ones have labels and count; a
+            message without them has no drop. "before": the state before it; the first message falls
+            below the mean of its siblings.
     """
     edge_of = {(edge["id"], edge["node"]): edge for edge in edges}
-    siblings = defaultdict(list)
+    candidates = defaultdict(list)  # state -> its labelled messages
     for edge in edges:
-        siblings[edge["id"], edge["parent"]].append(edge[by])
-    losses = []
+        candidates[edge["id"], edge["parent"]].append(edge)
+    lost = []
     for edge in edges:
-        is_final = (edge["id"], edge["node"]) not in siblings
+        is_final = (edge["id"], edge["node"]) not in candidates
         if not is_final or edge["y"] > 0:
             continue
         agent, largest_drop = None, 0.0
         for message in reversed(_path_to_root(edge, edge_of)):
             before = edge_of.get((message["id"], message["parent"]))
             if below == "siblings" or before is None:
-                expected = fmean(siblings[message["id"], message["parent"]])
+                others = []
+                for candidate in candidates[message["id"], message["parent"]]:
+                    if candidate is not message:
+                        others.append(candidate[by])
+                expected = fmean(others) if others else message[by]
             else:
                 expected = before[by]
             drop = expected - message[by]
             if drop > largest_drop:
                 agent, largest_drop = message["agent"], drop
-        losses.append(Loss(edge["id"], edge["node"], agent, largest_drop))
-    return losses
+        lost.append(LostAnswer(edge["id"], edge["node"], agent, largest_drop))
+    return lost
 
 
 def _path_to_root(edge: dict, edge_of: dict[tuple[str, int], dict]) -> list[dict]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from answers import MATH_VERIFY
 from compare import compare_runs, read_groups, write_curves
-from diagnosis import answer_signatures, warnings
+from diagnosis import answer_signatures, warning_text
 from extraction import extract_answer
 from generate_rollouts import Node, run
 from mas import MAS, load_graph
@@ -225,7 +225,8 @@ def summarise(methods: list[Method], records: dict[str, list[dict]]) -> dict:
             }
             comparison |= compare_methods(records[method.name], records[other.name])
             comparisons.append(comparison)
-    return {"methods": rows, "comparisons": comparisons}
+    ids = [record["id"] for record in records[methods[0].name]]
+    return {"problems": ids, "methods": rows, "comparisons": comparisons}
 
 
 def summarise_method(records: list[dict]) -> dict:
@@ -477,12 +478,12 @@ def write_report(
     """
     summary = summarise(methods, records)
     breakdowns = [markdown_table(*breakdown_table(records, key)) for key in keys]
-    flags = warnings(answer_signatures(records, summary["comparisons"]))
-    table = "\n\n".join([method_table(summary), *breakdowns]) + flags
+    flags = warning_text(answer_signatures(records, summary["comparisons"]))
+    table = "\n\n".join([method_table(summary), *breakdowns, flags]).rstrip()
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     (folder / "table.md").write_text(table + "\n", "utf-8")
     plot_accuracy(summary, folder / "em_vs_calls.png")
-    print("\n\n".join(["", screen(summary), *breakdowns]) + flags)
+    print("\n\n".join(["", screen(summary), *breakdowns, flags]).rstrip())
     if MATH_VERIFY.timeouts > 0:
         # Those of other processes, and of earlier ones that were resumed, are in their own output.
         print(

@@ -29,7 +29,7 @@ def _load_pyplot():
 # ---- Exact match against cost --------------------------------------------------------------------
 
 # What a method may be charged with: the records' names of its parts, and what they are called.
-COSTS = {
+COST_PARTS = {
     "agent calls": {"agent_calls": "sampled messages"},
     "tokens": {
         "prompt_tokens": "prompts",
@@ -64,13 +64,13 @@ def plot_accuracy(summary: dict, file: Path | BinaryIO, *, cost: str = "agent ca
     with their N.
 
     Args:
-        cost: one of COSTS.
+        cost: one of COST_PARTS.
     """
     pyplot = _load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     rows = {}
     for name, row in summary["methods"].items():
-        rows[name] = row | {"cost": sum(row[part] for part in COSTS[cost])}
+        rows[name] = row | {"cost": sum(row[part] for part in COST_PARTS[cost])}
     families = families_of(rows)
     colour_of, hollow = {}, set()
     for index, names in enumerate(families):
@@ -125,14 +125,14 @@ def set_axes(axes, rows: list[dict], cost: str) -> None:
         xscale="log",
         xlim=x_limits,
         ylim=y_limits,
-        xlabel=f"{cost} ({', '.join(COSTS[cost].values())}) per problem, mean",
+        xlabel=f"{cost} ({', '.join(COST_PARTS[cost].values())}) per problem, mean",
         ylabel="exact match, %",
         title=f"{rows[0]['n']} test problems, 95 % intervals",
     )
     first = math.ceil(math.log2(x_limits[0]))
     last = math.floor(math.log2(x_limits[1]))
     ticks = [2.0**exponent for exponent in range(first, last + 1)]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:,g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
 
@@ -252,7 +252,8 @@ def plot_reliability(edges_of_agent: dict[str, list[dict]], file: Path | BinaryI
     for panel, (agent, edges) in zip(panels, edges_of_agent.items(), strict=True):
         bins: dict[int, list[dict]] = {}
         for edge in edges:
-            bins.setdefault(min(9, int((edge["V"] + 1) / 2 * 10)), []).append(edge)
+            if math.isfinite(edge["V"]):
+                bins.setdefault(min(9, int((edge["V"] + 1) / 2 * 10)), []).append(edge)
         values, labels, areas = [], [], []
         for states in bins.values():
             values.append(statistics.fmean(edge["V"] for edge in states))
@@ -282,7 +283,7 @@ def plot_epochs(epochs: list[dict], file: Path | BinaryIO) -> None:
     loss.set(title="training: loss", ylim=(0, None))
     error.set(title="held-out: RMSE of V", ylim=(0, None))
     error.legend(fontsize=8)
-    ranking.set(title="held-out: AUC of V within a problem", ylim=(0.3, 1.03))
+    ranking.set(title="held-out: AUC of V within a problem", ylim=(-0.03, 1.03))
     ranking.axhline(0.5, color=COLOURS[7], linestyle=":")
     for panel in (loss, error, ranking):
         panel.set(xlabel="epoch", xticks=numbers)

@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -191,16 +192,17 @@ class Picture(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the report: one stage, or what is to be seen in it.
+    """A part of the report: a stage, or the instructive problems.
 
     Attributes:
         provenance: command, commit, time and device; "" if it has no config.json of its own.
+        tables: each with its caption.
     """
 
     title: str
     provenance: str
     notes: list[str]
-    tables: list[Table]
+    tables: list[tuple[str, Table]]
     pictures: list[Picture]
 
 
@@ -216,7 +218,8 @@ def run_page(run: Path) -> str:
 
     Raises InputError if no stage has left anything to show.
     """
-    sections, signatures, missing = [], [], []
+    sections, missing = [], []
+    signatures: list[tuple[str, Signature]] = []  # with the title of their section
     for name, make_section in (
         ("rollouts", labels_section),
         ("value", value_section),
@@ -227,19 +230,28 @@ def run_page(run: Path) -> str:
         if (run / name).is_dir():
             section, found = make_section(run / name)
             sections.append(section)
-            signatures += found
+            signatures += [(section.title, signature) for signature in found]
         else:
             missing.append(name)
     if not sections:
         raise InputError(f"{run}: none of {', '.join(missing)} is in it; it is not a run")
     if (run / "eval").is_dir():
         sections.append(instructive_section(run))
+    triggered, silent, unmeasured = [], [], []
+    for title, signature in signatures:
+        if signature.is_triggered:
+            triggered.append((title, signature))
+        elif signature.number is not None:
+            silent.append((title, signature))
+        else:
+            unmeasured.append((title, signature))
     return render(
         "report.html",
         title=f"Run {run.resolve().name}",
         sections=sections,
-        triggered=[signature for signature in signatures if signature.is_triggered],
-        silent=[signature for signature in signatures if not signature.is_triggered],
+        triggered=triggered,
+        silent=silent,
+        unmeasured=unmeasured,
         evidence=evidence,
         missing=missing,
     )
@@ -279,39 +291,44 @@ def labels_section(folder: Path) -> tuple[Section, list[Signature]]:
         title="Labels",
         provenance=provenance(config),
         notes=[f"{len(trees)} trees."],
-        tables=[labels_table(trees, names)],
+        tables=[("Labels per agent", labels_table(trees, names))],
         pictures=pictures,
     )
     num_candidates = config["settings"]["num_candidates"]
     return section, label_signatures(trees, names, num_candidates)
 
 
+BLAME_NOTE = (
+    "A wrong answer of the held-out trees is lost by the message with the largest drop: below the "
+    "state before it, or below the mean of its visited siblings."
+)
+
+
 def value_section(folder: Path) -> tuple[Section, list[Signature]]:
     """Show how V, or the ORM, has learnt, and how it reads held-out states."""
-    name = "V" if folder.name == "value" else "The ORM"
+    name = "V" if folder.name == "value" else "ORM"
     config = read_config(folder)
+    names = [agent["name"] for agent in config["settings"]["graph"]["agents"]]
     epochs = read_finished_lines(folder / "metrics.jsonl")
     heldout = read_finished_lines(folder / "heldout.jsonl")
     notes, tables, pictures, signatures = [], [], [], []
     if not config.get("finished"):
         notes.append("Its training is not finished.")
     if epochs:
-        tables.append(heldout_table(epochs[-1]["heldout"]))
+        tables.append(("Held-out labels", heldout_table(epochs[-1]["heldout"])))
         pictures.append(picture(f"{name}, epoch by epoch", plot_epochs, epochs))
-    if heldout:
-        edges_of_agent: dict[str, list[dict]] = {}
+    if heldout and epochs:
+        edges_of_agent = {agent: [] for agent in names}
         for edge in heldout:
-            edges_of_agent.setdefault(edge["agent"], []).append(edge)
+            edges_of_agent[edge["agent"]].append(edge)
+        edges_of_agent = {agent: edges for agent, edges in edges_of_agent.items() if edges}
         pictures.append(
             picture(f"{name} against held-out labels", plot_reliability, edges_of_agent)
         )
         signatures = value_signatures(epochs[-1]["train_loss"], heldout, config["settings"])
         if folder.name == "value":
-            tables.append(blame_table(heldout, list(edges_of_agent)))
-            notes.append(
-                "Blame: of each wrong final state of the held-out trees, the message with the "
-                "largest drop, below the state before it or below the mean of its siblings."
-            )
+            tables.append(("Which message lost the wrong answers", blame_table(heldout, names)))
+            notes.append(BLAME_NOTE)
     elif epochs:
         notes.append(
             "No reliability, blame or signatures: train_value.py of that version kept no held-out "
@@ -322,16 +339,16 @@ def value_section(folder: Path) -> tuple[Section, list[Signature]]:
 
 
 def blame_table(heldout: list[dict], agents: list[str]) -> Table:
-    """Return how often each agent's message lost the problem, by V and by the labels."""
-    header = ["wrong answers lost by"]
+    """Return how many answers each agent's message lost, by V and by the labels."""
+    header = ["lost by"]
     rows = [[agent] for agent in [*agents, "nobody"]]
     for by, by_text in (("V", "V"), ("y", "labels")):
         for below, below_text in (("before", "state before"), ("siblings", "siblings")):
-            header.append(f"% by {by_text}, below {below_text}")
-            losses = blame(heldout, by=by, below=below)
-            counts = Counter(loss.agent or "nobody" for loss in losses)
+            header.append(f"by {by_text}, below {below_text}")
+            lost = blame(heldout, by=by, below=below)
+            counts = Counter(answer.agent or "nobody" for answer in lost)
             for row in rows:
-                row.append(f"{100 * counts[row[0]] / max(1, len(losses)):.1f}")
+                row.append(str(counts[row[0]]))
     return Table(header, rows)
 
 
@@ -347,11 +364,12 @@ def answers_section(folder: Path) -> tuple[Section, list[Signature]]:
         return Section("Answers", provenance(config), notes, [], []), []
     summary = json.loads(path.read_text("utf-8"))
     records = evaluation_records(folder, summary)
-    tables = [methods_table(summary), comparisons_table(summary)]
+    tables = [("Methods", methods_table(summary))]
+    tables.append(("Comparisons on the same problems", comparisons_table(summary)))
     for key in ("subject", "level"):
         groups = {str(record[key]) for record in next(iter(records.values()))}
         if 1 < len(groups) <= MAX_GROUPS:
-            tables.append(breakdown_table(records, key))
+            tables.append((f"EM % by {key}", breakdown_table(records, key)))
     pictures = []
     for cost in ("agent calls", "tokens"):
         pictures.append(picture(f"Exact match against {cost}", plot_accuracy, summary, cost=cost))
@@ -360,10 +378,21 @@ def answers_section(folder: Path) -> tuple[Section, list[Signature]]:
 
 
 def evaluation_records(folder: Path, summary: dict) -> dict[str, list[dict]]:
-    """Return the records of each method of the summary."""
-    records = {}
+    """Return the records of each method on the problems of the summary, in their order.
+
+    A folder can hold more: other methods, and more problems than the last command asked for.
+    """
+    record_of = {}
     for method in summary["methods"]:
-        records[method] = list(read_records(folder / f"{method}.jsonl").values())
+        record_of[method] = read_records(folder / f"{method}.jsonl")
+    ids = summary.get("problems")
+    if ids is None:  # of an older version
+        ids = list(next(iter(record_of.values())))
+    records = {}
+    for method, record_of_id in record_of.items():
+        records[method] = [
+            record_of_id[problem_id] for problem_id in ids if problem_id in record_of_id
+        ]
     return records
 
 
@@ -383,6 +412,10 @@ def agents_section(folder: Path) -> tuple[Section, list[Signature]]:
 # ---- Instructive problems ------------------------------------------------------------------------
 
 NUM_INSTRUCTIVE = 10
+NO_TREES = (
+    "No search guided by V has kept its trees with the verdicts on their answers: evaluate.py "
+    "keeps those of the first --num-trees problems; older versions kept no verdicts."
+)
 
 
 class Instance(NamedTuple):
@@ -403,29 +436,31 @@ def instructive_section(run: Path) -> Section:
     """Link to the trees of the most instructive problems, whose pages are written."""
     title = "Instructive problems"
     path = run / "eval" / "summary.json"
-    records = {}
-    if path.is_file():
-        records = evaluation_records(run / "eval", json.loads(path.read_text("utf-8")))
+    if not path.is_file():
+        return Section(title, "", ["The evaluation is not finished."], [], [])
+    records = evaluation_records(run / "eval", json.loads(path.read_text("utf-8")))
+    if not searches_by_value(records):
+        return Section(title, "", [NO_TREES], [], [])
     instances = choose_instances(records)
     if not instances:
-        notes = ["None: no search answered wrongly with a right answer at hand, or no tree kept."]
-        return Section(title, "", notes, [], [])
+        return Section(title, "", ["None: no search by V missed a right answer."], [], [])
     settings = read_config(run / "eval")["settings"]
     rows = []
     for instance in instances:
         record, method = instance.record, instance.method
         page = default_page(run, record["id"], method)
         save_page(page, tree_page(record | record["tree"], settings, method))
-        link = Link(record["id"], page.relative_to(run).as_posix())
+        link = Link(record["id"], quote(page.relative_to(run).as_posix()))
         answer = record["answer"] or "none"
         rows.append([link, method, instance.why, answer, record["gold"], values_on_path(record)])
     header = ["problem", "method", "what happened", "answer", "gold"]
     header += ["V from message to message"]
-    return Section(title, "", [], [Table(header, rows)], [])
+    caption = "What can be learnt from them is on the page of each tree"
+    return Section(title, "", [], [(caption, Table(header, rows))], [])
 
 
 def values_on_path(record: dict) -> str:
-    """Return V after each message of the answer: "Reader −0.41, Planner +0.87"."""
+    """Return V after each message of the answer: "Reader -0.41, Planner +0.87"."""
     parts = []
     for turn in record["transcript"]:
         if turn["V"] is not None:
@@ -474,7 +509,10 @@ def missed_answers(records: dict[str, list[dict]]) -> list[Instance]:
         if record["correct"] or not right:
             continue
         chosen = nodes[record["tree"]["chosen"]]["V"]
-        why = f"V prefers a wrong answer ({chosen:+.2f}) to a right one ({max(right):+.2f})"
+        if chosen > max(right):
+            why = f"V prefers a wrong answer ({chosen:+.2f}) to a right one ({max(right):+.2f})"
+        else:  # MCTS decides by Q
+            why = f"V of the wrong answer is {chosen:+.2f}, of a right one {max(right):+.2f}"
         instances.append(Instance(method, record, why, chosen - max(right)))
     return instances
 
@@ -589,7 +627,8 @@ def load_tree(run: Path, problem_id: str, method: str | None) -> tuple[dict, dic
 
 def default_page(run: Path, problem_id: str, method: str | None) -> Path:
     """Return where the page of a tree lies, unless the user says otherwise."""
-    return run / "pages" / f"{problem_id}-{method or 'labels'}.html"
+    name = f"{quote(problem_id, safe='')}-{method or 'labels'}.html"  # an id may hold a slash
+    return run / "pages" / name
 
 
 def save_page(path: Path, page: str) -> None:

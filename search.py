@@ -161,6 +161,8 @@ def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, 
         values = yield Score(fresh)
         for node, value in zip(fresh, values, strict=True):
             node.V = value
+            if mas.is_terminal(node.state):
+                node.reward = value
 
         # 3. Keep the best. The sort is stable: ties go to finished transcripts, then to the first.
         beams = sorted(finished + fresh, key=lambda node: -node.V)[:beam_width]

@@ -1,8 +1,10 @@
 """Tables, from plain records. Knows no model and no search.
 
-Two kinds of tables: for the terminal, at most 80 columns wide, and for GitHub (table.md).
+For the terminal (at most 80 columns wide if the names are short), for GitHub (table.md), and as a
+`Table` of texts for pages.
 """
 
+import math
 import statistics
 from typing import NamedTuple
 
@@ -176,13 +178,13 @@ def training_table(records: list[dict], best_step: int) -> str:
 def reading_of_v(dev: dict) -> tuple[float | None, float | None]:
     """Return how much better than the truth V thinks the agents are, and its AUC.
 
-    Both of the agent whose messages V misjudges most; None without V. dev: of a line of
+    Both of the agent of whom V thinks too well most; None without V. dev: of a line of
     metrics.jsonl.
     """
     agents = [row for row in dev["agents"].values() if row["value"] is not None]
     if not agents:
         return None, None
-    worst = max(agents, key=lambda row: abs(row["value"] - row["right"]))
+    worst = max(agents, key=lambda row: row["value"] - row["right"])
     return worst["value"] - worst["right"], worst["value_auc"]
 
 
@@ -300,11 +302,16 @@ def comparisons_table(summary: dict) -> Table:
     return Table(header, rows)
 
 
+def _numbers_first(text: str) -> tuple[float, str]:
+    """Return a key that sorts "2" before "10", and both before words."""
+    return (float(text) if text.isdigit() else math.inf, text)
+
+
 def breakdown_table(records: dict[str, list[dict]], key: str) -> Table:
     """Return EM per method and per subject or level (key). records: method -> its records."""
     first_records = next(iter(records.values()))
     rows = []
-    for group in sorted({str(record[key]) for record in first_records}):
+    for group in sorted({str(record[key]) for record in first_records}, key=_numbers_first):
         num_problems = sum(str(record[key]) == group for record in first_records)
         shares = []
         for records_of_method in records.values():

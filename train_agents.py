@@ -27,7 +27,7 @@ from torch import nn
 
 from adapters import AgentAdapters, adapter_names
 from checkpoints import checkpoint_fingerprint
-from diagnosis import agents_signatures, warnings
+from diagnosis import agents_signatures, warning_text
 from generate_rollouts import (
     Edge,
     Node,
@@ -665,7 +665,8 @@ def main(args) -> None:
 
 def report_training(records: list[dict], best_step: int) -> None:
     """Print what training has done, and the signatures of failure that it triggers."""
-    print(training_table(records, best_step) + warnings(agents_signatures(records, best_step)))
+    signatures = agents_signatures(records, best_step)
+    print("\n".join([training_table(records, best_step), warning_text(signatures)]).rstrip())
 
 
 def inherited_problems(args) -> list[dict]:

@@ -1,5 +1,7 @@
 """Tests of what the records say about failures: every signature planted, and blame by hand."""
 
+import math
+
 import pytest
 
 from diagnosis import (
@@ -9,9 +11,10 @@ from diagnosis import (
     evidence,
     explained_share,
     label_signatures,
+    most_final_states,
     regression_loss,
     value_signatures,
-    warnings,
+    warning_text,
 )
 
 AGENTS = ["Reader", "Solver"]
@@ -43,7 +46,7 @@ def make_tree(rewards, *, num_cut=0):
 
 
 MIXED, RIGHT = make_tree([1.0, -1.0]), make_tree([1.0, 1.0])
-ONE_SIDED = "labels are nearly all right or nearly all wrong"
+ONE_SIDED = "most problems are always solved, or never"
 DUPLICATES = "candidates are nearly all duplicates"
 CUT = "messages are cut"
 
@@ -93,9 +96,9 @@ def test_no_trees_have_no_signature():
 
 # ---- V -------------------------------------------------------------------------------------------
 
-HUBER = {"loss": "huber", "huber_delta": 1.0}
+HUBER = {"target": "search", "loss": "huber", "huber_delta": 1.0, "label_weights": "equal"}
 NOT_HELDOUT = "V fits its training problems, but not held-out ones"
-EXPLAINS_FEW = "V explains few of the held-out labels"
+EXPLAINS_FEW = "V explains little of the held-out labels"
 
 
 def heldout_of(*pairs):
@@ -134,12 +137,50 @@ def test_a_v_that_explains_most_of_the_held_out_labels_is_not_flagged():
 
 
 def test_losses_that_are_no_regression_are_not_compared():
-    signatures = value_signatures(
-        0.01, heldout_of((0.2, 1.0), (-0.2, -1.0)), {"loss": "rank", "huber_delta": 1.0}
-    )
+    heldout = heldout_of((0.2, 1.0), (-0.2, -1.0))
+    signatures = value_signatures(0.01, heldout, HUBER | {"loss": "dist"})
     assert number_of(signatures, NOT_HELDOUT) is None
     assert number_of(signatures, EXPLAINS_FEW) == pytest.approx(0.36)
-    assert not triggered(signatures)
+    assert number_of(value_signatures(0.01, heldout, HUBER), NOT_HELDOUT) == pytest.approx(32.0)
+    # A weighted loss cannot be compared either. Values that are only ranked explain nothing.
+    weighted = value_signatures(0.01, heldout, HUBER | {"label_weights": "visits"})
+    assert number_of(weighted, NOT_HELDOUT) is None
+    ranked = value_signatures(0.01, heldout, HUBER | {"loss": "rank"})
+    assert [each.number for each in ranked] == [None, None]
+
+
+@pytest.mark.parametrize("train_loss, is_flagged", [(0.151, True), (0.161, False), (0.0, True)])
+def test_twice_the_training_loss_is_the_limit(train_loss, is_flagged):
+    """Errors of 0.8 have a Huber loss of 0.32 and explain 36 %."""
+    heldout = heldout_of((0.2, 1.0), (-0.2, -1.0))
+    signatures = value_signatures(train_loss, heldout, HUBER)
+    assert triggered(signatures) == ({NOT_HELDOUT} if is_flagged else set())
+
+
+@pytest.mark.parametrize("value, is_compared", [(0.28, True), (0.30, False)])
+def test_losses_are_compared_if_less_than_half_is_explained(value, is_compared):
+    """1 - 0.72**2 = 0.48, and 1 - 0.7**2 = 0.51."""
+    signatures = value_signatures(0.01, heldout_of((value, 1.0), (-value, -1.0)), HUBER)
+    assert (number_of(signatures, NOT_HELDOUT) is not None) == is_compared
+
+
+@pytest.mark.parametrize("value, is_flagged", [(0.04, True), (0.06, False)])
+def test_a_tenth_has_to_be_explained(value, is_flagged):
+    """1 - 0.96**2 = 0.08, and 1 - 0.94**2 = 0.12."""
+    signatures = value_signatures(9.0, heldout_of((value, 1.0), (-value, -1.0)), HUBER)
+    assert triggered(signatures) == ({EXPLAINS_FEW} if is_flagged else set())
+
+
+def test_an_orm_is_called_so():
+    wrong = heldout_of((0.0, 1.0), (0.0, -1.0))
+    assert triggered(value_signatures(9.0, wrong, HUBER | {"target": "outcome"})) == {
+        "the ORM explains little of the held-out labels"
+    }
+
+
+def test_a_training_that_diverged_is_flagged():
+    diverged = heldout_of((math.nan, 1.0), (math.nan, -1.0))
+    assert triggered(value_signatures(math.nan, diverged, HUBER)) == {EXPLAINS_FEW}
 
 
 def test_a_v_without_held_out_values_has_no_signature():
@@ -153,7 +194,7 @@ def test_a_v_without_held_out_values_has_no_signature():
 GUESSED = "answers had to be guessed"
 FEW_ANSWERS = "MCTS spends its simulations on few final answers"
 DISAGREE = "V and the ORM disagree"
-BELOW_POLICY = "V ranks worse than the policy's likelihood"
+BELOW_POLICY = "V guides worse than the policy's likelihood"
 
 
 def answer_of(*, rung="told", num_cut=0, tree=None):
@@ -190,9 +231,24 @@ def test_simulations_that_end_in_few_states_are_flagged():
     assert triggered(signatures) == {FEW_ANSWERS}
     signatures = answer_signatures({"mcts-6x3-value": [answer_of(tree=two)]}, [])
     assert number_of(signatures, FEW_ANSWERS) == 2 / 6 and not triggered(signatures)
+    # Eight plans for each Reader's message: 40 simulations cannot end in more than eight states.
+    plans = {"nodes": [], "simulations": [[number % 2] for number in range(40)]}
+    signatures = answer_signatures({"mcts-40x1.8.1.1-value": [answer_of(tree=plans)]}, [])
+    assert number_of(signatures, FEW_ANSWERS) == 2 / 8
+    # The controls may search where they like.
+    for method in ("mcts-6x3-policy", "mcts-6x3-random"):
+        assert (
+            number_of(answer_signatures({method: [answer_of(tree=stuck)]}, []), FEW_ANSWERS) is None
+        )
     # Beams have no simulations.
     beams = {"sbs-2x3-value": [answer_of(tree={"nodes": [], "simulations": []})]}
     assert number_of(answer_signatures(beams, []), FEW_ANSWERS) is None
+
+
+def test_most_final_states_of_a_method():
+    assert most_final_states("mcts-64x1.8.2.1-value-lam0.5") == 16
+    assert most_final_states("mcts-64x3-value") == math.inf
+    assert most_final_states("mcts-64-value") == math.inf
 
 
 def scored(*pairs):
@@ -228,26 +284,34 @@ def test_a_v_below_the_likelihood_is_flagged(high, is_worse):
 # ---- The agents ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, is_hacked", [(0.75, True), (0.5, False), (0.1, False)])
-def test_agents_that_please_v_more_than_they_are_right_are_flagged(value, is_hacked):
-    """Of the adapters that are kept, not of the last ones."""
-    agent = {"value": value, "right": 0.5, "value_auc": 0.7}
-    hacked = {"value": 0.9, "right": 0.1, "value_auc": 0.5}
-    records = [
-        {"step": 0},
-        {"step": 1, "dev": {"accuracy": 0.5, "agents": {"Solver": agent}}},
-        {"step": 2, "dev": {"accuracy": 0.1, "agents": {"Solver": hacked}}},
-    ]
-    [signature] = agents_signatures(records, best_step=1)
-    assert signature.number == pytest.approx(value - 0.5)
-    assert signature.is_triggered == is_hacked
+HACKED = "V thinks better of the agents than they are"
 
 
-def test_agents_without_v_have_no_signature():
-    agent = {"value": None, "right": 0.5, "value_auc": None}
-    records = [{"step": 0, "dev": {"accuracy": 0.5, "agents": {"Solver": agent}}}]
-    [signature] = agents_signatures(records, best_step=0)
-    assert signature.number is None and not signature.is_triggered
+def training_of(*numbers_of_step):
+    """Lines of metrics.jsonl: of each step, (mean V, right) of the Reader and of the Solver."""
+    records = [{"step": 0}]
+    for step, numbers in enumerate(numbers_of_step):
+        agents = {}
+        for agent, (value, right) in zip(AGENTS, numbers, strict=True):
+            agents[agent] = {"value": value, "right": right, "value_auc": 0.7}
+        records.append({"step": step, "dev": {"accuracy": 0.5, "agents": agents}})
+    return records
+
+
+@pytest.mark.parametrize("value, is_hacked", [(0.61, True), (0.59, False), (0.1, False)])
+def test_agents_of_whom_v_thinks_too_well_are_flagged(value, is_hacked):
+    """Of the adapters that are kept, not of the last ones. To think too little is no harm."""
+    records = training_of([(0.1, 0.5)] * 2, [(0.1, 0.5), (value, 0.5)], [(0.9, 0.1)] * 2)
+    signatures = agents_signatures(records, best_step=1)
+    assert number_of(signatures, HACKED) == pytest.approx(value - 0.5)
+    assert triggered(signatures) == ({HACKED} if is_hacked else set())
+
+
+def test_agents_without_v_or_without_training_have_no_signature():
+    without_v = training_of([(None, 0.5)] * 2, [(None, 0.5)] * 2)
+    assert number_of(agents_signatures(without_v, best_step=1), HACKED) is None
+    untrained = training_of([(0.9, 0.1)] * 2, [(0.9, 0.1)] * 2)
+    assert number_of(agents_signatures(untrained, best_step=0), HACKED) is None
 
 
 # ---- Texts ---------------------------------------------------------------------------------------
@@ -255,16 +319,19 @@ def test_agents_without_v_have_no_signature():
 
 def test_only_triggered_signatures_are_printed_with_number_and_remedy():
     signatures = label_signatures([RIGHT, RIGHT], AGENTS, [1, 2])
-    assert warnings(signatures) == (
-        "\n! labels are nearly all right or nearly all wrong: trees with right and wrong answers: "
-        "share 0.00 (limit 0.25)\n  Take easier or harder problems, or another --temperature"
+    assert warning_text(signatures) == (
+        "! most problems are always solved, or never: share of trees with both right and wrong "
+        "answers: 0.000, should be at least 0.25\n"
+        "  Take easier or harder problems, or another --temperature"
     )
-    assert warnings(label_signatures([MIXED], AGENTS, [1, 2])) == ""
+    assert warning_text(label_signatures([MIXED], AGENTS, [1, 2])) == ""
 
 
-def test_nothing_to_measure_is_said():
-    _, duplicates, _ = label_signatures([MIXED], AGENTS, [1, 1])
-    assert evidence(duplicates).endswith("share: nothing to measure")
+def test_evidence_says_which_side_is_fine():
+    one_sided, duplicates, cut = label_signatures([MIXED], AGENTS, [1, 1])
+    assert evidence(one_sided).endswith("answers: 1.000, should be at least 0.25")
+    assert evidence(duplicates).endswith("most of them: nothing to measure")
+    assert evidence(cut).endswith("token limit: 0.000, should be at most 0.05")
 
 
 # ---- Blame ---------------------------------------------------------------------------------------
@@ -292,29 +359,36 @@ EDGES = [
 
 
 def test_the_blamed_message_has_the_largest_drop_below_its_siblings():
-    """Siblings' means of V: 0 for the Readers, 0.125 for the first plans, -0.25 for the results."""
+    """Below the other candidate of each state."""
     assert blame(EDGES, by="V", below="siblings") == [
-        ("p", 5, "Planner", 0.625),  # 0.125 + 0.5; its Reader is above the mean
-        ("p", 8, "Solver", 0.75),  # -0.25 + 1; its Reader falls by 0.25
-        ("p", 9, "Reader", 0.25),  # its Solver is above the mean
+        ("p", 5, "Planner", 1.25),  # 0.75 + 0.5; its Reader is above the other
+        ("p", 8, "Solver", 1.5),  # 0.5 + 1; its Reader falls by 0.5
+        ("p", 9, "Reader", 0.5),  # its Solver is above the other
     ]
 
 
+def test_a_drop_is_below_the_mean_of_the_others():
+    """Three plans of V 0.5, 0.25 and -1: the last falls by 1.375, however many siblings it has."""
+    plans = [edge(1, 0, "Planner", 0.5, 1.0), edge(2, 0, "Planner", 0.25, 1.0)]
+    plans.append(edge(3, 0, "Planner", -1.0, -1.0))
+    assert blame(plans, by="V", below="siblings") == [("p", 3, "Planner", 1.375)]
+
+
 def test_blame_by_the_labels():
-    """Siblings' means of y: -0.25, 0, -1."""
+    """The Readers have y of 0.5 and -1, the first plans of 1 and -1."""
     assert blame(EDGES, by="y", below="siblings") == [
-        ("p", 5, "Planner", 1.0),
-        ("p", 8, "Reader", 0.75),
-        ("p", 9, "Reader", 0.75),
+        ("p", 5, "Planner", 2.0),
+        ("p", 8, "Reader", 1.5),
+        ("p", 9, "Reader", 1.5),
     ]
 
 
 def test_a_message_may_fall_below_the_state_before_it():
-    """V of the paths: 0.25, -0.5, -1; -0.25, -0.5, -1; -0.25, -0.5, 0.5. The Readers' mean is 0."""
+    """V of the paths: 0.25, -0.5, -1; -0.25, -0.5, -1; -0.25, -0.5, 0.5."""
     assert blame(EDGES, by="V", below="before") == [
         ("p", 5, "Planner", 0.75),
-        ("p", 8, "Solver", 0.5),
-        ("p", 9, "Reader", 0.25),  # equal to the Planner's, which comes later
+        ("p", 8, "Reader", 0.5),  # as the Solver's, which comes later
+        ("p", 9, "Reader", 0.5),
     ]
 
 
@@ -326,7 +400,7 @@ def test_of_equal_drops_the_first_message_is_blamed_and_without_siblings_nobody(
         edge(4, 1, "Solver", 0.5, 1.0),
     ]
     # The second Reader's message has no labelled continuation; its label counts as an answer's.
-    assert blame(equal, by="V", below="siblings")[1:] == [("p", 3, "Reader", 0.5)]
+    assert blame(equal, by="V", below="siblings")[1:] == [("p", 3, "Reader", 1.0)]
     alone = [edge(1, 0, "Reader", 0.9, -1.0), edge(2, 1, "Solver", -0.9, -1.0)]
     assert blame(alone, by="V", below="siblings") == [("p", 2, None, 0.0)]
 

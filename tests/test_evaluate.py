@@ -339,6 +339,17 @@ def test_the_record_of_an_answer(duo):
     }
     assert list(record.items()) == list(expected.items())
 
+    assert first.reward is None
+    leaf.reward = -0.5
+    other = make_child(duo, first, Candidate("Final answer: 8", 2, -0.5, False), 1)
+    other.V = other.reward = 0.5
+    root = first.parent
+    root.children, first.children, root.simulations = [first], [leaf, other], []
+    tree = evaluate.answer_record(make_problem("p1"), leaf, cost, None, keep_tree=True)["tree"]
+    assert [node.get("correct") for node in tree["nodes"]] == [None, None, True, False]
+    assert [node.get("answer") for node in tree["nodes"]] == [None, None, "7", "8"]
+    assert tree["chosen"] == 2
+
     wrong = evaluate.answer_record(make_problem("p1", gold="8"), leaf, cost, None, keep_tree=False)
     assert wrong["correct"] is False
     assert wrong["answer"] == "7"

@@ -13,7 +13,7 @@ from generate_rollouts import label_tree, run, tree_fields, tree_record
 from mas import CHAIN
 from policy import Cost, Sample, Score
 from runs import InputError, seeded
-from search import mcts, path_to, search_tree
+from search import mcts, path_to, sbs, search_tree
 from tasks import Problem
 
 PROBLEM = Problem("p", "test", "How many? </script><b>", gold="4", answer_type="number")
@@ -137,6 +137,21 @@ def test_labels_are_the_same_with_and_without_the_order_of_simulations(labelled)
         for index in report.path_to(labelled["nodes"], leaf):
             visits[index] += 1
     assert visits == [node["N"] for node in labelled["nodes"]]
+
+
+def test_beams_have_answers_at_their_final_states_only():
+    """Four agents: two beams of two candidates; V is the value of a final answer."""
+    search = sbs(PROBLEM.question, CHAIN, beam_width=2, num_candidates=(2, 2, 2, 2))
+    handlers = {Score: score_by_path, Sample: ScriptedPolicy(say)}
+    [(_, leaf, _)] = run([(PROBLEM, search)], handlers, max_active=1, progress=NoProgress())
+    tree = search_tree(leaf, "number")
+    finals = [node for node in tree["nodes"][1:] if node["agent"] == "Verifier"]
+    assert len(finals) == 2  # the same answer of both candidates is one
+    assert all(node["reward"] == node["V"] and "answer" in node for node in finals)
+    assert all("answer" not in node for node in tree["nodes"] if node not in finals)
+    answer = tree["nodes"][tree["chosen"]]["answer"]
+    record = {"id": "p", "question": PROBLEM.question, "gold": "4"} | tree
+    assert f"it answers {answer}" in report.tree_page(record, SETTINGS, "sbs-2x2-value")
 
 
 def test_a_search_without_a_tree_has_none(searched):

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from urllib.parse import unquote
 
 import matplotlib
 import pytest
@@ -25,6 +26,8 @@ CONFIG = {
         "num_candidates": [2, 1, 1, 1],
         "loss": "huber",
         "huber_delta": 1.0,
+        "target": "search",
+        "label_weights": "equal",
     },
     "command": "python <script>.py",
     "commit": "0123456789abcdef-dirty",
@@ -98,14 +101,25 @@ def make_run(run):
     labels["nodes"] += path_of_nodes(1, [(1.0, None, "4", True), (-1.0, None, "5", False)])
     write(run / "rollouts" / "trees.jsonl", [labels])
 
-    epoch = {"epoch": 0, "train_loss": 0.2, "heldout": {"Planner": METRICS}}
+    epoch = {"epoch": 0, "train_loss": 0.1, "heldout": {"Planner": METRICS}}
     finished = CONFIG | {"finished": True, "best_step": 0}
-    write(run / "value" / "metrics.jsonl", [epoch, epoch | {"epoch": 1}], finished)
+    last = {"epoch": 1, "train_loss": 0.2, "heldout": {"Planner": METRICS | {"rmse": 0.4}}}
     heldout = []
-    for node, (value, label) in enumerate([(0.9, 1.0), (-0.9, -1.0), (0.8, 1.0)], 1):
-        line = {"id": "p9", "node": node, "parent": 0, "agent": "Planner", "N": 1}
+    # V and label after each message: of two facts, the second has two plans.
+    for node, parent, agent, value, label in (
+        (1, 0, "Reader", 0.6, -1.0),
+        (2, 0, "Reader", 0.5, 0.5),
+        (3, 2, "Planner", 0.9, 1.0),
+        (4, 2, "Planner", -0.9, -1.0),
+        (5, 1, "Planner", -0.5, -1.0),
+    ):
+        line = {"id": "p9", "node": node, "parent": parent, "agent": agent, "N": 1}
         heldout.append(line | {"y": label, "V": value})
-    (run / "value" / "heldout.jsonl").write_text("".join(json.dumps(x) + "\n" for x in heldout))
+    outcome = finished | {"settings": CONFIG["settings"] | {"target": "outcome"}}
+    for stage, config in (("value", finished), ("orm", outcome)):
+        write(run / stage / "metrics.jsonl", [epoch, last], config)
+        lines = "".join(json.dumps(line) + "\n" for line in heldout)
+        (run / stage / "heldout.jsonl").write_text(lines)
 
     records = {
         "greedy": [record_of(name, "4", name == "p1") for name in ("p1", "p2", "p3")],
@@ -119,8 +133,10 @@ def make_run(run):
     write_evaluation(run / "eval", records)
 
     agent = {"value": 0.9, "right": 0.5, "value_auc": 0.7, "tokens": 9.0}
-    step = {"step": 0, "messages": 0, "dev": {"accuracy": 0.5, "agents": {"Planner": agent}}}
-    write(run / "agents" / "metrics.jsonl", [step], finished)
+    dev = {"accuracy": 0.5, "agents": {"Planner": agent}}
+    steps = [{"step": 0, "messages": 0, "dev": dev}]
+    steps.append(steps[0] | {"step": 1, "reward": {}, "kl": 0.0, "clip_share": 0.0})
+    write(run / "agents" / "metrics.jsonl", steps, finished | {"best_step": 1})
     return run
 
 
@@ -158,19 +174,21 @@ def rows_of(page, first_header):
 def test_the_report_shows_every_stage(drawn):
     _, page = drawn
     titles = re.findall(r'<h2 id="part-\d+">(.*?)</h2>', page)
-    assert titles == ["Labels", "V", "Answers", "Finetuned agents", "Instructive problems"]
-    assert "Run night" in page and "Not in this run: orm." in page
+    assert titles == ["Labels", "V", "ORM", "Answers", "Finetuned agents", "Instructive problems"]
+    assert "Run night" in page and "Not in this run" not in page
     assert rows_of(page, "agent")[1][:3] == ["Planner", "2", "2"]
-    assert rows_of(page, "held-out")[0][:2] == ["Planner", "3"]
+    assert rows_of(page, "held-out")[0][:3] == ["Planner", "3", "0.400"]  # the last epoch
+    assert len(rows_of(page, "method (agent calls)")) == 3
     assert [row[0] for row in rows_of(page, "method")] == ["greedy", "vote-4", MCTS]
-    assert len(re.findall("<figure>", page)) == 1 + 2 + 2 + 1
+    assert len(re.findall("<figure>", page)) == 1 + 2 + 2 + 2 + 1
 
 
 def test_the_report_is_one_file(drawn):
     """Its pictures are inside. Its links lead to its own parts, and to pages of this run."""
     run, page = drawn
     sources = re.findall(r'src="(.*?)"', page)
-    assert len(sources) == 6
+    assert len(sources) == 8
+    assert len(set(sources)) == 6  # V and ORM have the same records here
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "<link" not in page and "<script" not in page and "http" not in page
     for target in re.findall(r'href="(.*?)"', page):
@@ -188,8 +206,10 @@ def test_what_is_triggered_is_shown_first_with_its_number(drawn):
     """V thinks that the Planner is right in 90 %, and it is in 50 %."""
     _, page = drawn
     [flag] = re.findall(r'<div class="flag">(.*?)</div>', page, re.DOTALL)
-    assert "the agents please V more than they are right" in flag and "0.40 (limit 0.10)" in flag
-    assert "10 that are not triggered" in page and "is triggered." not in page
+    assert "<strong>V thinks better of the agents than they are</strong> (Finetuned agents)" in flag
+    assert "right answers, worst agent: 0.400, should be at most 0.1" in flag
+    assert "10 are not triggered, 2 could not be measured" in page
+    assert "is triggered." not in page
 
 
 def test_a_healthy_run_says_so(whole_run):
@@ -197,8 +217,8 @@ def test_a_healthy_run_says_so(whole_run):
     (whole_run / "agents" / "config.json").unlink()
     (whole_run / "agents").rmdir()
     page = page_of(whole_run)
-    assert "None of 10 is triggered." in page
-    assert '<div class="flag">' not in page and "Not in this run: orm, agents." in page
+    assert "None of the 10 that could be measured is triggered." in page
+    assert '<div class="flag">' not in page and "Not in this run: agents." in page
 
 
 def test_accuracy_is_broken_down_where_there_is_more_than_one_group(drawn):
@@ -211,13 +231,23 @@ def test_accuracy_is_broken_down_where_there_is_more_than_one_group(drawn):
         rows_of(page, "level")
 
 
-def test_blame_is_counted_per_agent(drawn):
-    """The only wrong final state is a Planner's, 1.17 below the mean of its siblings."""
+def test_lost_answers_are_counted_per_agent(drawn):
+    """Node 4: its plan falls by 1.4 from the facts, 1.8 below the other plan; labels: 1.5 and 2.
+
+    Node 5: its plan falls by 1.1 and has no siblings. By the labels, its facts fall by 1.5.
+    """
     _, page = drawn
-    assert rows_of(page, "wrong answers lost by") == [
-        ["Planner", *["100.0"] * 4],
-        ["nobody", *["0.0"] * 4],
+    header = re.findall(r"<th>(.*?)</th>", page.split("<th>lost by</th>")[1])[:4]
+    assert header[:2] == ["by V, below state before", "by V, below siblings"]
+    assert header[2:] == ["by labels, below state before", "by labels, below siblings"]
+    assert rows_of(page, "lost by") == [
+        ["Reader", "0", "0", "1", "1"],
+        ["Planner", "2", "1", "1", "1"],
+        ["Solver", "0", "0", "0", "0"],
+        ["Verifier", "0", "0", "0", "0"],
+        ["nobody", "0", "1", "0", "0"],
     ]
+    assert page.count("<th>lost by</th>") == 1  # not for the ORM
 
 
 @pytest.mark.parametrize("width", [500, 1200])
@@ -280,6 +310,31 @@ def test_there_are_at_most_ten():
     assert [name for name, _ in chosen(records)] == [f"p{number}" for number in range(11, 1, -1)]
 
 
+def test_what_happened_is_said_of_the_strongest_state():
+    """Of two right answers the one that V likes more; where V and ORM differ most; the surest."""
+    two_right = search_of(
+        "p1", (0.25, None, "5", False), (0.5, None, "4", True), (-0.5, None, "4", True)
+    )
+    [instance] = report.missed_answers({MCTS: [two_right]})
+    assert instance.why == "V of the wrong answer is +0.25, of a right one +0.50"
+    assert instance.strength == -0.25
+    mixed = search_of("p1", (0.5, 0.25, "4", True), (0.75, -0.5, "5", False))
+    [instance] = report.disagreements({"mcts-2x1.2.1.1-value-lam0.5": [mixed]})
+    assert instance.why == "V +0.75, ORM -0.50 of a wrong answer"
+    assert instance.strength == 1.25
+    [instance] = report.lost_to_vote(
+        {"vote-4": [record_of("p1", "4", True)], MCTS: [search_of("p1", (0.5, None, "5", False))]}
+    )
+    assert instance.strength == 0.5
+
+
+def test_levels_are_sorted_as_numbers():
+    levels = ("10", "2", "word")
+    records = [record_of(level, "4", True) | {"level": level} for level in levels]
+    table = report.breakdown_table({"greedy": records}, "level")
+    assert [row[0] for row in table.rows] == ["2", "10", "word"]
+
+
 @pytest.mark.parametrize(
     "method, record",
     [
@@ -298,7 +353,7 @@ def test_what_teaches_nothing_is_left_out(method, record):
 
 
 def test_a_run_with_labels_only(whole_run):
-    for stage in ("value", "eval", "agents"):
+    for stage in ("value", "orm", "eval", "agents"):
         for path in (whole_run / stage).iterdir():
             path.unlink()
         (whole_run / stage).rmdir()
@@ -308,10 +363,15 @@ def test_a_run_with_labels_only(whole_run):
 
 
 def test_a_run_of_the_version_before_says_what_is_missing(whole_run):
-    (whole_run / "value" / "heldout.jsonl").unlink()
+    for stage in ("value", "orm"):
+        (whole_run / stage / "heldout.jsonl").unlink()
+    summary = json.loads((whole_run / "eval" / "summary.json").read_text())
+    del summary["problems"]
+    (whole_run / "eval" / "summary.json").write_text(json.dumps(summary))
     page = page_of(whole_run)
+    assert len(rows_of(page, "problem")) == 2
     assert "train_value.py of that version kept no held-out values" in page
-    assert "wrong answers lost by" not in page
+    assert "lost by" not in page
     assert rows_of(page, "held-out")[0][0] == "Planner"
 
 
@@ -325,7 +385,58 @@ def test_an_evaluation_that_is_not_finished_is_named(whole_run):
     (whole_run / "eval" / "summary.json").unlink()
     page = page_of(whole_run)
     assert "The evaluation is not finished: no summary.json." in page
-    assert "no tree kept" in page
+    assert "The evaluation is not finished." in page
+
+
+def test_more_records_than_the_last_command_asked_for(whole_run):
+    """The summary is of p2 and p3; another method and p1 are of earlier commands."""
+    path = whole_run / "eval" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["problems"] = ["p2", "p3"]
+    del summary["methods"]["vote-4"]
+    path.write_text(json.dumps(summary))
+    page = page_of(whole_run)
+    assert [row[0] for row in rows_of(page, "method")] == ["greedy", MCTS]
+    assert rows_of(page, "subject") == [
+        ["&lt;products&gt;", "1", "0.0", "0.0"],
+        ["sums", "1", "0.0", "0.0"],
+    ]
+    assert [row[2] for row in rows_of(page, "problem")] == [
+        "V prefers a wrong answer (+0.90) to a right one (-0.50)"
+    ]
+
+
+def test_a_kill_between_the_files_of_an_epoch(whole_run):
+    (whole_run / "value" / "metrics.jsonl").unlink()
+    page = page_of(whole_run)
+    assert "lost by" not in page
+
+
+def test_without_trees_no_problem_is_instructive(whole_run):
+    records = [record_of(name, "4", False) for name in ("p1", "p2", "p3")]
+    write(whole_run / "eval" / f"{MCTS}.jsonl", records)
+    assert "No search guided by V has kept its trees" in page_of(whole_run)
+
+
+def test_a_run_without_a_mistake_has_no_instructive_problem(whole_run):
+    records = [search_of(name, (0.9, None, "4", True)) for name in ("p1", "p2", "p3")]
+    write(whole_run / "eval" / f"{MCTS}.jsonl", records)
+    assert "None: no search by V missed a right answer." in page_of(whole_run)
+
+
+def test_a_page_is_found_whatever_its_id(whole_run):
+    """An id is the user's: no folder and no part of an address may be made from it."""
+    strange = "/etc/../a #1?50%"
+    summary = json.loads((whole_run / "eval" / "summary.json").read_text())
+    summary["problems"] = [strange]
+    (whole_run / "eval" / "summary.json").write_text(json.dumps(summary))
+    for method in summary["methods"]:
+        record = search_of(strange, *RIGHT_AND_WRONG)
+        write(whole_run / "eval" / f"{method}.jsonl", [record])
+    [[link, *_]] = rows_of(page_of(whole_run), "problem")
+    [target] = re.findall('href="(.*?)"', link)
+    [page] = (whole_run / "pages").iterdir()
+    assert unquote(html.unescape(target)) == f"pages/{page.name}"
 
 
 def test_a_folder_without_any_stage_is_named(tmp_path):

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from diagnosis import Loss
+from diagnosis import LostAnswer
 from mas import CHAIN
 from tasks import question_key
 from tiny import check_blame, make_tiny
@@ -104,10 +104,14 @@ def test_the_first_agent_that_does_not_do_its_work_is_guilty(pair, changed, guil
 
 def test_blame_is_right_where_it_names_the_guilty_agent():
     """On p both of two blames are right, on q none of one: a mean over problems of 50 %."""
-    losses = [Loss("p", 1, "Planner", 0.5), Loss("p", 2, "Solver", 0.5), Loss("q", 1, None, 0.0)]
-    losses.append(Loss("q", 2, "Planner", 0.5))
+    lost = [
+        LostAnswer("p", 1, "Planner", 0.5),
+        LostAnswer("p", 2, "Solver", 0.5),
+        LostAnswer("q", 1, None, 0.0),
+    ]
+    lost.append(LostAnswer("q", 2, "Planner", 0.5))
     guilty = ["Planner", "Solver", "Planner", None]
-    cells = check_blame.shares_found(losses, guilty, ["Reader", "Planner", "Solver"])
+    cells = check_blame.shares_found(lost, guilty, ["Reader", "Planner", "Solver"])
     assert cells[0] == "50.0"
     assert cells[1] == "0.0 to 100.0"
     assert cells[2:] == ["-", "50.0", "100.0"]

@@ -3,9 +3,9 @@
     python tiny/check_blame.py runs/tiny      # after generate_rollouts.py and train_value.py
 
 For each wrong final answer of the held-out trees, `diagnosis.blame` names the agent whose message
-lost the problem. Guilty is the first agent whose message is not the correct work of a faultless
-agent that was given the same input (make_tiny.py). Wrong answers of which nobody is guilty are
-left out and counted. Intervals are over problems.
+lost the problem. Guilty is the first agent whose message is not correct work
+(`make_tiny.is_correct_work`: what a faultless agent says, and of the Planner the right pair). Wrong
+answers of which nobody is guilty are counted and left out. Each problem counts the same.
 """
 
 import sys
@@ -16,10 +16,10 @@ from statistics import fmean
 # Python puts the folder of this script on sys.path, but the modules below are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diagnosis import Loss, blame
+from diagnosis import LostAnswer, blame
 from mas import MAS, State
 from metrics import bootstrap_interval
-from runs import Parser, cli, read_config, read_jsonl, read_records
+from runs import InputError, Parser, cli, read_config, read_jsonl, read_records
 from tables import text_table
 from tiny.make_tiny import is_correct_work
 from tiny.problems import make_puzzle
@@ -28,17 +28,24 @@ from tiny.problems import make_puzzle
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("run", help="run folder of the embedded agents")
+    parser.add_argument(
+        "--heldout-rollouts", default=None, help="as for train_value.py (default: RUN/rollouts)"
+    )
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
     # 1. Who is guilty of each wrong final answer.
     run = Path(args.run)
-    mas = MAS.from_dict(read_config(run / "rollouts")["settings"]["graph"])
-    trees = read_records(run / "rollouts" / "trees.jsonl")
+    rollouts = Path(args.heldout_rollouts or run / "rollouts")
+    settings = read_config(rollouts)["settings"]
+    if settings != read_config(run / "value")["settings"]["heldout_rollouts"]:
+        raise InputError(f"{run} was measured on other trees than {rollouts}: --heldout-rollouts")
+    mas = MAS.from_dict(settings["graph"])
+    trees = read_records(rollouts / "trees.jsonl")
     heldout = read_jsonl(run / "value" / "heldout.jsonl")
     by_v = blame(heldout, by="V", below="before")
-    guilty = [first_wrong_work(trees[loss.problem_id], loss.node, mas) for loss in by_v]
+    guilty = [first_wrong_work(trees[answer.problem_id], answer.node, mas) for answer in by_v]
     counts = Counter(guilty)
     num_without = counts.pop(None, 0)
     described = ", ".join(f"{agent} {num}" for agent, num in counts.most_common())
@@ -46,15 +53,17 @@ def main(args) -> None:
 
     # 2. How often each kind of blame names them.
     agents = [agent.name for agent in mas.agents]
-    [(most_guilty, _)] = counts.most_common(1)
+    if not counts:
+        return
+    most_guilty = counts.most_common(1)[0][0]
     kinds = {
         "by V, below the state before": by_v,
         "by V, below its siblings": blame(heldout, by="V", below="siblings"),
         "by labels, below the state before": blame(heldout, by="y", below="before"),
         "by labels, below its siblings": blame(heldout, by="y", below="siblings"),
-        f"always the {most_guilty}": [loss._replace(agent=most_guilty) for loss in by_v],
+        f"always the {most_guilty}": [answer._replace(agent=most_guilty) for answer in by_v],
     }
-    rows = [[name, *shares_found(losses, guilty, agents)] for name, losses in kinds.items()]
+    rows = [[name, *shares_found(lost, guilty, agents)] for name, lost in kinds.items()]
     chance = f"{100 / len(agents):.1f}"
     rows.append(["chance", chance, ""] + [chance] * len(agents))
     header = ["blamed", "% guilty", "95 % interval"] + [f"{agent} found" for agent in agents]
@@ -77,16 +86,16 @@ def first_wrong_work(tree: dict, leaf: int, mas: MAS) -> str | None:
     return None
 
 
-def shares_found(losses: list[Loss], guilty: list[str | None], agents: list[str]) -> list[str]:
+def shares_found(lost: list[LostAnswer], guilty: list[str | None], agents: list[str]) -> list[str]:
     """Return how often the blamed agent is the guilty one, its interval, and this per guilty agent.
 
     In percent. The first is a mean over problems, each of which counts the same.
     """
     hits_of_problem, hits_of_agent = defaultdict(list), defaultdict(list)
-    for loss, agent in zip(losses, guilty, strict=True):
+    for answer, agent in zip(lost, guilty, strict=True):
         if agent is not None:
-            hits_of_problem[loss.problem_id].append(loss.agent == agent)
-            hits_of_agent[agent].append(loss.agent == agent)
+            hits_of_problem[answer.problem_id].append(answer.agent == agent)
+            hits_of_agent[agent].append(answer.agent == agent)
     shares = [fmean(hits) for hits in hits_of_problem.values()]
     low, high = bootstrap_interval(shares)
     cells = [f"{100 * fmean(shares):.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
