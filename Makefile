@@ -112,9 +112,11 @@ PLANNER_TREES := --rollouts tree --num-candidates 1.8.1.1 --baseline siblings
 V := --value runs/tiny/value
 MEASURED := --methods greedy vote-1 vote-4 best_of-4-value $(SEARCHES)
 
-# Finetune the agents on V, and measure them with and without search.
+# Finetune the agents on V, and measure them with and without search. Few steps, and an adapter for
+# each agent: then V still reads the new agents as they are (RESULTS.md, section 15).
+FEW_STEPS := $(PLANNER_TREES) --num-steps 4 --adapters per-agent
 train-agents: .venv/.installed
-	$(RUN) train_agents.py $(PLANNER_TREES)
+	$(RUN) train_agents.py $(FEW_STEPS)
 	$(RUN) evaluate.py --run runs/before --messages runs/tiny/messages $(V) $(MEASURED)
 	$(RUN) evaluate.py --run runs/after --adapter runs/tiny/agents $(V) $(MEASURED)
 	$(RUN) evaluate.py --compare runs/before runs/after
@@ -123,7 +125,7 @@ train-agents: .venv/.installed
 loop: train-agents
 	$(RUN) generate_rollouts.py --run runs/loop --adapter runs/tiny/agents
 	$(RUN) train_value.py --run runs/loop
-	$(RUN) train_agents.py --run runs/loop --adapter runs/tiny/agents $(PLANNER_TREES)
+	$(RUN) train_agents.py --run runs/loop --adapter runs/tiny/agents $(FEW_STEPS)
 	$(RUN) evaluate.py --run runs/loop --adapter runs/loop/agents $(MEASURED)
 	$(RUN) evaluate.py --compare runs/before runs/after runs/loop
 
@@ -172,7 +174,7 @@ flags-mixed := $(PLANNER_TREES) --num-steps 9 --reward value --outcome-share 0.5
 flags-searched := $(PLANNER_TREES) --num-steps 9 --reward search
 flags-returned := --num-steps 14 --reward value-delta --credit return
 flags-first := $(PLANNER_TREES) --num-steps 8 --reward value
-flags-early := $(PLANNER_TREES) --num-steps 4 --reward value --adapters per-agent
+flags-early := $(FEW_STEPS) --reward value
 
 # fresh-KIND-SEED: a fresh V, from labels of the agents of KIND-SEED.
 runs/5/fresh-%/eval/table.md: runs/5/%/eval/table.md
