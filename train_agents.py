@@ -311,8 +311,17 @@ def _measure_agent(entries: list[tuple[Problem, Node, float | None]]) -> dict:
     if is_graded and has_value:
         edges = []
         for problem, node, outcome in entries:
-            agent = node.message.agent
-            edges.append(Edge(problem.id, problem.split, 0, agent, node.state, outcome, 1))
+            edge = Edge(
+                problem_id=problem.id,
+                split=problem.split,
+                node=0,  # an AUC needs no places in a tree
+                parent=0,
+                agent=node.message.agent,
+                state=node.state,
+                y=outcome,
+                visits=1,
+            )
+            edges.append(edge)
         aucs = problem_aucs(edges, [node.V for node in nodes])
         report["value_auc"] = statistics.fmean(aucs) if aucs else None
     return report
