@@ -132,7 +132,7 @@ def set_axes(axes, rows: list[dict], cost: str) -> None:
     first = math.ceil(math.log2(x_limits[0]))
     last = math.floor(math.log2(x_limits[1]))
     ticks = [2.0**exponent for exponent in range(first, last + 1)]
-    axes.set_xticks(ticks, [f"{tick:,g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}" if tick < 1e6 else f"{tick:.0f}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
 
