@@ -47,6 +47,17 @@ def _share(count: int, total: int) -> float | None:
     return count / total if total else None
 
 
+def _cut_messages(num_cut: int, num_messages: int) -> Signature:
+    return Signature(
+        trouble="messages are cut",
+        measure="share of messages that ran into their token limit",
+        number=_share(num_cut, num_messages),
+        demand="at most",
+        limit=0.05,
+        remedy="Raise --max-new-tokens",
+    )
+
+
 def warning_text(signatures: list[Signature]) -> str:
     """Return two lines for each signature that is triggered; "" if there is none."""
     lines = []
@@ -110,14 +121,7 @@ def label_signatures(
             limit=0.5,
             remedy="A search has nothing to choose from: raise --temperature",
         ),
-        Signature(
-            trouble="messages are cut",
-            measure="share of messages that ran into their token limit",
-            number=_share(num_cut, num_messages),
-            demand="at most",
-            limit=0.05,
-            remedy="Raise --max-new-tokens",
-        ),
+        _cut_messages(num_cut, num_messages),
     ]
 
 
@@ -236,14 +240,7 @@ def answer_signatures(records: dict[str, list[dict]], comparisons: list[dict]) -
             limit=0.1,
             remedy="Tell the last agent how to name its answer, or raise --max-new-tokens",
         ),
-        Signature(
-            trouble="messages are cut",
-            measure="share of messages that ran into their token limit",
-            number=_share(num_cut, num_messages),
-            demand="at most",
-            limit=0.05,
-            remedy="Raise --max-new-tokens",
-        ),
+        _cut_messages(num_cut, num_messages),
         Signature(
             trouble="MCTS spends its simulations on few final answers",
             measure="distinct final states per simulation, of those that there can be",
