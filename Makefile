@@ -110,6 +110,7 @@ refine: .venv/.installed
 
 PLANNER_TREES := --rollouts tree --num-candidates 1.8.1.1 --baseline siblings
 V := --value runs/tiny/value
+FEW_METHODS := --methods greedy vote-1 $(SEARCHES)
 MEASURED := --methods greedy vote-1 vote-4 best_of-4-value $(SEARCHES)
 
 # Finetune the agents on V, and measure them with and without search. Few steps, and an adapter for
@@ -142,7 +143,7 @@ FLAGS = $(flags-$(patsubst %-$(SEED),%,$*))
 runs/5/%/eval/table.md: .venv/.installed
 	$(if $(FLAGS),$(RUN) train_agents.py --run runs/5/$* --seed $(SEED) $(V) $(FLAGS))
 	$(RUN) evaluate.py --run runs/5/$* --seed $(SEED) $(V) \
-	  $(if $(FLAGS),--adapter runs/5/$*/agents) --methods greedy vote-1 $(SEARCHES)
+	  $(if $(FLAGS),--adapter runs/5/$*/agents) $(FEW_METHODS)
 
 # Which reward teaches the agents? About 6,300 messages for each.
 # passes: 4 of 64 questions a step; tree: only the Planner learns, from siblings; all: all agents do.
@@ -181,14 +182,14 @@ runs/5/fresh-%/eval/table.md: runs/5/%/eval/table.md
 	$(RUN) generate_rollouts.py --run runs/5/fresh-$* --adapter runs/5/$*/agents --seed $(SEED)
 	$(RUN) train_value.py --run runs/5/fresh-$* --seed $(SEED)
 	$(RUN) evaluate.py --run runs/5/fresh-$* --adapter runs/5/$*/agents --seed $(SEED) \
-	  --methods greedy vote-1 $(SEARCHES)
+	  $(FEW_METHODS)
 
 # The loop: second and third train the agents of the round before on its fresh V.
 define round
 	$(RUN) train_agents.py --run $(2) --adapter $(1)/agents --seed $(3) $(flags-first) \
 	  --value $(subst /5/,/5/fresh-,$(1))/value
 	$(RUN) evaluate.py --run $(2) --adapter $(2)/agents --seed $(3) \
-	  --value $(subst /5/,/5/fresh-,$(1))/value --methods greedy vote-1 $(SEARCHES)
+	  --value $(subst /5/,/5/fresh-,$(1))/value $(FEW_METHODS)
 endef
 runs/5/second-%/eval/table.md: runs/5/fresh-first-%/eval/table.md
 	$(call round,runs/5/first-$*,runs/5/second-$*,$*)

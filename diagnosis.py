@@ -67,6 +67,11 @@ def warning_text(signatures: list[Signature]) -> str:
     return "\n".join(lines)
 
 
+def with_warnings(text: str, signatures: list[Signature]) -> str:
+    """Return a text with the warnings below it, if there are any."""
+    return "\n".join([text, warning_text(signatures)]).rstrip()
+
+
 def evidence(signature: Signature) -> str:
     """Return what was measured, and what would be fine."""
     if signature.number is None:

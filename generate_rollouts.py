@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diagnosis import label_signatures, warning_text
+from diagnosis import label_signatures, with_warnings
 from extraction import extract_answer
 from mas import MAS, Message, State, load_graph
 from policy import (
@@ -479,7 +479,7 @@ def main(args) -> None:
         trees = list(records.values())
         agents = [agent.name for agent in mas.agents]
         signatures = label_signatures(trees, agents, num_candidates)
-        print("\n".join([label_statistics(trees, mas), warning_text(signatures)]).rstrip())
+        print(with_warnings(label_statistics(trees, mas), signatures))
 
 
 def load_training_problems(args) -> list[Problem]:

@@ -15,6 +15,7 @@ import io
 import json
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -46,9 +47,11 @@ from tables import (
     Table,
     breakdown_table,
     comparisons_table,
+    edges_of_agents,
     heldout_table,
     labels_table,
     methods_table,
+    targets_of,
 )
 
 # ---- The tree page -------------------------------------------------------------------------------
@@ -218,13 +221,14 @@ def run_page(run: Path) -> str:
 
     Raises InputError if no stage has left anything to show.
     """
+    evaluation = load_evaluation(run / "eval")
     sections, missing = [], []
     signatures: list[tuple[str, Signature]] = []  # with the title of their section
     for name, make_section in (
         ("rollouts", labels_section),
         ("value", value_section),
         ("orm", value_section),
-        ("eval", answers_section),
+        ("eval", partial(answers_section, evaluation=evaluation)),
         ("agents", agents_section),
     ):
         if (run / name).is_dir():
@@ -236,7 +240,7 @@ def run_page(run: Path) -> str:
     if not sections:
         raise InputError(f"{run}: none of {', '.join(missing)} is in it; it is not a run")
     if (run / "eval").is_dir():
-        sections.append(instructive_section(run))
+        sections.append(instructive_section(run, evaluation))
     triggered, silent, unmeasured = [], [], []
     for title, signature in signatures:
         if signature.is_triggered:
@@ -278,12 +282,11 @@ def labels_section(folder: Path) -> tuple[Section, list[Signature]]:
     config = read_config(folder)
     trees = list(read_records(folder / "trees.jsonl").values())
     names = [agent["name"] for agent in config["settings"]["graph"]["agents"]]
-    targets: dict[str, list[float]] = {name: [] for name in names}
-    for tree in trees:
-        for node in tree["nodes"][1:]:
-            if node["N"] > 0:
-                targets[node["agent"]].append(node["W"] / node["N"])
-    labelled = {agent: numbers for agent, numbers in targets.items() if numbers}
+    labelled = {}
+    for agent, edges in edges_of_agents(trees, names).items():
+        targets = targets_of(edges)
+        if targets:
+            labelled[agent] = targets
     pictures = []
     if labelled:
         pictures.append(picture("Distribution of the targets", plot_targets, labelled))
@@ -352,18 +355,47 @@ def blame_table(heldout: list[dict], agents: list[str]) -> Table:
     return Table(header, rows)
 
 
+class Evaluation(NamedTuple):
+    """What stage 4 has left: summary.json, and method -> the records of its problems, in order."""
+
+    summary: dict
+    records: dict[str, list[dict]]
+
+
+def load_evaluation(folder: Path) -> Evaluation | None:
+    """Load an evaluation; None if there is none, or if it is not finished.
+
+    A folder can hold more than its summary: other methods, and more problems than the last command
+    asked for.
+    """
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text("utf-8"))
+    record_of = {}
+    for method in summary["methods"]:
+        record_of[method] = read_records(folder / f"{method}.jsonl")
+    ids = summary.get("problems")
+    if ids is None:  # of an older version
+        ids = list(next(iter(record_of.values())))
+    records = {}
+    for method, record_of_id in record_of.items():
+        records[method] = [record_of_id[name] for name in ids if name in record_of_id]
+    return Evaluation(summary, records)
+
+
 MAX_GROUPS = 20  # a table by subject with more rows shows nothing
 
 
-def answers_section(folder: Path) -> tuple[Section, list[Signature]]:
+def answers_section(
+    folder: Path, *, evaluation: Evaluation | None
+) -> tuple[Section, list[Signature]]:
     """Show how often the methods are right, and what they cost."""
     config = read_config(folder)
-    path = folder / "summary.json"
-    if not path.is_file():
-        notes = [f"The evaluation is not finished: no {path.name}. Run evaluate.py again."]
+    if evaluation is None:
+        notes = ["The evaluation is not finished: no summary.json. Run evaluate.py again."]
         return Section("Answers", provenance(config), notes, [], []), []
-    summary = json.loads(path.read_text("utf-8"))
-    records = evaluation_records(folder, summary)
+    summary, records = evaluation
     tables = [("Methods", methods_table(summary))]
     tables.append(("Comparisons on the same problems", comparisons_table(summary)))
     for key in ("subject", "level"):
@@ -375,25 +407,6 @@ def answers_section(folder: Path) -> tuple[Section, list[Signature]]:
         pictures.append(picture(f"Exact match against {cost}", plot_accuracy, summary, cost=cost))
     section = Section("Answers", provenance(config), [METHODS_NOTE], tables, pictures)
     return section, answer_signatures(records, summary["comparisons"])
-
-
-def evaluation_records(folder: Path, summary: dict) -> dict[str, list[dict]]:
-    """Return the records of each method on the problems of the summary, in their order.
-
-    A folder can hold more: other methods, and more problems than the last command asked for.
-    """
-    record_of = {}
-    for method in summary["methods"]:
-        record_of[method] = read_records(folder / f"{method}.jsonl")
-    ids = summary.get("problems")
-    if ids is None:  # of an older version
-        ids = list(next(iter(record_of.values())))
-    records = {}
-    for method, record_of_id in record_of.items():
-        records[method] = [
-            record_of_id[problem_id] for problem_id in ids if problem_id in record_of_id
-        ]
-    return records
 
 
 def agents_section(folder: Path) -> tuple[Section, list[Signature]]:
@@ -432,16 +445,14 @@ class Instance(NamedTuple):
     strength: float
 
 
-def instructive_section(run: Path) -> Section:
+def instructive_section(run: Path, evaluation: Evaluation | None) -> Section:
     """Link to the trees of the most instructive problems, whose pages are written."""
     title = "Instructive problems"
-    path = run / "eval" / "summary.json"
-    if not path.is_file():
+    if evaluation is None:
         return Section(title, "", ["The evaluation is not finished."], [], [])
-    records = evaluation_records(run / "eval", json.loads(path.read_text("utf-8")))
-    if not searches_by_value(records):
+    if not searches_by_value(evaluation.records):
         return Section(title, "", [NO_TREES], [], [])
-    instances = choose_instances(records)
+    instances = choose_instances(evaluation.records)
     if not instances:
         return Section(title, "", ["None: no search by V missed a right answer."], [], [])
     settings = read_config(run / "eval")["settings"]

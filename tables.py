@@ -37,15 +37,27 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 # ---- Labels (stage 1) ----------------------------------------------------------------------------
 
 
+def edges_of_agents(trees: list[dict], agents: list[str]) -> dict[str, list[dict]]:
+    """Return the edges of each agent: the nodes of the trees but the roots."""
+    edges: dict[str, list[dict]] = {agent: [] for agent in agents}
+    for tree in trees:
+        for node in tree["nodes"]:
+            if "agent" in node:
+                edges[node["agent"]].append(node)
+    return edges
+
+
+def targets_of(edges: list[dict]) -> list[float]:
+    """Return the target Q of each visited edge."""
+    return [edge["W"] / edge["N"] for edge in edges if edge["N"] > 0]
+
+
 def labels_table(trees: list[dict], agents: list[str]) -> Table:
     """Return a row per agent about its labels. trees: lines of trees.jsonl."""
     header = ["agent", "edges", "visited", "mean Q", "|Q| = 1", "truncated"]
     rows = []
-    for agent in agents:
-        edges = []
-        for tree in trees:
-            edges += [node for node in tree["nodes"] if node.get("agent") == agent]
-        targets = [edge["W"] / edge["N"] for edge in edges if edge["N"] > 0]
+    for agent, edges in edges_of_agents(trees, agents).items():
+        targets = targets_of(edges)
         num_targets = max(1, len(targets))
         cells = [
             agent,
@@ -178,8 +190,7 @@ def training_table(records: list[dict], best_step: int) -> str:
 def reading_of_v(dev: dict) -> tuple[float | None, float | None]:
     """Return how much better than the truth V thinks the agents are, and its AUC.
 
-    Both of the agent of whom V thinks too well most; None without V. dev: of a line of
-    metrics.jsonl.
+    Both of the agent that V overrates most; None without V. dev: of a line of metrics.jsonl.
     """
     agents = [row for row in dev["agents"].values() if row["value"] is not None]
     if not agents:

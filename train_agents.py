@@ -27,7 +27,7 @@ from torch import nn
 
 from adapters import AgentAdapters, adapter_names
 from checkpoints import checkpoint_fingerprint
-from diagnosis import agents_signatures, warning_text
+from diagnosis import agents_signatures, with_warnings
 from generate_rollouts import (
     Edge,
     Node,
@@ -675,7 +675,7 @@ def main(args) -> None:
 def report_training(records: list[dict], best_step: int) -> None:
     """Print what training has done, and the signatures of failure that it triggers."""
     signatures = agents_signatures(records, best_step)
-    print("\n".join([training_table(records, best_step), warning_text(signatures)]).rstrip())
+    print(with_warnings(training_table(records, best_step), signatures))
 
 
 def inherited_problems(args) -> list[dict]:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from adapters import add_lora
 from checkpoints import resolve_dtype
-from diagnosis import value_signatures, warning_text
+from diagnosis import value_signatures, with_warnings
 from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
 from metrics import value_metrics
@@ -785,7 +785,7 @@ def report_last_epoch(folder: Path) -> None:
     heldout = read_finished_lines(folder / "heldout.jsonl")
     settings = read_config(folder)["settings"]
     signatures = value_signatures(last_epoch["train_loss"], heldout, settings)
-    print("\n".join([value_table(last_epoch["heldout"]), warning_text(signatures)]).rstrip())
+    print(with_warnings(value_table(last_epoch["heldout"]), signatures))
 
 
 def peak_memory(device: str) -> str:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 
+import matplotlib
 import pytest
 import torch
 
@@ -122,6 +123,23 @@ def sample_tiny_rollouts(policy: Policy, problems, *, counts, num_agents, seed):
 @pytest.fixture(scope="session")
 def policy(chain) -> Policy:
     return make_tiny_policy(chain)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that the functions of pictures.py have drawn, kept open."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn = []
+    close = pyplot.close
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    yield drawn
+    for figure in drawn:
+        close(figure)
 
 
 # ---- Pages ---------------------------------------------------------------------------------------

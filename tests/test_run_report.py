@@ -5,7 +5,6 @@ import json
 import re
 from urllib.parse import unquote
 
-import matplotlib
 import pytest
 from conftest import dom_of
 
@@ -474,23 +473,15 @@ def test_wrong_arguments_are_named(whole_run, tmp_path):
 
 
 @pytest.fixture
-def panels_of(tmp_path, monkeypatch):
+def panels_of(tmp_path, figures):
     """Return a function that draws a picture and returns the panels of its figure."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figures = []
-    close = pyplot.close
-    monkeypatch.setattr(pyplot, "close", figures.append)  # keep the figure open
 
     def draw(plot, records):
         plot(records, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 0
         return figures[-1].axes
 
-    yield draw
-    for figure in figures:
-        close(figure)
+    return draw
 
 
 def test_reliability_shows_the_means_of_each_bin(panels_of):

@@ -3,7 +3,6 @@
 import math
 from itertools import combinations
 
-import matplotlib
 import pytest
 
 from evaluate import DEFAULT_METHODS
@@ -223,14 +222,8 @@ def test_the_method_table_has_a_row_per_method_and_per_comparison():
 
 
 @pytest.fixture
-def draw(tmp_path, monkeypatch):
+def draw(tmp_path, figures):
     """Return a function that draws a summary through plot_accuracy and returns its figure."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figures = []
-    close = pyplot.close
-    monkeypatch.setattr(pyplot, "close", figures.append)  # keep the figure open
 
     def draw_summary(summary):
         path = tmp_path / "picture.png"
@@ -240,9 +233,7 @@ def draw(tmp_path, monkeypatch):
         figure.canvas.draw()
         return figure
 
-    yield draw_summary
-    for figure in figures:
-        close(figure)
+    return draw_summary
 
 
 SEVERAL_N = [  # name, share of right answers, agent calls
