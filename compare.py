@@ -4,11 +4,12 @@ Called by `evaluate.py --compare`. Runs that differ in their seed only are compa
 that the noise of training is part of every interval.
 """
 
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from metrics import seeds_and_problems, seeds_and_problems_difference
+from metrics import seeds_and_problems, seeds_and_problems_difference, within_runs_difference
 from pictures import plot_learning
 from runs import InputError, read_config, read_jsonl, read_records, without_shard
 from tables import (
@@ -47,6 +48,8 @@ def read_groups(texts: list[str]) -> list[Group]:
 def compare_runs(groups: list[Group]) -> str:
     """Compare groups of runs from their records: V and the agents on held-out problems, then EM.
 
+    A single group is compared with itself: its methods with each other.
+
     Raises InputError if a run has no V, no evaluation and no trained agents.
     """
     runs = [run for group in groups for run in group.runs]
@@ -63,6 +66,8 @@ def compare_runs(groups: list[Group]) -> str:
     ):
         if any((run / stage).is_dir() for run in runs):
             tables.append(compare(groups))
+    if len(groups) == 1 and len(runs) > 1 and (runs[0] / "eval" / "summary.json").is_file():
+        tables.append(_compare_methods(groups[0]))
     return "\n\n".join(tables)
 
 
@@ -213,6 +218,33 @@ def _compare_answers(groups: list[Group]) -> str:
                 cells += [str(len(group.runs)), shown]
             rows.append(cells)
     return markdown_table(header, rows)
+
+
+def _compare_methods(group: Group) -> str:
+    """Return a table of the comparisons of table.md, each over all runs of the group."""
+    records_of_method = {}
+    for name in _common_methods(group.runs):
+        records_of_run = {run: read_records(run / "eval" / name) for run in group.runs}
+        records_of_method[name.removesuffix(".jsonl")] = records_of_run
+    summary = json.loads((group.runs[0] / "eval" / "summary.json").read_text("utf-8"))
+    rows = []
+    for pair in summary["comparisons"]:
+        if not {pair["method"], pair["against"]} <= set(records_of_method):
+            continue
+        records = records_of_method[pair["method"]]
+        records_against = records_of_method[pair["against"]]
+        ids = _common_problems([*records.values(), *records_against.values()])
+        result = within_runs_difference(
+            _verdicts(group, records, ids), _verdicts(group, records_against, ids)
+        )
+        cells = [
+            pair["method"],
+            f"{pair['why']}: {pair['against']}",
+            f"{100 * result['difference']:+.1f}",
+            percent_interval(result, signed=True),
+        ]
+        rows.append(cells)
+    return markdown_table(["method", "against", "EM points", "95 % interval"], rows)
 
 
 def _verdicts(group: Group, records_of_run: dict[Path, dict], ids: list[str]) -> list[list[bool]]:

@@ -209,6 +209,20 @@ def seeds_and_problems_difference(a: list[list[bool]], b: list[list[bool]]) -> d
     return {"difference": float(right_a.mean() - right_b.mean()), "low": low, "high": high}
 
 
+def within_runs_difference(a: list[list[bool]], b: list[list[bool]]) -> dict:
+    """Compare two methods in the same runs, on the same problems: the mean of a minus that of b.
+
+    Runs and problems are both resampled, together for a and b. A single run is `paired`.
+    """
+    if len(a) == 1:
+        return paired(a[0], b[0])
+    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    rng = np.random.default_rng(0)
+    problems = _draw_problems(differences.shape[1], rng)
+    low, high = _percentiles(_resampled_means(differences, problems, rng))
+    return {"difference": float(differences.mean()), "low": low, "high": high}
+
+
 def _draw_problems(n: int, rng: np.random.Generator) -> np.ndarray:
     """Draw n problems of n, with replacement: share of each problem, [resamples, problems]."""
     return rng.multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES) / n
@@ -217,7 +231,7 @@ def _draw_problems(n: int, rng: np.random.Generator) -> np.ndarray:
 def _resampled_means(
     right: np.ndarray, problems: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the mean of each resample: [resamples]. right: [runs, problems].
+    """Return the mean of each resample: [resamples]. right: [runs, problems], or a difference.
 
     Of S runs, S - 1 are drawn: drawing S of so few would make the interval too narrow, as the
     variance of S draws is (S - 1) / S of what it should be.

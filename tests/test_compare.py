@@ -277,6 +277,30 @@ def test_v_of_a_group_is_shown_as_mean_and_deviation(tmp_path):
     assert "| 0.750 ± 0.000 | 2 runs |" in solver
 
 
+def write_evaluation(run, *, greedy, vote):
+    """Write two methods with the pair `vote against greedy`, and one whose method is not there."""
+    write_records(run / "eval" / "greedy.jsonl", make_records(right=greedy))
+    write_records(run / "eval" / "vote-4.jsonl", make_records(right=vote))
+    pair = {"method": "vote-4", "against": "greedy", "why": "greedy"}
+    summary = {"comparisons": [pair, pair | {"method": "vote-8"}]}
+    (run / "eval" / "summary.json").write_text(json.dumps(summary))
+
+
+def test_the_methods_of_a_single_group_are_compared_over_its_runs(tmp_path):
+    """Of five problems, a vote is right on one more in one run, and on two more in the other."""
+    write_evaluation(tmp_path / "0", greedy=[1, 2], vote=[1, 2, 3])
+    write_evaluation(tmp_path / "1", greedy=[1], vote=[1, 2, 4])
+    group = f"a={tmp_path / '0'},{tmp_path / '1'}"
+    answers, pairs = compare_runs(read_groups([group])).split("\n\n")
+    assert "| vote-4 | a | 5 | 60.0 |" in answers
+    header, _, line = pairs.splitlines()
+    assert header == "| method | against | EM points | 95 % interval |"
+    assert line.startswith("| vote-4 | greedy: greedy | +30.0 | ")
+
+    two_groups = compare_runs(read_groups([group, str(tmp_path / "0")]))
+    assert "| vote-4 | greedy: greedy |" not in two_groups
+
+
 # ---- The training of the agents ------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from metrics import (
     paired,
     seeds_and_problems,
     seeds_and_problems_difference,
+    within_runs_difference,
     value_metrics,
     wilson,
 )
@@ -309,3 +310,24 @@ def test_the_noise_of_both_groups_counts():
     assert (one["low"], one["high"]) == pytest.approx((0, 1))
     assert (other["low"], other["high"]) == pytest.approx((-1, 0))
     assert both["low"] < -0.5 and both["high"] > 0.5
+
+
+def test_methods_of_the_same_runs_share_the_luck_of_their_run():
+    """Both methods are right in lucky runs and wrong in others: their difference has no noise."""
+    lucky, unlucky = [True] * 9, [False] * 9
+    runs = [lucky, unlucky, lucky, unlucky]
+    assert within_runs_difference(runs, runs) == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    # Better in every second run: the mean of 0.5 varies from 0 to 1 with the runs that are drawn.
+    result = within_runs_difference([lucky] * 4, runs)
+    assert result["difference"] == 0.5
+    assert (result["low"], result["high"]) == pytest.approx((0, 1))
+    assert within_runs_difference(runs, [lucky] * 4)["difference"] == -0.5
+
+
+def test_methods_of_the_same_runs_meet_on_the_same_problems():
+    """Better on 10 of 40 problems in each run: half-width 1.96 sqrt(0.25 * 0.75 / 40)."""
+    a, b = [True] * 30 + [False] * 10, [True] * 20 + [False] * 20
+    result = within_runs_difference([a, a], [b, b])
+    assert result["difference"] == 0.25
+    assert result["high"] - result["low"] == pytest.approx(2 * 1.96 * 0.0685, rel=0.08)
+    assert within_runs_difference([a], [b]) == paired(a, b)
