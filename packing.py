@@ -6,7 +6,8 @@ token's position is its depth in this tree, and the mask lets it see its own pat
 absolute or rotary positions then computes the same hidden states as for each sequence alone.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,26 +31,7 @@ def token_batches(lengths: list[int], order: list[int], batch_tokens: int) -> It
         yield batch
 
 
-def packed_batches(
-    sequences: list[list[int]], batch_tokens: int, *, max_width: int
-) -> list[list[int]]:
-    """Return batches of sequences, as indices; the smallest first. See `pack`, `token_batches`."""
-    rows = pack(sequences, max_width=max_width)
-    widths = [row.width for row in rows]
-    by_width = sorted(range(len(rows)), key=widths.__getitem__)
-    batches = []
-    for batch in token_batches(widths, by_width, batch_tokens):
-        batches.append([index for row in batch for index in rows[row].columns])
-    return batches
-
-
 # ---- Packing -------------------------------------------------------------------------------------
-
-# A row is no longer than this, unless a single sequence is: the cost of attention grows with the
-# square of a row.
-MAX_WIDTH = 1024
-# A sequence joins a row if it shares at least this part of its tokens with the one before it.
-SMALLEST_SHARE = 0.25
 
 
 @dataclass
@@ -84,8 +66,11 @@ class PackedRow:
         self.columns[index] = neighbour[:shared] + list(range(start, len(self.ids)))
 
 
-def max_width_for(config) -> int:
-    """Return how wide a packed row may be for a model; 0 if it must read sequences one by one.
+def token_cost_for(config) -> float | None:
+    """Return what a token costs a model apart from attention; None if it cannot read packed rows.
+
+    The unit is the attention of one column to another: 4 * hidden size FLOPs per layer, beside
+    8 * hidden size^2 for the projections and 6 * hidden size * intermediate size for the MLP.
 
     The mask of a packed row replaces the model's own, so every layer has to attend to everything
     before it. Sliding windows and recurrent layers do not. And the attention has to take a mask of
@@ -93,36 +78,90 @@ def max_width_for(config) -> int:
     """
     config = config.get_text_config()
     if config._attn_implementation != "sdpa":
-        return 0
+        return None
     layer_types = getattr(config, "layer_types", None) or []
     has_window = getattr(config, "sliding_window", None) is not None
     if any(layer_type != "full_attention" for layer_type in layer_types):
-        return 0
+        return None
     if has_window and not layer_types:
-        return 0
-    return MAX_WIDTH
+        return None
+    intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return 2 * config.hidden_size + 1.5 * intermediate_size
 
 
-def pack(sequences: list[list[int]], *, max_width: int) -> list[PackedRow]:
-    """Distribute sequences over rows, so that few tokens are read twice.
+def best_width(shared: int, token_cost: float) -> float:
+    """Return how wide a row should be whose sequences share their first `shared` tokens.
+
+    A row of width w costs token_cost * w + w^2. If each sequence adds n tokens, a row of m costs,
+    per sequence,
+
+        token_cost * (shared / m + n) + (shared + m n)^2 / m,
+
+    which is least at m n = sqrt(shared * (shared + token_cost)): a narrower row reads the shared
+    tokens too often, a wider one attends to too many columns.
+    """
+    return shared + math.sqrt(shared * (shared + token_cost))
+
+
+def pack(
+    sequences: list[list[int]],
+    *,
+    token_cost: float | None,
+    max_width: int,
+    indices: Iterable[int] | None = None,
+) -> list[PackedRow]:
+    """Distribute sequences over rows, so that reading them costs little.
 
     In alphabetical order, a sequence shares most with its neighbours.
+
+    Args:
+        token_cost: see `token_cost_for`. With None every sequence has a row of its own.
+        max_width: no row is wider, unless a single sequence is.
+        indices: of the sequences to pack; default: of all.
     """
+    if indices is None:
+        indices = range(len(sequences))
     rows: list[PackedRow] = []
-    previous = None
-    for index in sorted(range(len(sequences)), key=sequences.__getitem__):
+    previous: list[int] = []
+    neighbour: list[int] = []  # the columns of the previous sequence
+    for index in sorted(indices, key=sequences.__getitem__):
         sequence = sequences[index]
-        if previous is not None:
-            shared = shared_prefix(sequences[previous], sequence)
-            fits = rows[-1].width + len(sequence) - shared <= max_width
-            if fits and shared >= SMALLEST_SHARE * len(sequence):
-                rows[-1].add(index, sequence, shared, rows[-1].columns[previous])
-                previous = index
-                continue
-        rows.append(PackedRow([], [], [], {}))
-        rows[-1].add(index, sequence, 0, [])
-        previous = index
+        shared = shared_prefix(previous, sequence)
+        limit = 0.0
+        if token_cost is not None:
+            limit = min(max_width, best_width(shared, token_cost))
+        if not rows or rows[-1].width + len(sequence) - shared > limit:
+            rows.append(PackedRow([], [], [], {}))
+            shared = 0
+        rows[-1].add(index, sequence, shared, neighbour)
+        previous, neighbour = sequence, rows[-1].columns[index]
     return rows
+
+
+def packed_batches(
+    sequences: list[list[int]], batch_tokens: int, *, token_cost: float | None
+) -> list[list[PackedRow]]:
+    """Pack sequences, and cut the rows into batches (`token_batches`), the narrowest rows first."""
+    rows = pack(sequences, token_cost=token_cost, max_width=batch_tokens)
+    return cut_into_batches(sorted(rows, key=width_of), batch_tokens)
+
+
+def cut_into_batches(rows: list[PackedRow], batch_tokens: int) -> list[list[PackedRow]]:
+    """Cut rows into batches, in this order; see `token_batches`."""
+    widths = [row.width for row in rows]
+    batches = []
+    for batch in token_batches(widths, list(range(len(rows))), batch_tokens):
+        batches.append([rows[index] for index in batch])
+    return batches
+
+
+def width_of(row: PackedRow) -> int:
+    return row.width
+
+
+def sequences_of(batch: list[PackedRow]) -> list[int]:
+    """Return the indices of the sequences in a batch, row by row."""
+    return [index for row in batch for index in row.columns]
 
 
 def sequence_columns(rows: list[PackedRow]) -> dict[int, tuple[int, list[int]]]:

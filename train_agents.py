@@ -36,7 +36,14 @@ from generate_rollouts import (
 )
 from mas import MAS, load_graph
 from metrics import problem_aucs
-from packing import collate, max_width_for, pack, packed_batches, sequence_columns
+from packing import (
+    collate,
+    pack,
+    packed_batches,
+    sequence_columns,
+    sequences_of,
+    token_cost_for,
+)
 from pictures import plot_training
 from policy import Policy, add_policy_arguments, make_policy
 from rewards import (
@@ -159,7 +166,7 @@ class Learner:
         self.kl_coef = kl_coef
         self.num_minibatches = num_minibatches
         self.batch_tokens = batch_tokens
-        self.max_width = max_width_for(self.model.config)
+        self.token_cost = token_cost_for(self.model.config)
         self.optimizer = torch.optim.AdamW(adapters.parameters().values(), lr=lr, weight_decay=0.0)
 
     def update(self, rows: list[Row], rng) -> dict[str, float]:
@@ -234,7 +241,7 @@ class Learner:
         """
         self.adapters.use(rows[0].agent)
         sequences = [row.prompt_ids + row.token_ids for row in rows]
-        packed = pack(sequences, max_width=self.max_width)
+        packed = pack(sequences, token_cost=self.token_cost, max_width=self.batch_tokens)
 
         # 1. A token is predicted by the one before it on its path.
         predicted_by: dict[int, tuple[int, list[int]]] = {}  # row -> (packed row, columns)
@@ -268,8 +275,8 @@ class Learner:
         batches = []
         for group in rows_of_adapter.values():
             sequences = [row.prompt_ids + row.token_ids for row in group]
-            for indices in packed_batches(sequences, self.batch_tokens, max_width=self.max_width):
-                batches.append([group[index] for index in indices])
+            for batch in packed_batches(sequences, self.batch_tokens, token_cost=self.token_cost):
+                batches.append([group[index] for index in sequences_of(batch)])
         return batches
 
 

@@ -38,7 +38,7 @@ from diagnosis import value_signatures, with_warnings
 from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
 from metrics import value_metrics
-from packing import num_distinct_tokens, token_batches
+from packing import PackedRow, cut_into_batches, num_distinct_tokens, pack, sequences_of, width_of
 from runs import (
     HERE,
     InputError,
@@ -70,7 +70,7 @@ from value import (
     Row,
     ValueModel,
     backbone_setting,
-    label_positions,
+    label_places,
     load_backbone,
     rendering_fingerprint,
 )
@@ -136,56 +136,65 @@ def weigh_by_visits(rows: list[Row]) -> list[Row]:
     return weighted
 
 
-def epoch_batches(
-    rows: list[Row], batch_tokens: int, rng: random.Random, *, by_tree: bool
-) -> list[list[int]]:
-    """Return the batches of one epoch, as indices of rows in random order.
+def pack_trees(
+    rows: list[Row], batch_tokens: int, *, token_cost: float | None
+) -> list[list[PackedRow]]:
+    """Return the packed rows of each tree, in which shared prefixes are read once (see `pack`)."""
+    indices_of_tree = defaultdict(list)
+    for index, row in enumerate(rows):
+        problem_id, _ = row.groups[0]
+        indices_of_tree[problem_id].append(index)
+    sequences = [row.ids for row in rows]
+    trees = []
+    for indices in indices_of_tree.values():
+        packed = pack(sequences, token_cost=token_cost, max_width=batch_tokens, indices=indices)
+        trees.append(packed)
+    return trees
 
-    Rows are shuffled, sorted by length within pools of 512 to reduce padding, cut into batches, and
-    the batches are shuffled.
+
+POOL = 64  # packed rows that are sorted by width together
+
+
+def epoch_batches(
+    trees: list[list[PackedRow]], batch_tokens: int, rng: random.Random, *, whole_trees: bool
+) -> list[list[PackedRow]]:
+    """Return the batches of one epoch, in random order.
+
+    Packed rows are shuffled, sorted by width within pools to reduce padding, cut into batches, and
+    the batches are shuffled. So a batch holds parts of several trees.
 
     Args:
-        by_tree: keep the rows of a tree in one batch instead, because the `rank` loss compares
+        whole_trees: keep the rows of a tree in one batch instead, because the `rank` loss compares
             them. Only a tree that is larger than a batch is cut.
     """
-    lengths = [len(row.ids) for row in rows]
-    if by_tree:
-        batches = whole_tree_batches(rows, lengths, batch_tokens, rng)
+    if whole_trees:
+        batches = whole_tree_batches(rng.sample(trees, len(trees)), batch_tokens)
     else:
-        shuffled = rng.sample(range(len(rows)), len(rows))
-        order = []
-        for start in range(0, len(rows), 512):
-            order += sorted(shuffled[start : start + 512], key=lengths.__getitem__)
-        batches = list(token_batches(lengths, order, batch_tokens))
+        packed = [row for tree in trees for row in tree]
+        shuffled = rng.sample(packed, len(packed))
+        by_width = []
+        for start in range(0, len(shuffled), POOL):
+            by_width += sorted(shuffled[start : start + POOL], key=width_of)
+        batches = cut_into_batches(by_width, batch_tokens)
     rng.shuffle(batches)
     return batches
 
 
-def whole_tree_batches(
-    rows: list[Row], lengths: list[int], batch_tokens: int, rng: random.Random
-) -> list[list[int]]:
-    """Return batches of whole trees in random order, each as large as `batch_tokens` allows."""
-    rows_of_problem = defaultdict(list)
-    for index, row in enumerate(rows):
-        problem_id, _ = row.groups[0]
-        rows_of_problem[problem_id].append(index)
-    trees = list(rows_of_problem.values())
-    rng.shuffle(trees)
-
+def whole_tree_batches(trees: list[list[PackedRow]], batch_tokens: int) -> list[list[PackedRow]]:
+    """Return batches of whole trees in this order, each as large as `batch_tokens` allows."""
     # 1. Put trees together while they fit.
-    packed = [[]]
+    together: list[list[PackedRow]] = [[]]
     for tree in trees:
-        together = packed[-1] + tree
-        longest = max(lengths[index] for index in together)
-        if len(together) * longest <= batch_tokens:
-            packed[-1] = together
+        joined = together[-1] + tree
+        if len(joined) * max(map(width_of, joined)) <= batch_tokens:
+            together[-1] = joined
         else:
-            packed.append(tree)
+            together.append(tree)
 
     # 2. Cut a tree that does not fit alone.
     batches = []
-    for batch in packed:
-        batches += token_batches(lengths, batch, batch_tokens)
+    for batch in together:
+        batches += cut_into_batches(batch, batch_tokens)
     return batches
 
 
@@ -292,6 +301,7 @@ def num_terms(rows: list[Row], loss: str) -> int:
 def train(
     model: ValueModel,
     rows: list[Row],
+    trees: list[list[PackedRow]],
     *,
     epochs: int,
     lr: float,
@@ -310,8 +320,9 @@ def train(
     of (seed, epoch), so a run that was killed resumes after its last whole epoch.
 
     Args:
+        trees: the rows, packed (`pack_trees`).
         lr: peak learning rate, see `learning_rate_factor`.
-        batch_tokens: padded size of a batch, see `token_batches`.
+        batch_tokens: padded size of a batch of packed rows, see `token_batches`.
         checkpoint: file that is written after every epoch.
         after_epoch: called on the first process with the epoch and the mean training loss of that
             process's batches.
@@ -324,7 +335,7 @@ def train(
     schedule = []
     for epoch in range(epochs):
         rng = seeded(seed, "epoch", epoch)
-        batches = epoch_batches(rows, batch_tokens, rng, by_tree=model.loss == "rank")
+        batches = epoch_batches(trees, batch_tokens, rng, whole_trees=model.loss == "rank")
         starts = range(0, len(batches), world_size)
         schedule.append([batches[start : start + world_size] for start in starts])
     total_steps = sum(map(len, schedule))
@@ -364,7 +375,7 @@ def train(
             save_checkpoint(checkpoint, epoch, model, optimizer, scheduler)
 
 
-def mean_terms_per_step(rows: list[Row], steps: list[list[list[int]]], loss: str) -> float:
+def mean_terms_per_step(rows: list[Row], steps: list[list[list[PackedRow]]], loss: str) -> float:
     """Return how many terms a step of an epoch has on average (see `num_terms`).
 
     The summed loss of every step is divided by this constant, not by the step's own number.
@@ -373,7 +384,7 @@ def mean_terms_per_step(rows: list[Row], steps: list[list[list[int]]], loss: str
     total = 0
     for batches in steps:
         for batch in batches:
-            total += num_terms([rows[index] for index in batch], loss)
+            total += num_terms([rows[index] for index in sequences_of(batch)], loss)
     if total == 0:
         raise InputError(
             "--loss rank: no two states of one agent in one tree have different labels; "
@@ -385,7 +396,7 @@ def mean_terms_per_step(rows: list[Row], steps: list[list[list[int]]], loss: str
 def training_step(
     model: ValueModel,
     rows: list[Row],
-    batches: list[list[int]],
+    batches: list[list[PackedRow]],
     terms_per_step: float,
     *,
     huber_delta: float,
@@ -401,18 +412,19 @@ def training_step(
     terms = 0
     # The last step of an epoch may have fewer batches than there are processes.
     if rank < len(batches):
-        batch = [rows[index] for index in batches[rank]]
+        batch = batches[rank]
+        batch_rows = [rows[index] for index in sequences_of(batch)]
         targets, weights, groups = [], [], []
-        for row in batch:
+        for row in batch_rows:
             targets += row.targets
             weights += row.weights
             groups += row.groups
-        outputs = model.outputs([row.ids for row in batch], label_positions(batch))
+        outputs = model.outputs(batch, label_places(batch, rows))
         targets = torch.tensor(targets, device=outputs.device)
         weights = torch.tensor(weights, device=outputs.device)
         loss = training_loss(model, outputs, targets, weights, groups, huber_delta=huber_delta)
         (loss / terms_per_step).backward()
-        terms = num_terms(batch, model.loss)
+        terms = num_terms(batch_rows, model.loss)
     if world_size > 1:
         sum_gradients(model.trained_parameters())
     return loss.item(), terms
@@ -540,8 +552,8 @@ def add_lora_training_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--train-batch-tokens",
         type=positive_int,
-        default=4096,
-        help="size of one training batch: rows x tokens of the longest",
+        default=2048,
+        help="size of one training batch: packed rows x tokens of the longest",
     )
 
 
@@ -568,10 +580,11 @@ def main(args) -> None:
     if world_size > 1:
         start_data_parallel(device)
     rows = training_rows(labels.paths["train"], model, args.label_weights)
+    trees = pack_trees(rows, args.train_batch_tokens, token_cost=model.token_cost)
     heldout_rows = make_rows(labels.paths["heldout"], model)
     heldout_edges = [edge for path in labels.paths["heldout"] for edge in path]
     if rank == 0:
-        print(describe_training(model, rows, labels, heldout_edges))
+        print(describe_training(model, rows, trees, labels, heldout_edges))
 
     # 4. Train, and measure V on held-out problems after each epoch.
     def after_epoch(epoch: int, train_loss: float) -> None:
@@ -583,6 +596,7 @@ def main(args) -> None:
         train(
             model,
             rows,
+            trees,
             epochs=args.epochs,
             lr=args.lr,
             batch_tokens=args.train_batch_tokens,
@@ -726,16 +740,22 @@ def make_value_model(args, mas: MAS, device: str) -> ValueModel:
 
 
 def describe_training(
-    model: ValueModel, rows: list[Row], labels: Labels, heldout_edges: list[Edge]
+    model: ValueModel,
+    rows: list[Row],
+    trees: list[list[PackedRow]],
+    labels: Labels,
+    heldout_edges: list[Edge],
 ) -> str:
     num_labels = sum(len(row.targets) for row in rows)
-    num_tokens = sum(len(row.ids) for row in rows)
+    packed = [row for tree in trees for row in tree]
+    num_tokens = sum(map(width_of, packed))
     repetition = num_tokens / num_distinct_tokens([row.ids for row in rows])
     num_trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     return (
         f"{num_labels} labelled states of {len(labels.records['train'])} problems "
-        f"in {len(rows)} rows; {len(heldout_edges)} held-out states\n"
-        f"{num_tokens:,} tokens an epoch ({repetition:.2f} times the distinct ones)\n"
+        f"in {len(rows)} transcripts; {len(heldout_edges)} held-out states\n"
+        f"{num_tokens:,} tokens in {len(packed)} packed rows an epoch "
+        f"({repetition:.2f} times the distinct ones)\n"
         f"{num_trained:,} trained parameters"
     )
 

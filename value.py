@@ -26,12 +26,13 @@ from adapters import load_lora
 from checkpoints import beginning_ids, checkpoint_fingerprint, load_pretrained
 from mas import MAS, State
 from packing import (
+    PackedRow,
     collate,
-    max_width_for,
     num_distinct_tokens,
     pack,
     packed_batches,
-    sequence_columns,
+    sequences_of,
+    token_cost_for,
 )
 from runs import InputError, fingerprint, ignore, read_config
 
@@ -59,12 +60,13 @@ class Row:
     weights: list[float] = field(default_factory=list)
 
 
-def label_positions(rows: list[Row]) -> list[tuple[int, int]]:
-    """Return (row, position) of every label in a list of rows."""
-    positions = []
-    for index, row in enumerate(rows):
-        positions += [(index, position) for position in row.positions]
-    return positions
+def label_places(batch: list[PackedRow], rows: list[Row]) -> list[tuple[int, int]]:
+    """Return (packed row, column) of every label of the rows of a batch, as in `sequences_of`."""
+    places = []
+    for number, packed_row in enumerate(batch):
+        for index, columns in packed_row.columns.items():
+            places += [(number, columns[position]) for position in rows[index].positions]
+    return places
 
 
 # ---- The value model -----------------------------------------------------------------------------
@@ -105,7 +107,7 @@ class ValueModel(nn.Module):
         )
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.max_width = max_width_for(backbone.config)
+        self.token_cost = token_cost_for(backbone.config)
         self.on_rows: Callable[[int], None] = ignore
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
 
@@ -132,20 +134,10 @@ class ValueModel(nn.Module):
             )
         return ids, ends
 
-    def outputs(self, token_ids: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
-        """Return w.h + b at each (sequence, position): float32 [positions, outputs of the head].
-
-        token_ids: of each sequence. Prefixes that they share are read once.
-        """
-        packed = pack(token_ids, max_width=self.max_width)
-        columns_of = sequence_columns(packed)
-        places = []
-        for index, position in positions:
-            row_index, columns = columns_of[index]
-            places.append((row_index, columns[position]))
-
-        inputs = collate(packed, self.tokenizer.pad_token_id, self.backbone.device)
-        hidden = self.backbone(**inputs).last_hidden_state  # [rows, width, hidden size]
+    def outputs(self, batch: list[PackedRow], places: list[tuple[int, int]]) -> torch.Tensor:
+        """Return w.h + b at each (packed row, column): float32 [places, outputs of the head]."""
+        inputs = collate(batch, self.tokenizer.pad_token_id, self.backbone.device)
+        hidden = self.backbone(**inputs).last_hidden_state  # [packed rows, width, hidden size]
         row, column = torch.tensor(places, device=self.backbone.device).T
         return self.head(hidden[row, column].float())
 
@@ -158,9 +150,9 @@ class ValueModel(nn.Module):
     def bins(self) -> torch.Tensor:
         return torch.linspace(-1, 1, self.NUM_BINS, device=self.head.weight.device)
 
-    def forward(self, token_ids: list[list[int]], positions: list[tuple[int, int]]) -> torch.Tensor:
-        """Return V at each (sequence, position): float32 [len(positions)]."""
-        return self.value(self.outputs(token_ids, positions))
+    def forward(self, batch: list[PackedRow], places: list[tuple[int, int]]) -> torch.Tensor:
+        """Return V at each (packed row, column): float32 [len(places)]."""
+        return self.value(self.outputs(batch, places))
 
     @torch.inference_mode()
     def predict(self, rows: list[Row], *, batch_tokens: int) -> list[list[float]]:
@@ -172,33 +164,38 @@ class ValueModel(nn.Module):
         if self.backbone.device.type == "cpu":
             batch_tokens = min(batch_tokens, self.CPU_BATCH_TOKENS)
         sequences = [row.ids for row in rows]
-        batches = packed_batches(sequences, batch_tokens, max_width=self.max_width)
+        batches = packed_batches(sequences, batch_tokens, token_cost=self.token_cost)
         values: list[list[float]] = [[] for _ in rows]
         while batches:
             batch = batches.pop()  # the widest first: memory runs out at once or never
-            batch_rows = [rows[index] for index in batch]
-            positions = label_positions(batch_rows)
             try:
-                batch_values = self([row.ids for row in batch_rows], positions).tolist()
+                batch_values = iter(self(batch, label_places(batch, rows)).tolist())
             except torch.OutOfMemoryError:
-                batches += self._split(batch, rows)
+                batches += self._split(batch, sequences)
                 continue
-            for (index, _), value in zip(positions, batch_values, strict=True):
-                values[batch[index]].append(value)
-            self.on_rows(len(batch))
+            for index in sequences_of(batch):
+                values[index] = [next(batch_values) for _ in rows[index].positions]
+            self.on_rows(len(sequences_of(batch)))
         return values
 
-    def _split(self, batch: list[int], rows: list[Row]) -> list[list[int]]:
-        """Split a batch that does not fit into memory. Raises InputError if it is a single row."""
-        if len(batch) == 1:
-            tokens = len(rows[batch[0]].ids)
+    def _split(self, batch: list[PackedRow], sequences: list[list[int]]) -> list[list[PackedRow]]:
+        """Split a batch that does not fit into memory. Raises InputError if it is one sequence."""
+        indices = sequences_of(batch)
+        if len(indices) == 1:
+            tokens = len(sequences[indices[0]])
             raise InputError(
                 f"out of memory with one transcript of {tokens} tokens; take a smaller --backbone"
             ) from None
-        message = f"out of memory: {len(batch)} transcripts are scored in two batches"
+        message = f"out of memory: {len(indices)} transcripts are scored in two batches"
         tqdm.write(message, file=sys.stderr)
-        middle = len(batch) // 2
-        return [batch[:middle], batch[middle:]]
+        middle = len(indices) // 2
+        widest = max(row.width for row in batch)
+        halves = []
+        for half in (indices[:middle], indices[middle:]):
+            halves.append(
+                pack(sequences, token_cost=self.token_cost, max_width=widest, indices=half)
+            )
+        return halves
 
     def score(self, states: list[State], *, batch_tokens: int) -> list[float]:
         """Return V of each state. Equal states are read once."""

@@ -36,11 +36,12 @@ from adapters import add_lora
 from decoding import Decoder, gumbel_noise, message_key, sample_tokens
 from generate_rollouts import make_searches, run, tree_record
 from mas import CHAIN
+from packing import pack
 from policy import Policy, Sample, make_policy
 from runs import Parser, SearchProgress, Work, cli, positive_float, positive_int
 from tasks import load_problems
 from train_value import training_loss
-from value import Row, ValueModel, label_positions, load_backbone
+from value import Row, ValueModel, label_places, load_backbone
 
 # ---- Decoders that lack a feature ----------------------------------------------------------------
 
@@ -450,19 +451,20 @@ def measure_scoring(
 
 def measure_training_step(model: ValueModel, rows: list[Row], args) -> None:
     """Measure forward and backward of one batch of at most 8,192 tokens."""
-    batch = rows[: max(1, 8192 // args.state_tokens)]
-    targets = torch.full((len(batch),), 0.5, device=args.device)
+    rows = rows[: max(1, 8192 // args.state_tokens)]
+    batch = pack([row.ids for row in rows], token_cost=model.token_cost, max_width=8192)
+    targets = torch.full((len(rows),), 0.5, device=args.device)
     weights = torch.ones_like(targets)
-    groups = [("p", "a")] * len(batch)
+    groups = [("p", "a")] * len(rows)
     if on_gpu(args.device):
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
         model.train()
-        outputs = model.outputs([row.ids for row in batch], label_positions(batch))
+        outputs = model.outputs(batch, label_places(batch, rows))
         training_loss(model, outputs, targets, weights, groups, huber_delta=1.0).backward()
 
-    tokens_per_second = len(batch) * args.state_tokens / seconds_of(step, args.device)
+    tokens_per_second = len(rows) * args.state_tokens / seconds_of(step, args.device)
     print(
         f"QLoRA step, rank {args.lora_rank}: {tokens_per_second:7.0f} tokens/s"
         f"{peak_memory(args.device)}"

@@ -27,6 +27,7 @@ from checkpoints import ChatFormat, resolve_dtype, without_reasoning
 from decoding import Decoder, message_key
 from generate_rollouts import make_root
 from mas import CHAIN, State
+from packing import pack
 from policy import Sample, policy_settings
 from runs import InputError
 from tasks import load_problems
@@ -540,6 +541,7 @@ def test_lora_adapts_every_linear_layer_of_every_family(value_model):
             adapted += 1
     assert adapted >= 4 * SHAPE["num_hidden_layers"]
     ids, ends = value_model.encode(CHAIN.step(State("How many?", ()), "Four."))
-    value_model.outputs([ids], [(0, ends[-1])]).sum().backward()
+    batch = pack([ids], token_cost=None, max_width=len(ids))
+    value_model.outputs(batch, [(0, ends[-1])]).sum().backward()
     for name, parameter in value_model.trained_parameters().items():
         assert parameter.grad.abs().sum() > 0, name

@@ -13,9 +13,9 @@ from metrics import (
     paired,
     seeds_and_problems,
     seeds_and_problems_difference,
-    within_runs_difference,
     value_metrics,
     wilson,
+    within_runs_difference,
 )
 
 # ---- V against labels ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from checkpoints import load_pretrained
 from decoding import uniforms
 from generate_rollouts import Edge, Sample, label_tree, run, tree_paths, tree_record
 from mas import CHAIN, SINGLE, State
-from packing import collate, packed_batches
+from packing import collate, num_distinct_tokens, pack, packed_batches, sequences_of
 from runs import (
     HERE,
     InputError,
@@ -45,6 +45,7 @@ from train_value import (
     learning_rate_factor,
     make_rows,
     num_terms,
+    pack_trees,
     train,
     training_loss,
     training_rows,
@@ -411,12 +412,16 @@ def test_v_is_tanh_of_the_head_at_the_last_token(model):
     assert score(model, [state]) == [pytest.approx(by_hand, abs=1e-6)]
 
 
+def pack_one(ids):
+    return pack([ids], token_cost=None, max_width=len(ids))
+
+
 def test_a_later_message_does_not_change_an_earlier_value(model):
     state = CHAIN.step(State("q", ()), "facts")
     child = CHAIN.step(state, "a plan that is quite long and says a lot")
     ids, ends = model.encode(child)
     with torch.inference_mode():
-        values = model([ids], [(0, ends[1]), (0, ends[2])])
+        values = model(pack_one(ids), [(0, ends[1]), (0, ends[2])])
     value_of_state, value_of_child = values.tolist()
     assert score(model, [state]) == [pytest.approx(value_of_state, abs=1e-6)]
     assert value_of_state != value_of_child
@@ -437,16 +442,24 @@ def test_out_of_memory_splits_the_batch(records, model, monkeypatch, capsys):
     assert "out of memory" in capsys.readouterr().err
 
 
-def test_a_batch_is_split_in_its_middle_and_a_single_row_is_an_error(model, capsys):
-    rows = [Row([5] * length, []) for length in (10, 11, 12, 13, 77)]
-    assert model._split([4, 2], rows) == [[4], [2]]
+def test_a_batch_is_split_in_its_middle_and_a_single_sequence_is_an_error(model, capsys):
+    """Also if the batch is a single packed row."""
+    sequences = [[5, 5, 5, *range(10, 20 + number)] for number in range(4)] + [[7] * 77]
+
+    def split(*indices):
+        batch = pack(sequences, token_cost=model.token_cost, max_width=999, indices=indices)
+        return [sequences_of(half) for half in model._split(batch, sequences)]
+
+    assert split(0, 3) == [[0], [3]]
     message = "out of memory: 2 transcripts are scored in two batches\n"
     assert capsys.readouterr().err == message
-    assert model._split([4, 0, 1, 2, 3], rows) == [[4, 0], [1, 2, 3]]
-    assert model._split([0, 1, 2, 3], rows) == [[0, 1], [2, 3]]
+    assert split(4, 1, 2, 3, 0) == [[0, 1], [2, 3, 4]]
+    assert split(0, 1, 2, 3) == [[0, 1], [2, 3]]
+    [row] = pack(sequences[:4], token_cost=model.token_cost, max_width=999)
+    assert [len(half) for half in model._split([row], sequences)] == [1, 1]  # still packed
 
     with pytest.raises(InputError) as error:
-        model._split([4], rows)
+        split(4)
     message = "out of memory with one transcript of 77 tokens; take a smaller --backbone"
     assert str(error.value) == message
 
@@ -477,9 +490,9 @@ def test_what_states_share_is_read_once(model, monkeypatch):
 def test_batches_of_a_cpu_fit_into_its_caches(records, model, monkeypatch):
     limits = []
 
-    def batches_and_limit(sequences, batch_tokens, *, max_width):
+    def batches_and_limit(sequences, batch_tokens, **options):
         limits.append(batch_tokens)
-        return packed_batches(sequences, batch_tokens, max_width=max_width)
+        return packed_batches(sequences, batch_tokens, **options)
 
     monkeypatch.setattr(value, "packed_batches", batches_and_limit)
     states = states_of(records[:1])
@@ -518,9 +531,9 @@ def test_bfloat16_stays_bfloat16_up_to_the_head(quantize):
     ids, ends = model.encode(CHAIN.step(State("q", ()), "facts"))
     output = model.backbone(input_ids=torch.tensor([ids]), output_hidden_states=True)
     assert {hidden.dtype for hidden in output.hidden_states} == {torch.bfloat16}
-    value = model([ids], [(0, ends[-1])])
+    value = model(pack_one(ids), [(0, ends[-1])])
     assert value.dtype == torch.float32
-    exact = make_model(quantize=quantize)([ids], [(0, ends[-1])])
+    exact = make_model(quantize=quantize)(pack_one(ids), [(0, ends[-1])])
     assert value.item() == pytest.approx(exact.item(), abs=0.02)
 
     value.sum().backward()
@@ -540,7 +553,7 @@ def gradients_of(model, row):
     first_layer = model.backbone.get_base_model().layers[0]
     hook = first_layer.mlp.register_forward_pre_hook(count)
     model.train()
-    outputs = model.outputs([row.ids], [(0, position) for position in row.positions])
+    outputs = model.outputs(pack_one(row.ids), [(0, position) for position in row.positions])
     outputs.square().sum().backward()
     hook.remove()
     gradients = {}
@@ -657,7 +670,7 @@ def test_the_distributional_loss_by_hand():
 @pytest.mark.parametrize("loss, num_outputs", [("huber", 1), ("rank", 1), ("dist", 21)])
 def test_only_a_distribution_has_more_outputs_than_v(model, loss, num_outputs):
     model = ValueModel(model.backbone, model.tokenizer, CHAIN, "full", loss)
-    assert model.outputs([[5, 6, 7]], [(0, 1), (0, 2)]).shape == (2, num_outputs)
+    assert model.outputs(pack_one([5, 6, 7]), [(0, 1), (0, 2)]).shape == (2, num_outputs)
 
 
 def test_the_head_and_its_bins_are_on_the_device_of_the_backbone():
@@ -691,6 +704,7 @@ def fit(model, rows, folder, *, epochs=2, batch_tokens=1500, lr=3e-3, seed=0, af
     train(
         model,
         rows,
+        pack_trees(rows, batch_tokens, token_cost=model.token_cost),
         epochs=epochs,
         lr=lr,
         batch_tokens=batch_tokens,
@@ -874,7 +888,7 @@ def test_v_is_trained_on_the_training_problems_and_measured_on_the_others(
             append_jsonl(file, record)
     problems_trained_on = set()
 
-    def look_at_the_rows(model, rows, *, after_epoch, **options):
+    def look_at_the_rows(model, rows, trees, *, after_epoch, **options):
         for row in rows:
             problems_trained_on.update(problem_id for problem_id, _ in row.groups)
         after_epoch(0, 0.0)
@@ -927,39 +941,62 @@ def test_the_other_losses_train_save_and_load(records, tmp_path, loss, view):
 
 def test_an_epoch_is_every_row_once_within_the_budget_and_in_an_order_of_its_own(records, model):
     rows = make_rows(paths_of(records), model)
-    lengths = [len(row.ids) for row in rows]
-    budget = 3 * max(lengths)
+    budget = 3 * max(len(row.ids) for row in rows)
+    trees = pack_trees(rows, budget, token_cost=model.token_cost)
     epochs = []
     for seed in (0, 0, 1):
-        batches = epoch_batches(rows, budget, seeded(seed), by_tree=False)
-        order = [index for batch in batches for index in batch]
+        batches = epoch_batches(trees, budget, seeded(seed), whole_trees=False)
+        order = [index for batch in batches for index in sequences_of(batch)]
         assert sorted(order) == list(range(len(rows)))
-        for batch in batches:
-            assert len(batch) * max(lengths[index] for index in batch) <= budget
+        assert max(map(padded_size, batches)) <= budget
         epochs.append(batches)
     assert epochs[0] == epochs[1]
     assert epochs[0] != epochs[2]
 
-    # Rows of similar lengths are together, so that little is padding, but long batches do not
+    # Rows of similar widths are together, so that little is padding, but wide batches do not
     # always come last.
     batches = epochs[0]
-    num_padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    assert num_padded < 1.1 * sum(lengths)
-    longest = [max(lengths[index] for index in batch) for batch in batches]
-    assert longest != sorted(longest)
+    num_tokens = sum(row.width for batch in batches for row in batch)
+    assert sum(map(padded_size, batches)) < 1.15 * num_tokens
+    widest = [max(row.width for row in batch) for batch in batches]
+    assert widest != sorted(widest)
+
+
+def padded_size(batch):
+    return len(batch) * max(row.width for row in batch)
+
+
+def test_what_transcripts_of_a_tree_share_is_trained_on_once(records, model):
+    """Rows hold a single tree, and are nearly as few tokens as there are distinct ones."""
+    rows = make_rows(paths_of(records), model)
+    trees = pack_trees(rows, 4096, token_cost=model.token_cost)
+    assert len(trees) == len(records)
+    distinct, read = 0, 0
+    for tree in trees:
+        indices = sequences_of(tree)
+        assert len({rows[index].groups[0][0] for index in indices}) == 1
+        distinct += num_distinct_tokens([rows[index].ids for index in indices])
+        read += sum(row.width for row in tree)
+    alone = sum(len(row.ids) for row in rows)
+    assert distinct <= read < 1.25 * distinct < alone
 
 
 def test_rows_of_equal_length_meet_others_in_every_epoch():
-    rows = [Row([0] * 5, [4], [1.0], [("p", "Solver")]) for _ in range(20)]
+    trees = packed_alone([Row([0] * 5, [4], [1.0], [("p", "Solver")])] * 20)
     batches_of_seed = []
     for seed in range(2):
-        batches = epoch_batches(rows, 25, seeded(seed), by_tree=False)
+        batches = epoch_batches(trees, 25, seeded(seed), whole_trees=False)
         assert [len(batch) for batch in batches] == [5] * 4
-        batches_of_seed.append({frozenset(batch) for batch in batches})
+        batches_of_seed.append({frozenset(sequences_of(batch)) for batch in batches})
     assert batches_of_seed[0] != batches_of_seed[1]
 
-    [batch] = epoch_batches([rows[0]] * 513, 10**9, seeded(0), by_tree=False)
-    assert sorted(batch) == list(range(513))  # one more than a pool
+    trees = packed_alone([Row([0] * 5, [4], [1.0], [("p", "Solver")])] * (train_value.POOL + 1))
+    [batch] = epoch_batches(trees, 10**9, seeded(0), whole_trees=False)
+    assert sorted(sequences_of(batch)) == list(range(train_value.POOL + 1))
+
+
+def packed_alone(rows):
+    return pack_trees(rows, 999, token_cost=None)
 
 
 def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch(records, tmp_path, monkeypatch):
@@ -986,20 +1023,18 @@ def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch(records, tmp_path
 def test_rank_batches_hold_whole_trees(records, model):
     """The loss compares states of one tree, so no tree that fits into a batch is cut."""
     rows = make_rows(paths_of(records), model)
-    lengths = [len(row.ids) for row in rows]
-    largest_tree = 0
-    for record in records:
-        tree = [index for index, row in enumerate(rows) if row.groups[0][0] == record["id"]]
-        largest_tree = max(largest_tree, len(tree) * max(lengths[index] for index in tree))
+    trees = pack_trees(rows, 500, token_cost=model.token_cost)
+    assert max(map(len, trees)) > 1
+    largest_tree = max(map(padded_size, trees))
 
     num_batches = []
     for budget in (10**9, 2 * largest_tree, largest_tree):
-        batches = epoch_batches(rows, budget, seeded(0), by_tree=True)
+        batches = epoch_batches(trees, budget, seeded(0), whole_trees=True)
+        assert max(map(padded_size, batches)) <= budget
         trees_of_batches = []
         for batch in batches:
-            assert len(batch) * max(lengths[index] for index in batch) <= budget
-            trees_of_batches.append({rows[index].groups[0][0] for index in batch})
-        order = [index for batch in batches for index in batch]
+            trees_of_batches.append({rows[index].groups[0][0] for index in sequences_of(batch)})
+        order = [index for batch in batches for index in sequences_of(batch)]
         assert sorted(order) == list(range(len(rows)))
         assert sum(map(len, trees_of_batches)) == len(records)  # each tree is in one batch
         num_batches.append(len(batches))
@@ -1009,8 +1044,9 @@ def test_rank_batches_hold_whole_trees(records, model):
 def test_a_rank_batch_is_cut_only_if_its_tree_is_larger(records, model):
     rows = make_rows(paths_of(records[:1]), model)
     longest = max(len(row.ids) for row in rows)
-    batches = epoch_batches(rows, 2 * longest, seeded(0), by_tree=True)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+    batches = epoch_batches(packed_alone(rows), 2 * longest, seeded(0), whole_trees=True)
+    order = [index for batch in batches for index in sequences_of(batch)]
+    assert sorted(order) == list(range(len(rows)))
     assert max(map(len, batches)) <= 2 < len(rows)
 
 
@@ -1074,8 +1110,8 @@ from runs import process_rank
 folder = Path(sys.argv[1])
 torch.distributed.init_process_group("gloo")
 model = make_model()
-rows = make_rows(paths_of(scripted_trees())[:13], model)
-fit(model, rows, folder, batch_tokens=300)
+rows = make_rows(paths_of(scripted_trees())[:15], model)
+fit(model, rows, folder, batch_tokens=200)
 rank, _ = process_rank()
 if rank == 0:
     torch.save(model.trained_parameters(), folder / "two.pt")
@@ -1094,20 +1130,20 @@ def test_data_parallel_training_equals_one_process_with_the_batches_together(
     # 2. train in one process, on both batches of a step together
     num_batches = []
 
-    def pairs_of_batches(rows, *args, **options):
-        batches = epoch_batches(rows, *args, **options)
+    def pairs_of_batches(*args, **options):
+        batches = epoch_batches(*args, **options)
         num_batches.append(len(batches))
         pairs = []
         for start in range(0, len(batches), 2):
             pair = batches[start : start + 2]
-            pairs.append([index for batch in pair for index in batch])
+            pairs.append([row for batch in pair for row in batch])
         return pairs
 
     monkeypatch.setattr(train_value, "epoch_batches", pairs_of_batches)
     (tmp_path / "one").mkdir()
     one = make_model()
-    rows = make_rows(paths_of(records)[:13], one)
-    fit(one, rows, tmp_path / "one", batch_tokens=300)
+    rows = make_rows(paths_of(records)[:15], one)
+    fit(one, rows, tmp_path / "one", batch_tokens=200)
 
     # 3. compare. With an odd number of batches, one process has none in the last step.
     assert min(num_batches) > 2
@@ -1392,13 +1428,19 @@ def test_training_is_described_by_its_sizes():
     model = SimpleNamespace(
         trained_parameters=lambda: {"a": torch.zeros(40, 50), "b": torch.zeros(3)}
     )
-    rows = [Row([1, 2, 3], [1, 2], [0.0, 1.0], []), Row([1, 2, 4], [2], [1.0], [])]
+    rows = [Row([1, 2, 3], [1, 2], [0.0, 1.0], [("p", "A")] * 2), Row([1, 2, 4], [2], [1.0], [])]
+    rows[1].groups.append(("p", "A"))
     labels = SimpleNamespace(records={"train": [{}, {}, {}, {}, {}]})
-    assert train_value.describe_training(model, rows, labels, [None] * 7) == (
-        "3 labelled states of 5 problems in 2 rows; 7 held-out states\n"
-        "6 tokens an epoch (1.50 times the distinct ones)\n"
-        "2,003 trained parameters"
-    )
+    for token_cost, tokens in (
+        (None, "6 tokens in 2 packed rows"),
+        (1, "4 tokens in 1 packed rows"),
+    ):
+        trees = pack_trees(rows, 99, token_cost=token_cost)
+        assert train_value.describe_training(model, rows, trees, labels, [None] * 7) == (
+            "3 labelled states of 5 problems in 2 transcripts; 7 held-out states\n"
+            f"{tokens} an epoch ({int(tokens[0]) / 4:.2f} times the distinct ones)\n"
+            "2,003 trained parameters"
+        )
 
 
 def test_peak_memory_is_in_gibibytes(monkeypatch):
@@ -1435,7 +1477,7 @@ def test_all_settings_of_the_weights_are_recorded(records, monkeypatch):
         "epochs": 2,
         "label_weights": "equal",
         "huber_delta": 1.0,
-        "train_batch_tokens": 4096,
+        "train_batch_tokens": 2048,
         "seed": args.seed,
         "dtype": "float32",
         "backbone": "the backbone",
@@ -1516,13 +1558,14 @@ def test_a_process_without_a_batch_takes_part_in_the_step(records, monkeypatch):
     """The last step of an epoch may have fewer batches than there are processes."""
     model = make_model()
     rows = make_rows(paths_of(records)[:1], model)
+    [batch] = pack_trees(rows, 999, token_cost=model.token_cost)
     summed = []
     monkeypatch.setattr(train_value, "sum_gradients", lambda trained: summed.append(set(trained)))
     monkeypatch.setenv("WORLD_SIZE", "2")
     results = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        results.append(train_value.training_step(model, rows, [[0]], 1.0, huber_delta=1.0))
+        results.append(train_value.training_step(model, rows, [batch], 1.0, huber_delta=1.0))
     assert results[0][0] > 0
     assert results[0][1] == len(rows[0].targets)
     assert results[1] == (0.0, 0)
@@ -1552,11 +1595,10 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 def test_trees_that_fill_a_batch_exactly_share_it():
     rows = [Row([1] * 5, [4], [0.0], [(problem_id, "A")]) for problem_id in "aabb"]
-    lengths = [5] * 4
-    [batch] = train_value.whole_tree_batches(rows, lengths, 20, seeded(0))
-    assert sorted(batch) == [0, 1, 2, 3]
-    batches = train_value.whole_tree_batches(rows, lengths, 19, seeded(0))
-    assert sorted(map(sorted, batches)) == [[0, 1], [2, 3]]
+    [batch] = train_value.whole_tree_batches(packed_alone(rows), 20)
+    assert sequences_of(batch) == [0, 1, 2, 3]
+    batches = train_value.whole_tree_batches(packed_alone(rows), 19)
+    assert [sequences_of(batch) for batch in batches] == [[0, 1], [2, 3]]
 
 
 def test_a_step_counts_the_terms_of_its_loss(records):
@@ -1565,7 +1607,8 @@ def test_a_step_counts_the_terms_of_its_loss(records):
     for loss in ("huber", "rank"):
         model = make_model(loss=loss)
         rows = make_rows(paths, model)
-        batch = list(range(len(rows)))
+        trees = pack_trees(rows, 4096, token_cost=model.token_cost)
+        batch = [row for tree in trees for row in tree]
         _, terms = train_value.training_step(model, rows, [batch], 1.0, huber_delta=1.0)
         assert terms == num_terms(rows, loss)
     assert num_terms(rows, "rank") != num_terms(rows, "huber")
