@@ -2,7 +2,7 @@
 # make mutants: wrong programs that the tests must catch; make format: fix what the linter can fix.
 # make clean removes .venv, make clean-runs the results.
 # The paper's experiments in small: main, seeds and transfer (after `make demo`), rollout-count,
-# lambda, losses (these three label with `hard` first), refine. train-agents and loop (after `make
+# lambda, losses (five Vs of each kind), refine. train-agents and loop (after `make
 # demo`) finetune the agents. All set up .venv if it is missing.
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -51,35 +51,57 @@ seeds: .venv/.installed
 	  $(RUN) evaluate.py --run runs/v$$seed --messages runs/tiny/messages --methods greedy vote-4 \
 	    best_of-4-value best_of-8-value $(SEARCHES) mcts-8x3-value || exit 1; \
 	done
-	$(RUN) evaluate.py --compare runs/v0 V=runs/v0,runs/v1,runs/v2,runs/v3,runs/v4
+	$(RUN) evaluate.py --compare V=runs/v0,runs/v1,runs/v2,runs/v3,runs/v4
 
-# V is hard to learn here: agents at temperature 1.5, 100 training problems. Every V is measured on
-# the same held-out labels, those of 80 simulations. The runs share the messages of the agents.
+# Below, a run of a KIND and a SEED is FOLDER/KIND-SEED. Two runs at a time:
+#   OMP_NUM_THREADS=1 make -j2 rollout-count
+# $(call tables,FOLDER,KINDS,SEEDS): the runs; $(call groups,...): KIND=RUN,RUN,... for --compare
+tables = $(foreach seed,$(3),$(patsubst %,$(1)/%-$(seed)/eval/table.md,$(2)))
+groups = $(foreach kind,$(2),$(kind)=$(call commas,$(foreach seed,$(3),$(1)/$(kind)-$(seed))))
+comma := ,
+commas = $(subst $() ,$(comma),$(strip $(1)))
+SEED = $(lastword $(subst -, ,$*))
+FLAGS = $(flags-$(patsubst %-$(SEED),%,$*))
+.PRECIOUS: runs/hard/%/eval/table.md runs/5/%/eval/table.md
+
+# V is hard to learn here: agents at temperature 1.5, 100 training problems. Five Vs of each kind are
+# measured on the same held-out labels, those of 80 simulations. All share the agents' messages.
 HARD_AGENTS := --temperature 1.5 --messages runs/hard/messages
-HARD_LABELS := $(RUN) generate_rollouts.py --num-train 100 $(HARD_AGENTS)
-HARD_VALUE := $(RUN) train_value.py --heldout-rollouts runs/n80/rollouts --epochs 4
-HARD_EVALUATE := $(RUN) evaluate.py $(HARD_AGENTS)
-
 hard: .venv/.installed
-	for n in 80 40; do \
-	  $(HARD_LABELS) --run runs/n$$n --num-simulations $$n || exit 1; \
+	for n in 80 40 20 10; do \
+	  $(RUN) generate_rollouts.py --run runs/hard/n$$n --num-train 100 $(HARD_AGENTS) \
+	    --num-simulations $$n || exit 1; \
 	done
-	$(HARD_VALUE) --run runs/n40
 
-rollout-count: hard
-	for n in 10 20; do \
-	  $(HARD_LABELS) --run runs/n$$n --num-simulations $$n || exit 1; \
-	done
-	for n in 10 20 40 80; do \
-	  $(HARD_VALUE) --run runs/n$$n || exit 1; \
-	  $(HARD_EVALUATE) --run runs/n$$n --methods greedy $(SEARCHES) || exit 1; \
-	done
-	$(RUN) evaluate.py --compare runs/n10 runs/n20 runs/n40 runs/n80
+HARD_VALUE = $(RUN) train_value.py --seed $(SEED) --epochs 4 \
+  --heldout-rollouts runs/hard/n80/rollouts $(FLAGS)
+HARD_EVALUATE := $(RUN) evaluate.py $(HARD_AGENTS)
+runs/hard/%/eval/table.md: | hard
+	$(HARD_VALUE) --run runs/hard/$*
+	$(HARD_EVALUATE) --run runs/hard/$* --methods greedy $(SEARCHES)
 
-lambda: hard
-	$(HARD_VALUE) --run runs/n40 --target outcome
-	$(HARD_EVALUATE) --run runs/n40 --methods greedy \
-	  $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
+N40 := --rollouts runs/hard/n40/rollouts
+flags-n10 := --rollouts runs/hard/n10/rollouts
+flags-n20 := --rollouts runs/hard/n20/rollouts
+flags-n40 := $(N40)
+flags-n80 := --rollouts runs/hard/n80/rollouts
+rollout-count: $(call tables,runs/hard,n10 n20 n40 n80,0 1 2 3 4)
+	$(RUN) evaluate.py --compare $(call groups,runs/hard,n10 n20 n40 n80,0 1 2 3 4)
+
+flags-mse := $(N40) --loss mse
+flags-rank := $(N40) --loss rank
+flags-dist := $(N40) --loss dist
+flags-local := $(N40) --view local
+losses: $(call tables,runs/hard,n40 mse rank dist local,0 1 2 3 4)
+	$(RUN) evaluate.py --compare $(call groups,runs/hard,n40 mse rank dist local,0 1 2 3 4)
+
+# An ORM beside each V of kind n40.
+runs/hard/lambda-%/eval/table.md: runs/hard/n40-%/eval/table.md
+	$(HARD_VALUE) --run runs/hard/lambda-$* $(N40) --target outcome
+	$(HARD_EVALUATE) --run runs/hard/lambda-$* --value runs/hard/n40-$*/value \
+	  --methods greedy $(foreach lam,0 0.25 0.5 0.75 1,mcts-8x1.8.1.1-value-lam$(lam))
+lambda: $(call tables,runs/hard,lambda,0 1 2 3 4)
+	$(RUN) evaluate.py --compare $(call groups,runs/hard,lambda,0 1 2 3 4)
 
 TRANSFER_METHODS := greedy vote-4 best_of-4-value $(SEARCHES) mcts-8x1.8.1.1-policy
 transfer: .venv/.installed
@@ -89,16 +111,6 @@ transfer: .venv/.installed
 	$(RUN) evaluate.py --run runs/transfer --messages runs/score/messages \
 	  --value runs/tiny/value --task tiny-score --by subject level --methods $(TRANSFER_METHODS)
 	$(RUN) evaluate.py --compare runs/score runs/transfer
-
-losses: hard
-	for loss in mse rank dist; do \
-	  $(HARD_VALUE) --run runs/$$loss --rollouts runs/n40/rollouts --loss $$loss || exit 1; \
-	done
-	$(HARD_VALUE) --run runs/local --rollouts runs/n40/rollouts --view local
-	for run in n40 mse rank dist local; do \
-	  $(HARD_EVALUATE) --run runs/$$run --methods greedy $(SEARCHES) || exit 1; \
-	done
-	$(RUN) evaluate.py --compare runs/n40 runs/mse runs/rank runs/dist runs/local
 
 refine: .venv/.installed
 	$(RUN) generate_rollouts.py --run runs/refine --graph refine
@@ -130,15 +142,6 @@ loop: train-agents
 	$(RUN) evaluate.py --run runs/loop --adapter runs/loop/agents $(MEASURED)
 	$(RUN) evaluate.py --compare runs/before runs/after runs/loop
 
-# Kinds of runs, three seeds of each: runs/5/KIND-SEED. Two runs at a time:
-#   OMP_NUM_THREADS=1 make -j2 credit
-SEEDS := 0 1 2
-tables = $(foreach seed,$(SEEDS),$(patsubst %,runs/5/%-$(seed)/eval/table.md,$(1)))
-groups = $(foreach kind,$(1),$(kind)=runs/5/$(kind)-0,runs/5/$(kind)-1,runs/5/$(kind)-2)
-SEED = $(lastword $(subst -, ,$*))
-FLAGS = $(flags-$(patsubst %-$(SEED),%,$*))
-
-.PRECIOUS: runs/5/%/eval/table.md
 # A run of a kind without flags is not trained.
 runs/5/%/eval/table.md: .venv/.installed
 	$(if $(FLAGS),$(RUN) train_agents.py --run runs/5/$* --seed $(SEED) $(V) $(FLAGS))
@@ -163,9 +166,9 @@ flags-all-search := $(ALL_AGENTS) --reward search
 flags-all-value := $(ALL_AGENTS) --reward value
 flags-own-search := $(ALL_AGENTS) --reward search --adapters per-agent
 
-credit: $(call tables,before $(CREDIT))
-	$(RUN) evaluate.py --compare $(call groups,before $(CREDIT))
-	$(RUN) evaluate.py --compare $(call groups,$(CREDIT)) --curves runs/5/credit.png
+credit: $(call tables,runs/5,before $(CREDIT),0 1 2)
+	$(RUN) evaluate.py --compare $(call groups,runs/5,before $(CREDIT),0 1 2)
+	$(RUN) evaluate.py --compare $(call groups,runs/5,$(CREDIT),0 1 2) --curves runs/5/credit.png
 
 # Is V hacked, and what helps? About 14,000 messages for each; labels for a fresh V not counted.
 CURES := hacked owned mixed searched returned
@@ -198,9 +201,9 @@ runs/5/third-%/eval/table.md: runs/5/fresh-second-%/eval/table.md
 
 ALL_CURES := $(CURES) early first fresh-early fresh-first second fresh-second third fresh-searched
 TRAINED := $(CURES) early first second third
-cures: $(call tables,before $(ALL_CURES))
-	$(RUN) evaluate.py --compare $(call groups,before $(ALL_CURES))
-	$(RUN) evaluate.py --compare $(call groups,$(TRAINED)) --curves runs/5/cures.png
+cures: $(call tables,runs/5,before $(ALL_CURES),0 1 2)
+	$(RUN) evaluate.py --compare $(call groups,runs/5,before $(ALL_CURES),0 1 2)
+	$(RUN) evaluate.py --compare $(call groups,runs/5,$(TRAINED),0 1 2) --curves runs/5/cures.png
 
 # ---- Set-up ----
 
