@@ -7,13 +7,19 @@ decoded in. Messages of one prompt share their computation for as long as their 
 import hashlib
 import json
 import math
+import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from runs import ignore
 
 # ---- Random numbers ------------------------------------------------------------------------------
 
@@ -39,7 +45,7 @@ FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9 - 2**64
 SECOND_MULTIPLIER = 0x94D049BB133111EB - 2**64
 
 
-def gumbel_noise(keys: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor:
+def gumbel_noise(keys: torch.Tensor, steps: torch.Tensor | int, vocabulary: int) -> torch.Tensor:
     """Return standard Gumbel noise, float32 [messages, vocabulary], independent in every entry.
 
     An entry is a function of (key, step, token id) alone. It is computed on the device of
@@ -50,10 +56,10 @@ def gumbel_noise(keys: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor
 
     Args:
         keys: int64 [messages], see `message_key`.
-        step: index of the token in its message.
+        steps: index of the token in its message, int64 [messages] or one for all.
     """
-    step_number = torch.full_like(keys, step + 1)
-    step_keys = _mix_bits(keys + step_number * GOLDEN_GAMMA)
+    steps = torch.as_tensor(steps, device=keys.device)
+    step_keys = _mix_bits(keys + (steps + 1) * GOLDEN_GAMMA)
     token_ids = torch.arange(vocabulary, device=keys.device)
     return _to_gumbel(_mix_bits(step_keys[:, None] + (token_ids + 1) * GOLDEN_GAMMA))
 
@@ -190,11 +196,25 @@ class PreallocatedLayer(DynamicLayer):
             storage[1, :, :, :start] = self.values
         self.storage = storage
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep, reorder or repeat rows."""
-        end = self.get_seq_length()
-        self.storage = self.storage[:, indices]
+    def batch_select_indices(self, indices: torch.Tensor, first_column: int = 0) -> None:
+        """Keep, reorder or repeat rows, without the columns before `first_column`."""
+        end = self.get_seq_length() - first_column
+        self.storage = self.storage[:, indices, :, first_column:]
         self.keys, self.values = self.storage[:, :, :, :end]
+
+    def add_rows(self, other: "PreallocatedLayer") -> None:
+        """Add the rows of another layer below. The last columns of both become one column."""
+        num_rows, heads, columns, head_dim = self.keys.shape
+        num_all = num_rows + len(other.keys)
+        end = max(columns, other.keys.shape[2])
+        # Zeros: attention ignores padding, but 0 * (not a number) is not a number.
+        storage = self.keys.new_zeros((2, num_all, heads, end + self.SPARE_COLUMNS, head_dim))
+        for layer, rows in ((self, slice(num_rows)), (other, slice(num_rows, num_all))):
+            start = end - layer.keys.shape[2]
+            storage[0, rows, :, start:end] = layer.keys
+            storage[1, rows, :, start:end] = layer.values
+        self.storage = storage
+        self.keys, self.values = storage[:, :, :, :end]
 
 
 def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,18 +228,16 @@ def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Te
     return token_ids, mask
 
 
-def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """Return the position of each token in its row, counted from the first that is not padding."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 class CacheRows:
     """Rows of the key-value cache, one per distinct beginning of a message.
 
     All messages sampled from one prompt start in one row. They share it for as long as their tokens
-    are equal, and get their own rows when they differ.
+    are equal, and get their own rows when they differ. Rows are padded on the left, so that each
+    writes its next token into the same column, whenever its prompt was added.
 
     Attributes:
+        lengths: [rows], tokens that each row holds, in the last columns.
+        width: columns of the cache that are filled.
         logits: [rows, vocabulary], of the next token of each row.
     """
 
@@ -227,17 +245,13 @@ class CacheRows:
     # cache costs about as much as a few steps.
     SHARE_WORTH_KEEPING = 0.8
 
-    def __init__(
-        self, model: PreTrainedModel, prompts: list[list[int]], *, max_new_tokens: int, pad_id: int
-    ):
-        """Prefill each prompt once. prompts: token ids, padded on the left here."""
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], *, pad_id: int):
+        """Prefill each prompt once. prompts: token ids."""
         self.model = model
-        # Padded on the left, so that every row writes its next token into the same column.
+        self.pad_id = pad_id
         token_ids, mask = pad_left(prompts, pad_id)
-        num_rows, self.width = token_ids.shape  # columns of the cache that are filled
-        room = torch.ones((num_rows, max_new_tokens), dtype=torch.long)
-        self.mask = torch.cat([mask, room], dim=1).to(model.device)
-        self.positions = positions_of(self.mask)
+        self.width = token_ids.shape[1]
+        self.lengths = mask.sum(-1).to(model.device)
         self.cache = DynamicCache(config=model.config)
         self.cache.layers = [
             PreallocatedLayer() if type(layer) is DynamicLayer else layer
@@ -245,14 +259,20 @@ class CacheRows:
         ]
         self._forward(token_ids.to(model.device))
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether prompts can be added: layers with windows or states have no columns to align."""
+        return all(type(layer) is PreallocatedLayer for layer in self.cache.layers)
+
     def branch(
-        self, row_of_message: torch.Tensor, tokens: torch.Tensor
+        self, row_of_message: torch.Tensor, tokens: torch.Tensor, max_width: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give each message a row that it shares only with messages of equal tokens.
 
         Args:
             row_of_message: [messages], the row of each message that has not ended.
             tokens: [messages], the newest token of each.
+            max_width: longest prompt and message. A wider cache is due to messages that have ended.
 
         Returns:
             row_of_message after branching, and the newest token of each row [rows].
@@ -264,26 +284,47 @@ class CacheRows:
         parents, newest = distinct // vocabulary, distinct % vocabulary
         some_differ = len(distinct) > len(parents.unique())
         enough_have_ended = len(distinct) < self.SHARE_WORTH_KEEPING * num_rows
-        if some_differ or enough_have_ended:
-            self.cache.batch_select_indices(parents)
-            self.mask = self.mask[parents]
-            self.positions = self.positions[parents]
+        if some_differ or enough_have_ended or self.width >= max_width:
+            self._select(parents)
             return new_row_of_message, newest
         # Nothing has to be copied. Rows of ended messages stay; what they read is ignored.
         return row_of_message, newest.new_zeros(num_rows).index_copy(0, parents, newest)
 
+    def _select(self, rows: torch.Tensor) -> None:
+        """Keep, reorder or repeat rows, without columns that are padding in all of them."""
+        self.lengths = self.lengths[rows]
+        if not self.can_grow:
+            self.cache.batch_select_indices(rows)
+            return
+        first_column = self.width - int(self.lengths.max())
+        for layer in self.cache.layers:
+            layer.batch_select_indices(rows, first_column)
+        self.width -= first_column
+
     def append(self, tokens: torch.Tensor) -> None:
         """Read one more token per row: tokens [rows]. Updates `logits`."""
         self.width += 1
+        self.lengths = self.lengths + 1
         self._forward(tokens[:, None])
+
+    def add_prompts(self, prompts: list[list[int]]) -> None:
+        """Prefill further prompts. Their rows come after the others."""
+        added = CacheRows(self.model, prompts, pad_id=self.pad_id)
+        for layer, added_layer in zip(self.cache.layers, added.cache.layers, strict=True):
+            layer.add_rows(added_layer)
+        self.width = max(self.width, added.width)
+        self.lengths = torch.cat([self.lengths, added.lengths])
+        self.logits = torch.cat([self.logits, added.logits])
 
     def _forward(self, token_ids: torch.Tensor) -> None:
         """Read the newest columns: token_ids [rows, columns]. Updates `logits`."""
-        first_column = self.width - token_ids.shape[1]
+        columns = torch.arange(self.width, device=self.lengths.device)
+        first_token = (self.width - self.lengths)[:, None]  # the columns before it are padding
+        newest = columns[self.width - token_ids.shape[1] :]
         output = self.model(
             input_ids=token_ids,
-            attention_mask=self.mask[:, : self.width],
-            position_ids=self.positions[:, first_column : self.width],
+            attention_mask=(columns >= first_token).long(),
+            position_ids=(newest - first_token).clamp(min=0),
             past_key_values=self.cache,
             logits_to_keep=1,
         )
@@ -291,6 +332,66 @@ class CacheRows:
 
 
 # ---- The decoder ---------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Messages of one prompt that are started together. All are indices."""
+
+    prompt: int
+    messages: list[int]
+
+
+class MessageQueue:
+    """Decides which messages are decoded together. Arguments: see `Decoder.decode`.
+
+    Attributes:
+        longest: tokens of the longest prompt and message limit among those that are decoded.
+    """
+
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        repeats: list[int],
+        limits: list[int],
+        batch_tokens: int | None,
+    ):
+        self.batch_tokens = sys.maxsize if batch_tokens is None else batch_tokens
+        self.longest = 1
+        self.sizes: list[int] = []  # of each message: its prompt and its limit
+        self.waiting: deque[Part] = deque()
+        for prompt, num in enumerate(repeats):
+            first = len(self.sizes)
+            self.waiting.append(Part(prompt, list(range(first, first + num))))
+            self.sizes += [len(prompts[prompt]) + limit for limit in limits[first : first + num]]
+
+    def take(self, live: list[int]) -> list[Part]:
+        """Return what is started beside the live messages; at least one message if none is live.
+
+        The messages of one prompt stay together unless they need more than a whole batch.
+        """
+        self.longest = max((self.sizes[index] for index in live), default=1)
+        num_together = len(live)
+        taken = []
+        while self.waiting:
+            prompt, messages = self.waiting[0]
+            longest = max(self.longest, *(self.sizes[index] for index in messages))
+            room = self.batch_tokens // longest - num_together
+            if num_together > 0 and room < len(messages):
+                break
+            room = max(1, room)
+            self.waiting.popleft()
+            taken.append(Part(prompt, messages[:room]))
+            self.longest = longest
+            num_together += len(messages[:room])
+            if messages[room:]:
+                self.waiting.appendleft(Part(prompt, messages[room:]))
+                break
+        return taken
+
+    def has_room(self, num_live: int) -> bool:
+        """Whether so much of a batch is free that adding prompts, which copies the cache, pays."""
+        capacity = self.batch_tokens // self.longest
+        return bool(self.waiting) and num_live <= CacheRows.SHARE_WORTH_KEEPING * capacity
 
 
 class Decoder:
@@ -334,65 +435,103 @@ class Decoder:
         limits: list[int],
         keys: list[int],
         greedy: list[bool],
+        *,
+        batch_tokens: int | None = None,
+        on_message: Callable[[int, list[int], list[float], float], None] = ignore,
     ) -> list[tuple[list[int], list[float]]]:
-        """Sample all messages together, from one prefill per prompt.
+        """Sample all messages, from one prefill per prompt.
+
+        As many are decoded together as `batch_tokens` allows. When some have ended, the next
+        prompts take their rows, so that no step runs with a handful of rows because a few messages
+        are long.
 
         Args:
-            prompts: token ids of each prompt.
+            prompts: token ids of each prompt. They are started in this order.
             repeats: number of messages per prompt.
             limits: token limit per message.
             keys: per message, see `message_key`.
             greedy: per message.
+            batch_tokens: limit of messages x the longest prompt and message limit; None: no limit.
+            on_message: called with (index, token ids, log-probabilities, seconds) of each message,
+                soon after it has ended. `seconds` is its share of all time.
 
         Returns:
             (token ids, log-probabilities) per message.
         """
         device = self.model.device
-        num_messages, num_steps = len(keys), max(limits)
-
-        # 1. Prefill each prompt once. All its messages start in its row of the cache.
-        with self._timed("model"):
-            rows = CacheRows(self.model, prompts, max_new_tokens=num_steps, pad_id=self.pad_id)
-        row_of_message = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats))
-        row_of_message = row_of_message.to(device)
-
-        # 2. Decode until every message has ended. `live`: indices of those that have not.
-        live = torch.arange(num_messages, device=device)
+        num_messages = len(keys)
+        queue = MessageQueue(prompts, repeats, limits, batch_tokens)
         keys = torch.tensor(keys, device=device)
         greedy = torch.tensor(greedy, device=device)
         limits = torch.tensor(limits, device=device)
         eos_ids = torch.tensor(sorted(self.eos_ids), device=device)
-        tokens = torch.zeros((num_messages, num_steps), dtype=torch.long, device=device)
-        logprobs = torch.zeros((num_messages, num_steps), device=device)
+        tokens = torch.zeros((num_messages, int(limits.max())), dtype=torch.long, device=device)
+        logprobs = torch.zeros(tokens.shape, device=device)
         lengths = torch.zeros(num_messages, dtype=torch.long, device=device)
-        for step in range(num_steps):
+        seconds = torch.zeros(num_messages, dtype=torch.float64)
+        messages: dict[int, tuple[list[int], list[float]]] = {}
+
+        def finish(ended: torch.Tensor) -> None:
+            for index in ended.tolist():
+                length = lengths[index]
+                message = tokens[index, :length].tolist(), logprobs[index, :length].tolist()
+                messages[index] = message
+                on_message(index, *message, seconds[index].item())
+
+        rows = None
+        # Messages that are being decoded, and the row of the cache that each of them reads.
+        live = torch.zeros(0, dtype=torch.long, device=device)
+        row_of_message = live
+        while len(messages) < num_messages:
+            start = time.perf_counter()
+
+            # 1. Start further prompts if there is room. Their messages begin in one row each.
+            if rows is None or (rows.can_grow and queue.has_room(len(live))):
+                started = queue.take(live.tolist())
+                if started:
+                    with self._timed("model"):
+                        rows = self._add_prompts(rows, [prompts[part.prompt] for part in started])
+                    first_row = len(rows.logits) - len(started)
+                    for row, part in enumerate(started, first_row):
+                        indices = torch.tensor(part.messages, device=device)
+                        live = torch.cat([live, indices])
+                        row_of_message = torch.cat([row_of_message, torch.full_like(indices, row)])
+
+            # 2. Sample the next token of every message, and see which end with it.
             with self._timed("sampling"):
+                steps = lengths[live]
                 logits = rows.logits[row_of_message]
-                noise = gumbel_noise(keys[live], step, logits.shape[-1])
+                noise = gumbel_noise(keys[live], steps, logits.shape[-1])
                 newest, newest_logprobs = sample_tokens(
                     logits, noise, greedy[live], **self.sampling
                 )
-                tokens[live, step] = newest
-                logprobs[live, step] = newest_logprobs
-                lengths[live] = step + 1
-                has_ended = torch.isin(newest, eos_ids) | (limits[live] <= step + 1)
-                continuing = (~has_ended).nonzero()[:, 0]
-                if len(continuing) == 0:
-                    break
-                live = live[continuing]
-                row_of_message, newest_of_row = rows.branch(
-                    row_of_message[continuing], newest[continuing]
-                )
-            with self._timed("model"):
-                rows.append(newest_of_row)
+                tokens[live, steps] = newest
+                logprobs[live, steps] = newest_logprobs
+                lengths[live] = steps + 1
+                has_ended = torch.isin(newest, eos_ids) | (limits[live] <= steps + 1)
+                ended, continuing = live[has_ended], (~has_ended).nonzero()[:, 0]
+            sampled = live
 
-        # 3. Cut every message to its length.
-        messages = []
-        for message_tokens, message_logprobs, length in zip(
-            tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True
-        ):
-            messages.append((message_tokens[:length], message_logprobs[:length]))
-        return messages
+            # 3. Read the tokens of the others.
+            live = live[continuing]
+            if len(live) == 0:
+                rows, row_of_message = None, live
+            else:
+                with self._timed("sampling"):
+                    row_of_message, newest_of_row = rows.branch(
+                        row_of_message[continuing], newest[continuing], queue.longest
+                    )
+                with self._timed("model"):
+                    rows.append(newest_of_row)
+            seconds[sampled.cpu()] += (time.perf_counter() - start) / len(sampled)
+            finish(ended)
+        return [messages[index] for index in range(num_messages)]
+
+    def _add_prompts(self, rows: CacheRows | None, prompts: list[list[int]]) -> CacheRows:
+        if rows is None:
+            return CacheRows(self.model, prompts, pad_id=self.pad_id)
+        rows.add_prompts(prompts)
+        return rows
 
     @contextmanager
     def _timed(self, activity: str):

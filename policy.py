@@ -13,8 +13,7 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -177,10 +176,14 @@ class PromptJob:
 
 
 class Part(NamedTuple):
-    """Some messages of one job. A batch is a list of parts."""
+    """Messages of one job that are not known yet."""
 
     job: PromptJob
     candidate_indices: list[int]
+
+    def without_finished(self) -> "Part":
+        indices = [index for index in self.candidate_indices if index not in self.job.candidates]
+        return Part(self.job, indices)
 
 
 class Policy:
@@ -197,7 +200,7 @@ class Policy:
         adapters: of agents that were finetuned (stage 5); None for the model as it is.
         journal: where messages are looked up and written down; None generates every message.
         num_generated, num_recalled: messages so far, by the model and from the journal.
-        on_batch: called with (prompts, messages) after each batch, to show progress.
+        on_batch: called with (prompts, messages) that are finished, to show progress.
         on_message: called with (job, candidate index, token ids) for each generated message.
     """
 
@@ -243,16 +246,14 @@ class Policy:
         # 2. Look up the messages that were generated before.
         parts = [Part(job, self._load_from_journal(job)) for job in jobs]
 
-        # 3. Decode the others in batches, the longest rows first: memory runs out early or never.
-        queue = [part for part in parts if part.candidate_indices]
-        queue.sort(key=lambda part: (self._adapter_of(part.job), part.job.row_tokens))
-        while queue:
-            batch = self._take_batch(queue)
-            try:
-                self._sample_batch(batch)
-            except torch.OutOfMemoryError:
-                self._halve_batch_tokens(batch)
-                queue += batch[::-1]
+        # 3. Decode the others, the longest first: memory runs out early or never.
+        parts = [part for part in parts if part.candidate_indices]
+        parts.sort(key=lambda part: -part.job.row_tokens)
+        parts_of_adapter = defaultdict(list)
+        for part in parts:
+            parts_of_adapter[self._adapter_of(part.job)].append(part)
+        for parts in parts_of_adapter.values():
+            self._sample(parts)
 
         # 4. Jobs are in the order of the requests' nodes.
         replies: list[tuple[list, Cost]] = [([], Cost()) for _ in requests]
@@ -313,44 +314,28 @@ class Policy:
             self.on_batch(0 if missing else 1, len(job.candidates))
         return missing
 
-    def _take_batch(self, queue: list[Part]) -> list[Part]:
-        """Take as many messages from the end of the queue as `batch_tokens` allows, at least one.
-
-        The messages of one prompt stay together unless they need more than a whole batch. All
-        messages of a batch are spoken with one adapter.
-        """
-        batch = []
-        num_rows, longest_prompt, largest_limit = 0, 0, 0
-        while queue:
-            if batch and self._adapter_of(queue[-1].job) != self._adapter_of(batch[0].job):
-                break
-            # Prompts are padded, so a row has room for the longest prompt and the largest limit.
-            job, candidate_indices = queue[-1]
-            longest_prompt = max(longest_prompt, len(job.prompt_ids))
-            largest_limit = max(largest_limit, job.max_new_tokens)
-            room = self.batch_tokens // (longest_prompt + largest_limit) - num_rows
-            if batch and len(candidate_indices) > room:
-                break
-            room = max(1, room)
-            queue.pop()
-            batch.append(Part(job, candidate_indices[:room]))
-            num_rows += len(candidate_indices[:room])
-            if len(candidate_indices) > room:
-                queue.append(Part(job, candidate_indices[room:]))
-                break
-        return batch
-
     def _adapter_of(self, job: PromptJob) -> str:
         return "" if self.adapters is None else self.adapters.name_for(job.agent)
 
-    def _sample_batch(self, batch: list[Part]) -> None:
-        """Sample all messages of a batch, write them down, and add them to their jobs."""
+    def _sample(self, parts: list[Part]) -> None:
+        """Sample all messages of these parts, of one adapter. Out of memory lowers batch_tokens."""
         if self.adapters is not None:
-            self.adapters.use(batch[0].job.agent)
+            self.adapters.use(parts[0].job.agent)
+        while parts:
+            try:
+                self._decode(parts)
+            except torch.OutOfMemoryError:
+                parts = [part.without_finished() for part in parts]
+                parts = [part for part in parts if part.candidate_indices]
+                self._halve_batch_tokens(parts)
+            else:
+                return
 
+    def _decode(self, parts: list[Part]) -> None:
+        """Decode all messages of these parts; write each down when it has ended."""
         # 1. Each message has its own key, from which its noise follows.
         places, limits, greedy, keys = [], [], [], []
-        for job, candidate_indices in batch:
+        for job, candidate_indices in parts:
             for candidate_index in candidate_indices:
                 keys.append(message_key(self.seed, job.problem_id, job.path, candidate_index))
                 limits.append(job.max_new_tokens)
@@ -358,27 +343,24 @@ class Policy:
                 places.append((job, candidate_index))
 
         # 2. Decode them together.
-        start = time.perf_counter()
-        messages = self.decoder.decode(
-            [job.prompt_ids for job, _ in batch],
-            [len(candidate_indices) for _, candidate_indices in batch],
-            limits,
-            keys,
-            greedy,
-        )
-
-        # 3. Each message is charged its share of the seconds, by tokens.
-        num_tokens = sum(len(tokens) for tokens, _ in messages)
-        seconds_per_token = (time.perf_counter() - start) / num_tokens
-        for (job, candidate_index), (tokens, logprobs) in zip(places, messages, strict=True):
-            candidate = self._make_candidate(tokens, logprobs)
-            seconds = len(tokens) * seconds_per_token
-            job.candidates[candidate_index] = candidate
+        def on_message(index: int, tokens: list[int], logprobs: list[float], seconds: float):
+            job, candidate_index = places[index]
+            job.candidates[candidate_index] = self._make_candidate(tokens, logprobs)
             job.seconds += seconds
             self._save_to_journal(job, candidate_index, seconds)
             self.on_message(job, candidate_index, tokens)
-        self.num_generated += len(messages)
-        self.on_batch(len(batch), len(messages))
+            self.num_generated += 1
+            self.on_batch(int(len(job.candidates) == job.num_messages), 1)
+
+        self.decoder.decode(
+            [job.prompt_ids for job, _ in parts],
+            [len(candidate_indices) for _, candidate_indices in parts],
+            limits,
+            keys,
+            greedy,
+            batch_tokens=self.batch_tokens,
+            on_message=on_message,
+        )
 
     def _make_candidate(self, tokens: list[int], logprobs: list[float]) -> Candidate:
         truncated = tokens[-1] not in self.decoder.eos_ids
@@ -393,16 +375,17 @@ class Policy:
         entry = place | {"agent": job.agent} | message | {"seconds": seconds}
         self.journal.add(job.key(candidate_index), entry)
 
-    def _halve_batch_tokens(self, batch: list[Part]) -> None:
+    def _halve_batch_tokens(self, parts: list[Part]) -> None:
         """Lower the batch size after running out of memory. Raises InputError if it cannot help."""
-        longest = batch[0].job.row_tokens
-        num_rows = sum(len(candidate_indices) for _, candidate_indices in batch)
-        if num_rows == 1:
+        longest = max(part.job.row_tokens for part in parts)
+        num_messages = sum(len(candidate_indices) for _, candidate_indices in parts)
+        batch_tokens = min(self.batch_tokens, num_messages * longest)
+        if batch_tokens < 2 * longest:
             raise InputError(
                 f"out of memory with one message of {longest} tokens, prompt included; "
                 f"lower --max-new-tokens, or give --quantize-policy"
             ) from None
-        self.batch_tokens = num_rows * longest // 2
+        self.batch_tokens = batch_tokens // 2
         note = f"out of memory: --batch-tokens lowered to {self.batch_tokens}"
         tqdm.write(note, file=sys.stderr)
 

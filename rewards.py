@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoints import ChatFormat, load_pretrained
-from decoding import pad_left, positions_of
+from decoding import CacheRows
 from generate_rollouts import Node, grade, make_child, make_root, run
 from mas import MAS
 from packing import token_batches
@@ -294,14 +294,7 @@ class Coach:
 
     @torch.inference_mode()
     def scores(self, prompts: list[list[int]]) -> list[float | None]:
-        token_ids, mask = pad_left(prompts, self.pad_id)
-        mask = mask.to(self.model.device)
-        logits = self.model(
-            input_ids=token_ids.to(self.model.device),
-            attention_mask=mask,
-            position_ids=positions_of(mask),
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits = CacheRows(self.model, prompts, pad_id=self.pad_id).logits
         probs = logits.float().softmax(-1)[:, self.digit_ids]  # [prompts, 10]
         share = probs.sum(-1)
         digits = torch.arange(10, device=probs.device)

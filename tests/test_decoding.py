@@ -20,6 +20,7 @@ from decoding import (
     GOLDEN_GAMMA,
     CacheRows,
     Decoder,
+    MessageQueue,
     PreallocatedLayer,
     _mix_bits,
     _smallest_in_nucleus,
@@ -28,7 +29,6 @@ from decoding import (
     gumbel_noise,
     message_key,
     pad_left,
-    positions_of,
     sample_tokens,
     uniforms,
 )
@@ -394,12 +394,6 @@ def test_prompts_are_padded_on_the_left_and_their_padding_is_masked():
     assert token_ids.dtype == mask.dtype == torch.int64
 
 
-def test_positions_count_from_the_first_token_that_is_not_padding():
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    assert positions_of(mask)[0].tolist() == [0, 1, 2, 3]
-    assert positions_of(mask)[1].tolist() == [0, 0, 0, 1]
-
-
 @pytest.fixture(scope="module")
 def model_with_absolute_positions():
     """Return a model with random weights that sees where in its row a token is.
@@ -424,7 +418,7 @@ def test_logits_do_not_depend_on_padding(model_with_absolute_positions, pad_id):
     """A short prompt and a long one, then two more tokens: as if each row were alone."""
     model = model_with_absolute_positions
     rows = [[3, 1], [2, 7, 1, 7, 2]]
-    cache_rows = CacheRows(model, rows, max_new_tokens=2, pad_id=pad_id)
+    cache_rows = CacheRows(model, rows, pad_id=pad_id)
     for newest in ([4, 6], [5, 1]):
         for row, logits in zip(rows, cache_rows.logits, strict=True):
             alone = model(input_ids=torch.tensor([row])).logits[0, -1]
@@ -447,7 +441,7 @@ def test_layers_with_full_attention_have_room_and_the_others_keep_their_window()
         layer_types=["full_attention", "sliding_attention"],
     )
     model = Qwen2ForCausalLM(config).eval()
-    cache_rows = CacheRows(model, [PROMPT], max_new_tokens=1, pad_id=0)
+    cache_rows = CacheRows(model, [PROMPT], pad_id=0)
     layer_types = [type(layer) for layer in cache_rows.cache.layers]
     assert layer_types == [PreallocatedLayer, DynamicSlidingWindowLayer]
 
@@ -464,7 +458,7 @@ def test_only_the_logits_of_the_newest_token_are_computed(small_model, monkeypat
         return output
 
     monkeypatch.setattr(small_model, "forward", recorded_forward)
-    CacheRows(small_model, [PROMPT, PROMPT], max_new_tokens=1, pad_id=0)
+    CacheRows(small_model, [PROMPT, PROMPT], pad_id=0)
     assert num_logits == [2 * VOCABULARY]
 
 
@@ -484,13 +478,11 @@ def test_rows_are_copied_only_if_messages_differ_or_many_have_ended(
     small_model, monkeypatch, num_rows, row_of_message, tokens, parents
 ):
     prompts = [[*PROMPT, row] for row in range(num_rows)]
-    cache_rows = CacheRows(small_model, prompts, max_new_tokens=1, pad_id=0)
+    cache_rows = CacheRows(small_model, prompts, pad_id=0)
     copied = []
-    monkeypatch.setattr(
-        cache_rows.cache, "batch_select_indices", lambda rows: copied.append(rows.tolist())
-    )
+    monkeypatch.setattr(cache_rows, "_select", lambda rows: copied.append(rows.tolist()))
     new_row_of_message, newest = cache_rows.branch(
-        torch.tensor(row_of_message), torch.tensor(tokens)
+        torch.tensor(row_of_message), torch.tensor(tokens), max_width=99
     )
     assert copied == ([] if parents is None else [parents])
     assert newest[new_row_of_message].tolist() == tokens
@@ -526,8 +518,8 @@ def record_messages(decoder, monkeypatch):
     decode = decoder.decode
     messages = []
 
-    def recorded_decode(*args):
-        decoded = decode(*args)
+    def recorded_decode(*args, **options):
+        decoded = decode(*args, **options)
         messages.extend(tokens for tokens, _ in decoded)
         return decoded
 
@@ -585,3 +577,192 @@ def test_a_message_ends_at_its_own_limit_and_its_row_is_removed(policy, monkeypa
 
     [(alone, _)] = decoder.decode(prompts[1:], [1], limits[1:], keys[1:], [True])
     assert long == alone
+
+
+# ---- Which messages are decoded together ---------------------------------------------------------
+
+
+def make_decoder(model):
+    return Decoder(model, eos_ids={0}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
+
+
+def started(queue, live=()):
+    """Start messages beside the live ones. Returns the indices of those started."""
+    return [index for part in queue.take(list(live)) for index in part.messages]
+
+
+def make_queue(batch_tokens, sizes_of_prompts):
+    """Make a queue of prompts of ten tokens: a list of the limits of its messages for each."""
+    prompts = [[1] * 10] * len(sizes_of_prompts)
+    limits = [limit for limits in sizes_of_prompts for limit in limits]
+    return MessageQueue(prompts, list(map(len, sizes_of_prompts)), limits, batch_tokens)
+
+
+def test_a_batch_holds_as_many_messages_as_its_tokens_allow():
+    """Messages x (prompt + limit) of the longest is at most `batch_tokens`. Here: 10 + 20."""
+    prompts = [[20] * 3] * 4
+    assert started(make_queue(12 * 30, prompts)) == list(range(12))
+    assert started(make_queue(12 * 30 - 1, prompts)) == list(range(9))
+    assert started(make_queue(None, prompts)) == list(range(12))
+    queue = make_queue(12 * 30, [[5] * 3, [20] * 3, [5] * 7])
+    assert started(queue) == list(range(6))  # 13 x 30 would be too much, though 13 x 15 is not
+    assert queue.longest == 30
+
+
+def test_messages_of_a_prompt_stay_together_unless_they_need_more_than_a_batch():
+    queue = make_queue(9 * 30, [[20], [20] * 5, [20] * 4])
+    assert started(queue) == list(range(6))
+    assert started(queue, live=[0, 1, 2, 3, 4, 5]) == []  # there is room for three of the four
+    assert started(queue, live=[1, 2, 3, 4, 5]) == [6, 7, 8, 9]
+    assert started(queue) == []
+
+    queue = make_queue(3 * 30, [[20] * 8])
+    assert [started(queue) for _ in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 7], []]
+    queue = make_queue(1, [[20] * 2, [20]])
+    assert [started(queue) for _ in range(4)] == [[0], [1], [2], []]  # one always fits
+
+
+def test_the_longest_of_the_live_messages_counts_too():
+    queue = make_queue(100, [[40], [10], [10], [10], [10]])
+    assert started(queue) == [0, 1]  # 2 x 50
+    assert queue.longest == 50
+    assert started(queue, live=[0]) == [2]
+    assert started(queue, live=[1, 2]) == [3, 4]  # 4 x 20
+    assert queue.longest == 20
+
+
+def test_prompts_are_added_when_a_fifth_of_the_batch_is_free():
+    queue = make_queue(10 * 30, [[20]] * 30)
+    assert len(started(queue)) == 10
+    assert [queue.has_room(num_live) for num_live in (10, 9, 8, 0)] == [False, False, True, True]
+    for _ in range(2):
+        started(queue)
+    assert not queue.has_room(0)  # nothing waits
+
+
+# ---- Refilling: prompts that take the rows of messages that have ended ---------------------------
+
+
+@torch.inference_mode()
+def test_prompts_that_are_added_are_read_as_if_each_were_alone(model_with_absolute_positions):
+    """A shorter and a longer one than what is there. Rows are dropped, and columns with them."""
+    model = model_with_absolute_positions
+    cache_rows = CacheRows(model, [[3, 1], [2, 7, 1, 7]], pad_id=0)
+    rows = [[3, 1], [2, 7, 1, 7]]
+
+    def check():
+        assert cache_rows.lengths.tolist() == [len(row) for row in rows]
+        assert cache_rows.width == cache_rows.cache.get_seq_length()
+        for row, logits in zip(rows, cache_rows.logits, strict=True):
+            alone = model(input_ids=torch.tensor([row])).logits[0, -1]
+            assert logits.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
+
+    def append(tokens):
+        cache_rows.append(torch.tensor(tokens))
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+        check()
+
+    append([5, 6])
+    cache_rows.add_prompts([[6], [7, 2, 7, 1, 7, 2, 7]])
+    rows += [[6], [7, 2, 7, 1, 7, 2, 7]]
+    check()
+    append([1, 2, 3, 4])
+    assert cache_rows.width == 8
+
+    # The first and the third stay, twice the latter: four columns at most, instead of eight.
+    rows = [[3, 1, 5, 1], [6, 3], [6, 3]]
+    cache_rows._select(torch.tensor([0, 2, 2]))
+    assert cache_rows.width == 4
+    append([2, 5, 7])
+    cache_rows.add_prompts([[4, 4]])
+    rows.append([4, 4])
+    append([1, 1, 1, 1])
+
+
+def test_padding_is_zero_because_attention_multiplies_it():
+    """Zero times whatever was in memory could be not a number."""
+    layer, other = PreallocatedLayer(), PreallocatedLayer()
+    layer.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
+    other.update(torch.ones(1, 1, 5, 4), torch.ones(1, 1, 5, 4))
+    layer.add_rows(other)
+    assert layer.keys[:, 0, :, 0].tolist() == [[0, 0, 0, 1, 1], [1] * 5]
+    assert layer.values[:, 0, :, 0].tolist() == [[0, 0, 0, 1, 1], [1] * 5]
+
+
+def test_a_cache_with_windows_cannot_grow():
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=["sliding_attention"],
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    assert not CacheRows(model, [PROMPT], pad_id=0).can_grow
+    decoder = make_decoder(model)
+    num = 7
+    arguments = ([PROMPT] * num, [1] * num, [9] * num, list(range(num)), [False] * num)
+    together = decoder.decode(*arguments)
+    small_batches = decoder.decode(*arguments, batch_tokens=2 * (len(PROMPT) + 9))
+    assert [tokens for tokens, _ in small_batches] == [tokens for tokens, _ in together]
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 5])
+def test_messages_do_not_depend_on_what_they_are_decoded_beside(small_model, capacity):
+    """A batch that is refilled while messages of 1 to 40 tokens end gives what one batch gives."""
+    decoder = make_decoder(small_model)
+    prompts = [PROMPT[: 1 + number % 3] for number in range(8)]
+    repeats = [1, 3, 2, 1, 4, 1, 2, 1]
+    limits = [1 + 13 * number % 40 for number in range(sum(repeats))]
+    keys = list(range(sum(repeats)))
+    greedy = [number % 4 == 0 for number in keys]
+    expected = decoder.decode(prompts, repeats, limits, keys, greedy)
+
+    reported = {}
+
+    def on_message(index, tokens, logprobs, seconds):
+        assert index not in reported and seconds > 0
+        reported[index] = (tokens, logprobs)
+
+    refilled = decoder.decode(
+        prompts,
+        repeats,
+        limits,
+        keys,
+        greedy,
+        batch_tokens=capacity * 44,
+        on_message=on_message,
+    )
+    assert [reported[index] for index in keys] == refilled
+    for (tokens, logprobs), (other_tokens, other_logprobs) in zip(refilled, expected, strict=True):
+        assert tokens == other_tokens
+        assert logprobs == pytest.approx(other_logprobs, abs=1e-4)
+
+
+def test_rows_of_messages_that_have_ended_are_given_to_others(small_model, monkeypatch):
+    """Four long messages and 36 short ones in a batch of eight: steps of few rows are the last."""
+    live_rows = []
+    forward = small_model.forward
+
+    def recorded_forward(input_ids, **options):
+        if input_ids.shape[1] == 1:
+            live_rows.append(len(input_ids))
+        return forward(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(small_model, "forward", recorded_forward)
+    decoder = make_decoder(small_model)
+    decoder.eos_ids = {VOCABULARY}  # no message ends before its limit
+    num = 40
+    limits = [30 if number % 10 == 0 else 3 for number in range(num)]
+    prompts = [[*PROMPT[:1], number % VOCABULARY] for number in range(num)]
+    decoder.decode(prompts, [1] * num, limits, list(range(num)), [False] * num, batch_tokens=8 * 32)
+    # 4 x 29 and 36 x 2 rows are read after the prompts: 23.5 steps if each had eight.
+    assert sum(live_rows) >= 4 * 29 + 36 * 2
+    assert len(live_rows) < 60  # batch after batch: 4 x 29 + 2
+    assert max(live_rows) <= 8

@@ -145,7 +145,9 @@ def test_only_missing_messages_are_generated(make_policy, policy):
     replies = first_messages(journaled, num=5)
     assert journaled.num_generated == 3 * 5
     # As progress, a prompt counts once: with the messages that are generated.
-    assert reported == [(0, 2)] * 3 + [(3, 3 * 3)]
+    assert reported[:3] == [(0, 2)] * 3
+    assert [num_messages for _, num_messages in reported[3:]] == [1] * 9
+    assert sum(num_prompts for num_prompts, _ in reported) == 3
     expected = first_messages(policy, num=5)  # without a journal
     for (candidates, cost), (expected_candidates, expected_cost) in zip(
         replies, expected, strict=True
@@ -178,17 +180,21 @@ def test_the_cost_in_seconds_is_that_of_generating_the_messages(make_policy):
     assert [cost for _, cost in replayed] == [cost for _, cost in requests]
 
 
-def test_messages_of_a_batch_survive_a_kill_in_the_next(make_policy, monkeypatch):
-    # Every batch is one prompt; the process dies in the third.
+def test_messages_that_have_ended_survive_a_kill_while_others_are_decoded(make_policy, monkeypatch):
     policy = make_policy(batch_tokens=700)
     decode = policy.decoder.decode
-    batches = []
 
-    def dying_decode(*args):
-        batches.append(args)
-        if len(batches) == 3:
-            raise KeyboardInterrupt
-        return decode(*args)
+    def dying_decode(*args, on_message, **options):
+        num_ended = 0
+
+        def dying_on_message(*message):
+            nonlocal num_ended
+            if num_ended == 6:
+                raise KeyboardInterrupt
+            on_message(*message)
+            num_ended += 1
+
+        return decode(*args, on_message=dying_on_message, **options)
 
     monkeypatch.setattr(policy.decoder, "decode", dying_decode)
     with pytest.raises(KeyboardInterrupt):

@@ -5,6 +5,7 @@ the checkpoint, and costs add up.
 """
 
 import shutil
+import time
 from collections import Counter
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 import generate_rollouts
-from decoding import gumbel_noise, message_key
+from decoding import MessageQueue, gumbel_noise, message_key
 from generate_rollouts import expand, label_tree, make_root, run, tree_record
 from policy import Candidate, Cost, Sample, make_policy, policy_settings, search_settings
 from runs import InputError, seeded
@@ -86,10 +87,11 @@ def record_keys(policy, monkeypatch):
     """Let the decoder say one token per message. Returns [(keys, limits)] of every batch."""
     batches = []
 
-    def decode(prompts, repeats, limits, keys, greedy):
+    def decode(prompts, repeats, limits, keys, greedy, *, batch_tokens, on_message):
         batches.append((keys, limits))
         [end, *_] = policy.decoder.eos_ids
-        return [([end], [0.0])] * sum(repeats)
+        for index in range(sum(repeats)):
+            on_message(index, [end], [0.0], 0.5)
 
     monkeypatch.setattr(policy.decoder, "decode", decode)
     return batches
@@ -206,7 +208,12 @@ def test_the_text_of_a_message_is_all_but_its_end(policy, monkeypatch):
     monkeypatch.setattr(policy.decoder, "eos_ids", {words[3]})
     special = tokenizer.eos_token_id
     decoded = [([special, *words[:2]], [-1.0] * 3), (words[:4], [-1.0] * 4)]
-    monkeypatch.setattr(policy.decoder, "decode", lambda *_: decoded)
+
+    def decode(*args, on_message, **options):
+        for index, message in enumerate(decoded):
+            on_message(index, *message, 0.0)
+
+    monkeypatch.setattr(policy.decoder, "decode", decode)
     [([[cut, ended]], cost)] = policy([(problem, Sample([make_root(problem.question)], 2))])
     assert cut == (tokenizer.decode(words[:2]).strip(), 3, -3.0, True)
     assert ended == (tokenizer.decode(words[:3]).strip(), 4, -4.0, False)
@@ -477,11 +484,9 @@ def test_costs_count_prompts_once_per_node_and_every_generated_token(policy):
         assert cost.seconds > 0
 
 
-def test_the_seconds_of_a_batch_are_shared_by_the_tokens_generated(policy, monkeypatch):
-    """One message of one token, and three of them: 2 seconds are 0.5 and 1.5."""
+def test_a_search_is_charged_the_seconds_of_its_messages(policy, monkeypatch):
+    """One message and three, of half a second each."""
     record_keys(policy, monkeypatch)
-    times = iter([10.0, 12.0])
-    monkeypatch.setattr("policy.time.perf_counter", lambda: next(times))
     requests = []
     for problem, num in zip(PROBLEMS[:2], (1, 3), strict=True):
         requests.append((problem, Sample([make_root(problem.question)], num)))
@@ -517,61 +522,68 @@ def test_messages_that_reach_the_limit_are_marked_and_counted(chain):
         assert cost.generated_tokens == 15
 
 
-def record_batch_sizes(policy, monkeypatch):
-    """Return a list to which each decoded batch adds its number of prompts and of messages."""
-    decode = policy.decoder.decode
+def record_batch_sizes(monkeypatch):
+    """Return a list of how many messages are live together whenever some are started."""
+    take = MessageQueue.take
     sizes = []
 
-    def recorded_decode(prompts, repeats, *rest):
-        sizes.append((len(prompts), sum(repeats)))
-        return decode(prompts, repeats, *rest)
+    def recorded_take(self, live):
+        parts = take(self, live)
+        sizes.append(len(live) + sum(len(part.messages) for part in parts))
+        return parts
 
-    monkeypatch.setattr(policy.decoder, "decode", recorded_decode)
+    monkeypatch.setattr(MessageQueue, "take", recorded_take)
     return sizes
 
 
-def test_on_batch_is_called_with_the_prompts_and_messages_of_each_batch(chain, monkeypatch):
+def test_every_message_is_reported_and_every_prompt_when_it_is_complete(chain):
     policy = make_tiny_policy(chain, batch_tokens=2000)
-    sizes = record_batch_sizes(policy, monkeypatch)
     reported = []
     policy.on_batch = lambda *sizes: reported.append(sizes)
     first_messages(policy, PROBLEMS, num=3)
-    assert len(reported) > 1
-    assert reported == sizes
-    assert sum(num_messages for _, num_messages in reported) == 3 * len(PROBLEMS)
+    assert [num_messages for _, num_messages in reported] == [1] * 3 * len(PROBLEMS)
+    assert sum(num_prompts for num_prompts, _ in reported) == len(PROBLEMS)
+    assert reported[-1] == (1, 1)
+
+
+def test_messages_are_charged_all_the_time_between_them(chain):
+    """Also with a batch that is refilled."""
+    policy = make_tiny_policy(chain, batch_tokens=2000)
+    start = time.perf_counter()
+    _, costs = first_messages(policy, PROBLEMS, num=3)
+    seconds = time.perf_counter() - start
+    assert 0.7 * seconds < sum(cost.seconds for cost in costs) < seconds
 
 
 # ---- Memory --------------------------------------------------------------------------------------
 
 
-def run_out_of_memory(policy, monkeypatch, *, max_messages):
-    """Let the decoder run out of memory with more than `max_messages` in a batch."""
-    decode = policy.decoder.decode
+def run_out_of_memory(monkeypatch, *, max_messages):
+    """Let the decoder run out of memory when more than `max_messages` are live together."""
+    take = MessageQueue.take
 
-    def scarce_decode(prompts, repeats, *rest):
-        if sum(repeats) > max_messages:
+    def scarce_take(self, live):
+        parts = take(self, live)
+        if len(live) + sum(len(part.messages) for part in parts) > max_messages:
             raise torch.OutOfMemoryError("no room")
-        return decode(prompts, repeats, *rest)
+        return parts
 
-    monkeypatch.setattr(policy.decoder, "decode", scarce_decode)
+    monkeypatch.setattr(MessageQueue, "take", scarce_take)
 
 
 def test_out_of_memory_lowers_the_batches_and_loses_nothing(chain, policy, monkeypatch, capsys):
+    expected, expected_costs = first_messages(policy, PROBLEMS)
+
     small = make_tiny_policy(chain, batch_tokens=8000)
-    run_out_of_memory(small, monkeypatch, max_messages=2)  # less than the three of a prompt
-    sizes = record_batch_sizes(small, monkeypatch)
+    run_out_of_memory(monkeypatch, max_messages=2)  # less than the three of a prompt
     reported = []
     small.on_batch = lambda num_prompts, num_messages: reported.append(num_messages)
     messages, costs = first_messages(small, PROBLEMS)
-    assert max(num_messages for _, num_messages in sizes) > 2
     assert small.batch_tokens < 8000
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line == f"out of memory: --batch-tokens lowered to {small.batch_tokens}"
     assert isinstance(small.batch_tokens, int)
-    # A batch that is decoded again is reported once.
     assert sum(reported) == 3 * len(PROBLEMS)
-
-    expected, expected_costs = first_messages(policy, PROBLEMS)
     for candidates, others in zip(messages, expected, strict=True):
         assert_equal_candidates(candidates, others)
     for cost, expected_cost in zip(costs, expected_costs, strict=True):
@@ -579,90 +591,46 @@ def test_out_of_memory_lowers_the_batches_and_loses_nothing(chain, policy, monke
         assert cost.agent_calls == expected_cost.agent_calls
 
 
-def test_out_of_memory_halves_the_batch_and_the_longest_rows_stay_first(policy, monkeypatch):
+def test_out_of_memory_halves_the_batch_and_decodes_what_had_not_ended(policy, monkeypatch):
+    """The first message of the first prompt had. The longest prompts stay first."""
     decoded = []
 
-    def decode_all_but_the_first_batch(prompts, repeats, limits, keys, greedy):
-        decoded.append([len(prompt) for prompt in prompts])
-        if len(decoded) == 1:
-            raise torch.OutOfMemoryError("no room")
+    def decode(prompts, repeats, limits, keys, greedy, *, batch_tokens, on_message):
+        decoded.append(([len(prompt) for prompt in prompts], repeats, keys, batch_tokens))
         [end, *_] = policy.decoder.eos_ids
-        return [([end], [0.0])] * sum(repeats)
+        for index in range(sum(repeats)):
+            on_message(index, [end], [0.0], 0.5)
+            if len(decoded) == 1:
+                raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(policy.decoder, "decode", decode_all_but_the_first_batch)
+    monkeypatch.setattr(policy.decoder, "decode", decode)
     monkeypatch.setattr(policy, "batch_tokens", 10**6)
     problems = [replace(PROBLEMS[0], id=f"p{i}", question="word " * 9 * i) for i in range(1, 6)]
     first_messages(policy, problems)
 
-    [first_batch, *later_batches] = decoded
-    assert first_batch == sorted(set(first_batch), reverse=True)
-    assert sum(later_batches, []) == first_batch
-    assert policy.batch_tokens == 15 * (first_batch[0] + policy.max_new_tokens) // 2
+    [(lengths, repeats, keys, _), (lengths_again, repeats_again, keys_again, batch_tokens)] = (
+        decoded
+    )
+    assert lengths == sorted(set(lengths), reverse=True) == lengths_again
+    assert (repeats, repeats_again) == ([3] * 5, [2, 3, 3, 3, 3])
+    assert keys_again == keys[1:]
+    assert batch_tokens == 14 * (lengths[0] + policy.max_new_tokens) // 2 == policy.batch_tokens
 
 
 def test_a_prompt_with_more_messages_than_a_batch_holds_is_split(chain, policy, monkeypatch):
     small = make_tiny_policy(chain, batch_tokens=700)
-    sizes = record_batch_sizes(small, monkeypatch)
+    sizes = record_batch_sizes(monkeypatch)
     [candidates], _ = first_messages(small, PROBLEMS[:1], num=8)
-    assert sizes == [(1, 3), (1, 3), (1, 2)]
+    assert max(sizes) == 3
     [expected], _ = first_messages(policy, PROBLEMS[:1], num=8)
     assert_equal_candidates(candidates, expected)
 
 
 def test_a_message_that_does_not_fit_into_memory_is_refused(chain, monkeypatch):
     policy = make_tiny_policy(chain)
-    run_out_of_memory(policy, monkeypatch, max_messages=0)
+    run_out_of_memory(monkeypatch, max_messages=0)
     with pytest.raises(InputError, match="out of memory with one message of .* tokens.*lower"):
         first_messages(policy, PROBLEMS[:1])
-
-
-def test_a_batch_holds_as_many_rows_as_its_tokens_allow(policy, monkeypatch):
-    """Rows x (prompt + message limit) of the longest row is at most `batch_tokens`."""
-    row_tokens = []
-    for problem in PROBLEMS[:4]:
-        row_tokens.append(prompt_ids_of(policy, problem).shape[1] + policy.max_new_tokens)
-    longest = max(row_tokens)
-    batches = record_keys(policy, monkeypatch)
-
-    def batch_sizes(batch_tokens):
-        batches.clear()
-        monkeypatch.setattr(policy, "batch_tokens", batch_tokens)
-        first_messages(policy, PROBLEMS[:4], num=3)
-        return [len(limits) for _, limits in batches]
-
-    assert batch_sizes(12 * longest) == [12]
-    assert batch_sizes(12 * longest - 1) == [9, 3]
-    assert batch_sizes(6 * longest)[0] == 6
-    # A prompt with more messages than fit into a batch is split; one message always fits.
-    assert batch_sizes(2 * longest)[:2] == [2, 1]
-    assert batch_sizes(1) == [1] * 12
-
-    # Equal prompts, nine rows to a batch. The last request is the first to be decoded.
-    monkeypatch.setattr(policy, "batch_tokens", 9 * row_tokens[0])
-    root = make_root(PROBLEMS[0].question)
-    for nums, sizes in [((1, 3, 5, 1), [1 + 5 + 3, 1]), ((2, 1, 5, 1), [1 + 5 + 1 + 2])]:
-        batches.clear()
-        policy([(PROBLEMS[0], Sample([root], num)) for num in nums])
-        assert [len(limits) for _, limits in batches] == sizes
-
-
-def test_a_batch_counts_the_longest_prompt_and_the_largest_limit(chain, policy, monkeypatch):
-    """Rows are padded to both, which can belong to different agents."""
-    [problem] = PROBLEMS[:1]
-    root = make_root(problem.question)
-    [planner] = expand(chain, root, [Candidate("facts " * 90, 1, 0.0, False)])
-    [solver] = expand(chain, planner, [Candidate("plan", 1, 0.0, False)])
-    batches = record_keys(policy, monkeypatch)
-    monkeypatch.setattr(policy, "max_new_tokens", 512)  # the Planner's own limit is 256
-    jobs = policy._make_jobs([(problem, Sample([planner, solver], 1))])
-    longest_prompt = max(len(job.prompt_ids) for job in jobs)
-    columns = longest_prompt + 512
-    assert columns > max(job.row_tokens for job in jobs)
-    for batch_tokens, sizes in ((2 * columns, [2]), (2 * columns - 1, [1, 1])):
-        batches.clear()
-        monkeypatch.setattr(policy, "batch_tokens", batch_tokens)
-        policy([(problem, Sample([planner, solver], 1))])
-        assert [len(keys) for keys, _ in batches] == sizes
 
 
 def test_a_prompt_and_its_message_may_fill_the_context(policy, monkeypatch):

@@ -135,8 +135,8 @@ def test_the_token_ids_kept_are_those_that_were_sampled(tiny_policy, monkeypatch
     decoded = []
     decode = tiny_policy.decoder.decode
 
-    def spy(prompts, repeats, *args):
-        messages = decode(prompts, repeats, *args)
+    def spy(prompts, repeats, *args, **options):
+        messages = decode(prompts, repeats, *args, **options)
         index = 0
         for prompt, repeat in zip(prompts, repeats, strict=True):
             for _ in range(repeat):
