@@ -7,11 +7,14 @@ Run it from the root of the repository:
     python -m tests.benchmark engine --device cuda --bandwidth 4300 --tflops 790    # a 1.5B shape
     python -m tests.benchmark engine --shape tiny --rows 16 64 --prompt 128 --new 32 \
         --states 64 --state-tokens 256
+    python -m tests.benchmark lengths --shape tiny --prompt 64
+    python -m tests.benchmark packing --shape 0.5B --prompt 500 --new 60
 
 `engine` measures decoding, scoring and training of V. Speed does not depend on the weights, so they
 are random, and every message has the same length.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,17 +31,22 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
-from transformers.cache_utils import DynamicLayer
 
-import decoding
 import generate_rollouts
 from adapters import add_lora
-from decoding import Decoder, gumbel_noise, message_key, sample_tokens
+from decoding import (
+    CacheRows,
+    Decoder,
+    PreallocatedLayer,
+    gumbel_noise,
+    message_key,
+    sample_tokens,
+)
 from generate_rollouts import make_searches, run, tree_record
 from mas import CHAIN
-from packing import pack
+from packing import pack, sequences_of
 from policy import Policy, Sample, make_policy
-from runs import Parser, SearchProgress, Work, cli, positive_float, positive_int
+from runs import HERE, Parser, SearchProgress, Work, cli, positive_float, positive_int
 from tasks import load_problems
 from train_value import training_loss
 from value import Row, ValueModel, label_places, load_backbone
@@ -55,19 +63,27 @@ def repeat_prompts(prompts: list[list[int]], repeats: list[int]) -> list[list[in
 
 
 class CopyingDecoder(Decoder):
-    """Uses the cache of transformers, which is copied at every step."""
+    """Copies its cache at every step, as that of transformers does."""
 
-    def decode(self, *batch):
-        with mock.patch.object(decoding, "PreallocatedLayer", DynamicLayer):
-            return super().decode(*batch)
+    def decode(self, *batch, **options):
+        with mock.patch.object(PreallocatedLayer, "SPARE_COLUMNS", 0):
+            return super().decode(*batch, **options)
+
+
+class UnfilledDecoder(Decoder):
+    """Decodes batch after batch, each until its longest message has ended."""
+
+    def decode(self, *batch, **options):
+        with mock.patch.object(CacheRows, "can_grow", False):
+            return super().decode(*batch, **options)
 
 
 class UnsharedDecoder(Decoder):
     """Keeps a row of the cache for every message from its prompt on."""
 
-    def decode(self, prompts, repeats, limits, keys, greedy):
+    def decode(self, prompts, repeats, *rest, **options):
         prompts = repeat_prompts(prompts, repeats)
-        return super().decode(prompts, [1] * len(prompts), limits, keys, greedy)
+        return super().decode(prompts, [1] * len(prompts), *rest, **options)
 
 
 class KeyedSampler(LogitsProcessor):
@@ -98,15 +114,15 @@ class NaiveDecoder(Decoder):
     All its time counts as that of the model.
     """
 
-    def decode(self, prompts, repeats, limits, keys, greedy):
+    def decode(self, prompts, repeats, limits, keys, greedy, *, batch_tokens, on_message):
+        start = time.perf_counter()
         with self._timed("model"):
             prompts = repeat_prompts(prompts, repeats)
             tokens, logprobs = self._generate(prompts, max(limits), keys, greedy)
-        messages = []
+        seconds = (time.perf_counter() - start) / len(prompts)
         for row, limit in enumerate(limits):
             length = self._length(tokens[row], limit)
-            messages.append((tokens[row][:length], logprobs[row][:length]))
-        return messages
+            on_message(row, tokens[row][:length], logprobs[row][:length], seconds)
 
     def _generate(
         self, prompts: list[list[int]], num_steps: int, keys: list[int], greedy: list[bool]
@@ -225,11 +241,12 @@ AS_IT_IS = "all in flight"
 
 
 def measure_trees(args) -> None:
-    """Label the same problems in five ways, and compare each with the way it is done."""
+    """Label the same problems in several ways, and compare each with the way it is done."""
     labelling_args = make_labelling_args(args.num_threads)
     problems = load_training_problems(args.problems)
     decoders = {
         AS_IT_IS: Decoder,
+        "batch after batch": UnfilledDecoder,
         "the library's cache": CopyingDecoder,
         "a row per message": UnsharedDecoder,
         "one padded generate per round": NaiveDecoder,
@@ -240,8 +257,6 @@ def measure_trees(args) -> None:
     measurements = {}
     for way, decoder_class in decoders.items():
         policy = make_labelling_policy(decoder_class, labelling_args)
-        if decoder_class is NaiveDecoder:
-            policy.batch_tokens = 10**9  # all that wait are one batch
         max_active = 1 if way == "one problem at a time" else len(problems)
         label(policy, problems[:4], labelling_args, max_active=max_active)  # to warm up
         measured = label(policy, problems, labelling_args, max_active=max_active)
@@ -471,9 +486,122 @@ def measure_training_step(model: ValueModel, rows: list[Row], args) -> None:
     )
 
 
+# ---- Messages of different lengths ---------------------------------------------------------------
+
+MEDIAN_LENGTH, LENGTH_SPREAD, LONGEST_LENGTH = 120, 0.7, 512  # lognormal, as of real models
+
+
+def measure_lengths(args) -> None:
+    """Decode messages of different lengths: with refilling, and batch after batch."""
+    torch.set_num_threads(args.num_threads)
+    model = random_model(args.shape, args.device)
+    generator = torch.Generator().manual_seed(0)
+    num = args.messages
+    logs = torch.randn(num, generator=generator) * LENGTH_SPREAD + math.log(MEDIAN_LENGTH)
+    limits = logs.exp().ceil().clamp(max=LONGEST_LENGTH).int().tolist()
+    prompts = torch.randint(10, model.config.vocab_size, (num, args.prompt)).tolist()
+    batch = (prompts, [1] * num, limits, list(range(num)), [False] * num)
+    batch_tokens = args.rows[0] * (args.prompt + LONGEST_LENGTH)
+    print(
+        f"{num} messages of {sum(limits) / num:.0f} tokens on average, "
+        f"at most {args.rows[0]} together"
+    )
+    results = []
+    for name, decoder_class in (("refilled", Decoder), ("batch after batch", UnfilledDecoder)):
+        decoder = decoder_class(model, eos_ids={-1}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
+        rows_of_step = []
+
+        def count(module, args, kwargs, rows_of_step=rows_of_step):
+            if kwargs["input_ids"].shape[1] == 1:
+                rows_of_step.append(len(kwargs["input_ids"]))
+
+        hook = model.register_forward_pre_hook(count, with_kwargs=True)
+        start = time.perf_counter()
+        messages = decoder.decode(*batch, batch_tokens=batch_tokens)
+        seconds = time.perf_counter() - start
+        hook.remove()
+        results.append((seconds, len(rows_of_step), [tokens for tokens, _ in messages]))
+        mean_rows = sum(limits) / len(rows_of_step)
+        print(
+            f"{name:18s} {len(rows_of_step):6d} steps, {mean_rows:6.1f} live messages per step "
+            f"({mean_rows / args.rows[0]:.0%}), {seconds:6.1f} s",
+            flush=True,
+        )
+    (seconds, steps, messages), (other_seconds, other_steps, other_messages) = results
+    num_equal = sum(a == b for a, b in zip(messages, other_messages, strict=True))
+    print(
+        f"{other_steps / steps:.2f} times fewer steps, {other_seconds / seconds:.2f} times faster; "
+        f"{num_equal} of {num} messages are equal"
+    )
+
+
+# ---- What V reads --------------------------------------------------------------------------------
+
+
+def measure_packing(args) -> None:
+    """Score and train on siblings: packed, and each with a row of its own."""
+    torch.set_num_threads(args.num_threads)
+    model = random_model(args.shape, args.device).model.requires_grad_(False)
+    model = ValueModel(
+        add_lora(model, rank=16),
+        AutoTokenizer.from_pretrained(HERE / "tiny" / "agents"),
+        CHAIN,
+        "full",
+        "huber",
+    ).to(args.device)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    prefix = torch.randint(10, model.backbone.config.vocab_size, (args.prompt,)).tolist()
+    sequences = []
+    for _ in range(args.candidates):
+        message = torch.randint(10, model.backbone.config.vocab_size, (args.new,)).tolist()
+        sequences.append(prefix + message)
+    rows = [Row(ids, positions=[len(ids) - 1]) for ids in sequences]
+    print(f"{args.shape} shape, {args.prompt} shared tokens, {args.candidates} x {args.new} new")
+
+    def read(token_cost) -> tuple[torch.Tensor, int]:
+        batch = pack(sequences, token_cost=token_cost, max_width=10**6)
+        values = model(batch, label_places(batch, rows))
+        order = torch.tensor(sequences_of(batch), device=values.device).argsort()
+        return values[order], sum(row.width for row in batch)
+
+    def train(token_cost) -> list[torch.Tensor]:
+        model.zero_grad()
+        read(token_cost)[0].square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.trained_parameters().values()]
+
+    with torch.inference_mode():
+        scoring = {
+            cost: seconds_of(lambda cost=cost: read(cost), args.device)
+            for cost in (None, model.token_cost)
+        }
+        (alone, num_alone), (packed, num_packed) = read(None), read(model.token_cost)
+    training = {
+        cost: seconds_of(lambda cost=cost: train(cost), args.device)
+        for cost in (None, model.token_cost)
+    }
+    gradients = zip(train(None), train(model.token_cost), strict=True)
+    largest = max((a - b).abs().max().item() for a, b in gradients)
+    print(
+        f"tokens read: {num_alone} alone, {num_packed} packed\n"
+        f"scoring: {scoring[None]:.2f} s alone, {scoring[model.token_cost]:.2f} s packed, "
+        f"{scoring[None] / scoring[model.token_cost]:.2f} times faster; "
+        f"V differs by {(alone - packed).abs().max():.1e}\n"
+        f"training: {training[None]:.2f} s alone, {training[model.token_cost]:.2f} s packed, "
+        f"{training[None] / training[model.token_cost]:.2f} times faster; "
+        f"gradients differ by {largest:.1e} at most"
+    )
+
+
 # ---- The script ----------------------------------------------------------------------------------
 
-BENCHMARKS = {"trees": measure_trees, "scaling": measure_scaling, "engine": measure_engine}
+BENCHMARKS = {
+    "trees": measure_trees,
+    "scaling": measure_scaling,
+    "engine": measure_engine,
+    "lengths": measure_lengths,
+    "packing": measure_packing,
+}
 
 
 def parse_args(argv=None):
@@ -482,11 +610,13 @@ def parse_args(argv=None):
     add("benchmark", choices=BENCHMARKS, help="what to measure")
     add("--num-threads", type=positive_int, default=1, help="torch threads on the CPU")
     add("--problems", type=positive_int, default=96, help="trees: problems to label")
-    add("--device", default="cpu", help="engine: cpu, cuda or cuda:N")
-    add("--shape", choices=SHAPES, default="1.5B", help="engine: shape of the model")
-    add("--rows", type=positive_int, nargs="+", default=[64, 256, 1024], help="engine: messages")
-    add("--prompt", type=positive_int, default=768, help="engine: tokens of a prompt")
-    add("--new", type=positive_int, default=256, help="engine: tokens of a message")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--shape", choices=SHAPES, default="1.5B", help="shape of the model")
+    add("--rows", type=positive_int, nargs="+", default=[64, 256, 1024], help="messages together")
+    add("--prompt", type=positive_int, default=768, help="tokens of a prompt")
+    add("--new", type=positive_int, default=256, help="tokens of a message")
+    add("--messages", type=positive_int, default=1536, help="lengths: messages in all")
+    add("--candidates", type=positive_int, default=8, help="packing: messages of one state")
     add("--states", type=positive_int, default=256, help="engine: states to score")
     add("--state-tokens", type=positive_int, default=1024, help="engine: tokens of a state")
     add("--lora-rank", type=positive_int, default=256, help="engine: rank of LoRA")

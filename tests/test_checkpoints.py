@@ -405,7 +405,11 @@ def test_other_agents_see_no_reasoning_and_its_tokens_are_counted(monkeypatch):
     text = "<think>Is it 5?</think>Four."
     ids = [*policy.chat_format.tokenizer(text)["input_ids"], *policy.decoder.eos_ids]
     logprobs = [-0.5] * len(ids)
-    monkeypatch.setattr(policy.decoder, "decode", lambda *batch: [(ids, logprobs)])
+
+    def decode(*batch, on_message, **options):
+        on_message(0, ids, logprobs, 0.0)
+
+    monkeypatch.setattr(policy.decoder, "decode", decode)
     [problem] = load_problems(task="tiny", data=None, split="test", num=1)
     [([[candidate]], cost)] = policy([(problem, Sample([make_root(problem.question)], 1))])
     assert candidate.text == "Four."
@@ -452,12 +456,19 @@ def test_greedy_messages_equal_generate_token_by_token(policy):
 
     decoder = Decoder(model, eos_ids=eos_ids, pad_id=0, **GREEDY)
     num = len(prompts)
-    messages = decoder.decode(
-        prompts, [2] * num, [LIMIT] * 2 * num, [0] * 2 * num, [True] * 2 * num
-    )
-    decoded = [tokens for tokens, _ in messages]
-    assert decoded[0::2] == expected
-    assert decoded[1::2] == expected
+    longest = max(map(len, prompts)) + LIMIT
+    for batch_tokens in (None, 2 * longest):  # all together, and two messages at a time
+        messages = decoder.decode(
+            prompts,
+            [2] * num,
+            [LIMIT] * 2 * num,
+            [0] * 2 * num,
+            [True] * 2 * num,
+            batch_tokens=batch_tokens,
+        )
+        decoded = [tokens for tokens, _ in messages]
+        assert decoded[0::2] == expected
+        assert decoded[1::2] == expected
 
 
 def test_messages_that_share_rows_equal_messages_decoded_one_by_one(policy):
@@ -472,6 +483,11 @@ def test_messages_that_share_rows_equal_messages_decoded_one_by_one(policy):
     eos_ids = set(range(0, 640, 8))
     decoder = Decoder(model, eos_ids=eos_ids, pad_id=0, **sampling)
     together = decoder.decode(prompts, repeats, [LIMIT] * num, keys, [False] * num)
+    longest = max(map(len, prompts)) + LIMIT
+    refilled = decoder.decode(
+        prompts, repeats, [LIMIT] * num, keys, [False] * num, batch_tokens=4 * longest
+    )
+    assert [tokens for tokens, _ in refilled] == [tokens for tokens, _ in together]
     for index, key in enumerate(keys):
         prompt = prompts[index // 3]
         [(tokens, logprobs)] = decoder.decode([prompt], [1], [LIMIT], [key], [False])
