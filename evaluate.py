@@ -129,8 +129,8 @@ def evaluate_method(
     Raises InputError if the records were made with another scorer.
     """
     with open_to_append(shard_path(path)) as file:
-        # 1. Load the records that exist already.
-        records = read_records(path)
+        # 1. See which records exist already.
+        records = read_records(path, fields=("question", "gold", "scorer"))
         check_same_problems(problems, records, path)
         scorer = scorer_fingerprint(method, args)
         other_scorers = {record["scorer"] for record in records.values()} - {scorer}

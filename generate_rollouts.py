@@ -503,8 +503,8 @@ def label_problems(
     Each tree is appended to this process's shard as it finishes.
     """
     with open_to_append(shard_path(path)) as file, journal_of(policy, args):
-        # 1. Load the records that exist already.
-        labelled = read_records(path)
+        # 1. See which records exist already.
+        labelled = read_records(path, fields=("question", "gold"))
         check_same_problems(problems, labelled, path)
         my_problems = [problem for problem in problems if is_mine(problem.id)]
         todo = [problem for problem in my_problems if problem.id not in labelled]

@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -324,14 +325,13 @@ def read_jsonl(path: Path) -> list[dict]:
     """Read a JSON-lines file. Raises InputError that names a missing file or a bad line."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    return parse_jsonl(path.read_bytes(), path)
+    with open(path, "rb") as file:
+        return list(parse_jsonl(file, path))
 
 
-def parse_jsonl(content: bytes, path: Path) -> list[dict]:
+def parse_jsonl(lines: Iterable[bytes], path: Path) -> Iterator[dict]:
     """Parse JSON lines, each of which is an object. path: for the message of an error."""
-    records = []
-    # Not splitlines: a message may hold other characters that Python takes for line ends.
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -343,8 +343,7 @@ def parse_jsonl(content: bytes, path: Path) -> list[dict]:
             raise InputError(f"{path}, line {number}: not UTF-8; save it as UTF-8") from None
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number}: not an object, such as {{...}}")
-        records.append(record)
-    return records
+        yield record
 
 
 def read_finished_lines(path: Path) -> list[dict]:
@@ -352,9 +351,14 @@ def read_finished_lines(path: Path) -> list[dict]:
 
     A last line without its end is ignored. A missing file has no lines.
     """
-    content = path.read_bytes() if path.is_file() else b""
-    num_finished_bytes = content.rfind(b"\n") + 1
-    return parse_jsonl(content[:num_finished_bytes], path)
+    return list(_finished_lines(path))
+
+
+def _finished_lines(path: Path) -> Iterator[dict]:
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        yield from parse_jsonl((line for line in file if line.endswith(b"\n")), path)
 
 
 def open_to_append(path: Path) -> BinaryIO:
@@ -463,15 +467,21 @@ def without_shard(path: Path) -> Path:
     return path.with_name(re.sub(r"\.\d+of\d+\.jsonl$", ".jsonl", path.name))
 
 
-def read_records(path: Path) -> dict[str, dict]:
+def read_records(path: Path, fields: Collection[str] | None = None) -> dict[str, dict]:
     """Read the records of all processes: problem id -> record, sorted by id.
 
     A last line torn by a kill is ignored; its problem has no record.
+
+    Args:
+        fields: what to keep of each record; None: all. The file is never in memory as a whole.
     """
     records = {}
     for shard in all_shards(path):
-        for record in read_finished_lines(shard):
-            records[record["id"]] = record
+        for record in _finished_lines(shard):
+            if fields is None:
+                records[record["id"]] = record
+            else:
+                records[record["id"]] = {name: record[name] for name in fields}
     return dict(sorted(records.items()))
 
 

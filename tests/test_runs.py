@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -367,6 +368,21 @@ def test_a_reader_beside_a_writer_loses_nothing(tmp_path):
         assert list(read_records(path)) == [1]
         file.write(b'"x": 0}\n')
     assert read_jsonl(path) == [{"id": 1}, {"id": 2, "x": 0}]
+
+
+def test_a_resumed_run_does_not_load_its_trees(tmp_path):
+    """Of 20 MB of records only their questions are in memory, and one line at a time."""
+    path = tmp_path / "trees.jsonl"
+    with open(path, "w") as file:
+        for index in range(400):
+            record = {"id": f"p{index}", "question": f"q{index}", "tree": "x" * 50_000}
+            file.write(json.dumps(record) + "\n")
+    tracemalloc.start()
+    records = read_records(path, fields=["question"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert records["p7"] == {"question": "q7"} and len(records) == 400
+    assert peak < 0.05 * path.stat().st_size
 
 
 def test_the_writer_cuts_off_a_torn_last_line_of_any_length(tmp_path, capsys):
