@@ -2,6 +2,7 @@
 
 Every message draws its tokens with its own random numbers, so it does not depend on the batch it is
 decoded in. Messages of one prompt share their computation for as long as their tokens are equal.
+When some messages have ended, the next prompts take their rows (continuous batching).
 """
 
 import hashlib
@@ -307,14 +308,22 @@ class CacheRows:
         self.lengths = self.lengths + 1
         self._forward(tokens[:, None])
 
-    def add_prompts(self, prompts: list[list[int]]) -> None:
-        """Prefill further prompts. Their rows come after the others."""
+    def add_prompts(self, prompts: list[list[int]], row_of_message: torch.Tensor) -> torch.Tensor:
+        """Prefill further prompts. Their rows come after those that messages read, the last ones.
+
+        Returns row_of_message after rows that no message reads have been removed.
+        """
+        read, row_of_message = torch.unique(row_of_message, return_inverse=True)
+        if len(read) < len(self.logits):
+            self._select(read)
+            self.logits = self.logits[read]
         added = CacheRows(self.model, prompts, pad_id=self.pad_id)
         for layer, added_layer in zip(self.cache.layers, added.cache.layers, strict=True):
             layer.add_rows(added_layer)
         self.width = max(self.width, added.width)
         self.lengths = torch.cat([self.lengths, added.lengths])
         self.logits = torch.cat([self.logits, added.logits])
+        return row_of_message
 
     def _forward(self, token_ids: torch.Tensor) -> None:
         """Read the newest columns: token_ids [rows, columns]. Updates `logits`."""
@@ -485,17 +494,21 @@ class Decoder:
         while len(messages) < num_messages:
             start = time.perf_counter()
 
-            # 1. Start further prompts if there is room. Their messages begin in one row each.
+            # 1. Start further prompts if there is room. All messages of one begin in its row.
+            started = []
             if rows is None or (rows.can_grow and queue.has_room(len(live))):
                 started = queue.take(live.tolist())
-                if started:
-                    with self._timed("model"):
-                        rows = self._add_prompts(rows, [prompts[part.prompt] for part in started])
-                    first_row = len(rows.logits) - len(started)
-                    for row, part in enumerate(started, first_row):
-                        indices = torch.tensor(part.messages, device=device)
-                        live = torch.cat([live, indices])
-                        row_of_message = torch.cat([row_of_message, torch.full_like(indices, row)])
+            if started:
+                new_prompts = [prompts[part.prompt] for part in started]
+                with self._timed("model"):
+                    if rows is None:
+                        rows = CacheRows(self.model, new_prompts, pad_id=self.pad_id)
+                    else:
+                        row_of_message = rows.add_prompts(new_prompts, row_of_message)
+                for row, part in enumerate(started, len(rows.logits) - len(started)):
+                    indices = torch.tensor(part.messages, device=device)
+                    live = torch.cat([live, indices])
+                    row_of_message = torch.cat([row_of_message, torch.full_like(indices, row)])
 
             # 2. Sample the next token of every message, and see which end with it.
             with self._timed("sampling"):
@@ -526,12 +539,6 @@ class Decoder:
             seconds[sampled.cpu()] += (time.perf_counter() - start) / len(sampled)
             finish(ended)
         return [messages[index] for index in range(num_messages)]
-
-    def _add_prompts(self, rows: CacheRows | None, prompts: list[list[int]]) -> CacheRows:
-        if rows is None:
-            return CacheRows(self.model, prompts, pad_id=self.pad_id)
-        rows.add_prompts(prompts)
-        return rows
 
     @contextmanager
     def _timed(self, activity: str):

@@ -664,7 +664,8 @@ def test_prompts_that_are_added_are_read_as_if_each_were_alone(model_with_absolu
         check()
 
     append([5, 6])
-    cache_rows.add_prompts([[6], [7, 2, 7, 1, 7, 2, 7]])
+    row_of_message = cache_rows.add_prompts([[6], [7, 2, 7, 1, 7, 2, 7]], torch.tensor([1, 0, 1]))
+    assert row_of_message.tolist() == [1, 0, 1]
     rows += [[6], [7, 2, 7, 1, 7, 2, 7]]
     check()
     append([1, 2, 3, 4])
@@ -675,9 +676,13 @@ def test_prompts_that_are_added_are_read_as_if_each_were_alone(model_with_absolu
     cache_rows._select(torch.tensor([0, 2, 2]))
     assert cache_rows.width == 4
     append([2, 5, 7])
-    cache_rows.add_prompts([[4, 4]])
-    rows.append([4, 4])
-    append([1, 1, 1, 1])
+
+    # No message reads the second row any more.
+    row_of_message = cache_rows.add_prompts([[4, 4]], torch.tensor([2, 0, 2]))
+    assert row_of_message.tolist() == [1, 0, 1]
+    rows = [rows[0], rows[2], [4, 4]]
+    check()
+    append([1, 1, 1])
 
 
 def test_padding_is_zero_because_attention_multiplies_it():
