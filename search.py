@@ -604,6 +604,8 @@ def main(args) -> None:
     # 1. Load the graph, the method, the problem and the models.
     mas = load_graph(args.graph)
     method = parse_method(args.method, mas, num_candidates=args.num_candidates, lam=args.lam)
+    if args.html is not None and method.algorithm not in ("sbs", "mcts"):
+        raise InputError(f"--html: {method.name} has no tree; take an sbs or mcts --method")
     problem = choose_problem(args)
     scorers = load_scorers([method], args, mas)
     policy = make_policy(args, mas)
@@ -620,8 +622,6 @@ def main(args) -> None:
     print_solution(problem, method, leaf, cost)
     if args.html is not None:
         tree = search_tree(leaf, problem.answer_type)
-        if tree is None:
-            raise InputError(f"--html: {method.name} has no tree; take an sbs or mcts --method")
         settings = {"graph": asdict(mas), "c_uct": args.c_uct}
         record = {"id": problem.id, "question": problem.question, "gold": problem.gold} | tree
         write_page(Path(args.html), tree_page(record, settings, method.name))

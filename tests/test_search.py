@@ -913,3 +913,11 @@ def test_the_number_of_messages_of_mcts_is_an_estimate(chain):
     method = parse_method("mcts-8x1.4.2.3-value", chain, num_candidates="3", lam=0.0)
     num_messages = (1 + 4 + 2 + 3) + 8 - 1
     assert method.expected_work(chain) == (4 + (8 - 1) / 3, num_messages, num_messages)
+
+
+@pytest.mark.parametrize("method", ["greedy", "vote-4", "best_of-4-value"])
+def test_a_page_of_a_method_without_a_tree_is_refused_before_it_searches(monkeypatch, method):
+    monkeypatch.setattr(search, "choose_problem", None)  # to go on would raise a TypeError
+    args = search.parse_args(["--method", method, "--html", "tree.html"])
+    with pytest.raises(InputError, match=f"--html: {method} has no tree; take an sbs or mcts"):
+        search.main(args)
