@@ -518,7 +518,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--lr",
         type=positive_float,
-        default=2e-3,
+        default=1e-3,
         help="peak learning rate; suits the tiny model, give 1e-4 or so for a real one",
     )
     parser.add_argument("--epochs", type=positive_int, default=2, help="paper: 5")
