@@ -1473,7 +1473,7 @@ def test_all_settings_of_the_weights_are_recorded(records, monkeypatch):
         "loss": "huber",
         "quantize": True,
         "lora_rank": 16,
-        "lr": 2e-3,
+        "lr": 1e-3,
         "epochs": 2,
         "label_weights": "equal",
         "huber_delta": 1.0,
