@@ -51,6 +51,7 @@ seeds: .venv/.installed
 	  $(RUN) evaluate.py --run runs/v$$seed --messages runs/tiny/messages --methods greedy vote-4 \
 	    best_of-4-value best_of-8-value $(SEARCHES) mcts-8x3-value || exit 1; \
 	done
+	$(RUN) evaluate.py --compare runs/v0 V=runs/v0,runs/v1,runs/v2,runs/v3,runs/v4
 	$(RUN) evaluate.py --compare V=runs/v0,runs/v1,runs/v2,runs/v3,runs/v4
 
 # Below, a run of a KIND and a SEED is FOLDER/KIND-SEED. Two runs at a time:

@@ -221,7 +221,7 @@ def _compare_answers(groups: list[Group]) -> str:
 
 
 def _compare_methods(group: Group) -> str:
-    """Return a table of the comparisons of table.md, each over all runs of the group."""
+    """Return the comparisons of the first run's table.md, each over all runs of the group."""
     records_of_method = {}
     for name in _common_methods(group.runs):
         records_of_run = {run: read_records(run / "eval" / name) for run in group.runs}

@@ -253,6 +253,7 @@ class CacheRows:
         token_ids, mask = pad_left(prompts, pad_id)
         self.width = token_ids.shape[1]
         self.lengths = mask.sum(-1).to(model.device)
+        self.can_grow = self.can_grow_for(model)
         self.cache = DynamicCache(config=model.config)
         self.cache.layers = [
             PreallocatedLayer() if type(layer) is DynamicLayer else layer
@@ -260,10 +261,11 @@ class CacheRows:
         ]
         self._forward(token_ids.to(model.device))
 
-    @property
-    def can_grow(self) -> bool:
+    @staticmethod
+    def can_grow_for(model: PreTrainedModel) -> bool:
         """Whether prompts can be added: layers with windows or states have no columns to align."""
-        return all(type(layer) is PreallocatedLayer for layer in self.cache.layers)
+        layers = DynamicCache(config=model.config).layers
+        return all(type(layer) is DynamicLayer for layer in layers)
 
     def branch(
         self, row_of_message: torch.Tensor, tokens: torch.Tensor, max_width: int
@@ -285,7 +287,8 @@ class CacheRows:
         parents, newest = distinct // vocabulary, distinct % vocabulary
         some_differ = len(distinct) > len(parents.unique())
         enough_have_ended = len(distinct) < self.SHARE_WORTH_KEEPING * num_rows
-        if some_differ or enough_have_ended or self.width >= max_width:
+        is_too_wide = self.can_grow and self.width >= max_width
+        if some_differ or enough_have_ended or is_too_wide:
             self._select(parents)
             return new_row_of_message, newest
         # Nothing has to be copied. Rows of ended messages stay; what they read is ignored.
@@ -343,18 +346,23 @@ class CacheRows:
 # ---- The decoder ---------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """Messages of one prompt that are started together. All are indices."""
+class Started(NamedTuple):
+    """Messages of one prompt that are started together, as indices."""
 
     prompt: int
     messages: list[int]
 
 
 class MessageQueue:
-    """Decides which messages are decoded together. Arguments: see `Decoder.decode`.
+    """Decides which messages are decoded together.
+
+    Args:
+        prompts, repeats, limits, batch_tokens: see `Decoder.decode`.
+        is_aligned: whether the cache drops columns that are padding in all rows. If not, a row can
+            take as many as the longest prompt and the largest limit, of different messages.
 
     Attributes:
-        longest: tokens of the longest prompt and message limit among those that are decoded.
+        longest: columns that a row of the cache can take, with the messages that are decoded.
     """
 
     def __init__(
@@ -363,39 +371,47 @@ class MessageQueue:
         repeats: list[int],
         limits: list[int],
         batch_tokens: int | None,
+        *,
+        is_aligned: bool,
     ):
         self.batch_tokens = sys.maxsize if batch_tokens is None else batch_tokens
+        self.is_aligned = is_aligned
         self.longest = 1
-        self.sizes: list[int] = []  # of each message: its prompt and its limit
-        self.waiting: deque[Part] = deque()
+        self.sizes: list[tuple[int, int]] = []  # of each message: of its prompt, and its limit
+        self.waiting: deque[Started] = deque()
         for prompt, num in enumerate(repeats):
             first = len(self.sizes)
-            self.waiting.append(Part(prompt, list(range(first, first + num))))
-            self.sizes += [len(prompts[prompt]) + limit for limit in limits[first : first + num]]
+            self.waiting.append(Started(prompt, list(range(first, first + num))))
+            self.sizes += [(len(prompts[prompt]), limit) for limit in limits[first : first + num]]
 
-    def take(self, live: list[int]) -> list[Part]:
+    def take(self, live: list[int]) -> list[Started]:
         """Return what is started beside the live messages; at least one message if none is live.
 
         The messages of one prompt stay together unless they need more than a whole batch.
         """
-        self.longest = max((self.sizes[index] for index in live), default=1)
-        num_together = len(live)
+        together = list(live)
         taken = []
         while self.waiting:
             prompt, messages = self.waiting[0]
-            longest = max(self.longest, *(self.sizes[index] for index in messages))
-            room = self.batch_tokens // longest - num_together
-            if num_together > 0 and room < len(messages):
+            room = self.batch_tokens // self._columns(together + messages) - len(together)
+            if together and room < len(messages):
                 break
             room = max(1, room)
             self.waiting.popleft()
-            taken.append(Part(prompt, messages[:room]))
-            self.longest = longest
-            num_together += len(messages[:room])
+            taken.append(Started(prompt, messages[:room]))
+            together += messages[:room]
             if messages[room:]:
-                self.waiting.appendleft(Part(prompt, messages[room:]))
+                self.waiting.appendleft(Started(prompt, messages[room:]))
                 break
+        self.longest = self._columns(together)
         return taken
+
+    def _columns(self, messages: list[int]) -> int:
+        """Return how many columns a row of the cache can take with these messages."""
+        sizes = [self.sizes[index] for index in messages]
+        if self.is_aligned:
+            return max((prompt + limit for prompt, limit in sizes), default=1)
+        return max(prompt for prompt, _ in sizes) + max(limit for _, limit in sizes)
 
     def has_room(self, num_live: int) -> bool:
         """Whether so much of a batch is free that adding prompts, which copies the cache, pays."""
@@ -451,8 +467,8 @@ class Decoder:
         """Sample all messages, from one prefill per prompt.
 
         As many are decoded together as `batch_tokens` allows. When some have ended, the next
-        prompts take their rows, so that no step runs with a handful of rows because a few messages
-        are long.
+        prompts take their rows, so that steps do not run with a handful of rows because a few
+        messages are long.
 
         Args:
             prompts: token ids of each prompt. They are started in this order.
@@ -461,15 +477,16 @@ class Decoder:
             keys: per message, see `message_key`.
             greedy: per message.
             batch_tokens: limit of messages x the longest prompt and message limit; None: no limit.
-            on_message: called with (index, token ids, log-probabilities, seconds) of each message,
-                soon after it has ended. `seconds` is its share of all time.
+            on_message: called with (index, token ids, log-probabilities, seconds) of each message
+                when it has ended. Messages share the seconds of the steps in which they are live.
 
         Returns:
             (token ids, log-probabilities) per message.
         """
         device = self.model.device
         num_messages = len(keys)
-        queue = MessageQueue(prompts, repeats, limits, batch_tokens)
+        can_grow = CacheRows.can_grow_for(self.model)
+        queue = MessageQueue(prompts, repeats, limits, batch_tokens, is_aligned=can_grow)
         keys = torch.tensor(keys, device=device)
         greedy = torch.tensor(greedy, device=device)
         limits = torch.tensor(limits, device=device)
@@ -496,7 +513,7 @@ class Decoder:
 
             # 1. Start further prompts if there is room. All messages of one begin in its row.
             started = []
-            if rows is None or (rows.can_grow and queue.has_room(len(live))):
+            if rows is None or (can_grow and queue.has_room(len(live))):
                 started = queue.take(live.tolist())
             if started:
                 new_prompts = [prompts[part.prompt] for part in started]
@@ -523,9 +540,11 @@ class Decoder:
                 lengths[live] = steps + 1
                 has_ended = torch.isin(newest, eos_ids) | (limits[live] <= steps + 1)
                 ended, continuing = live[has_ended], (~has_ended).nonzero()[:, 0]
-            sampled = live
+            seconds[live.cpu()] += (time.perf_counter() - start) / len(live)
+            finish(ended)
 
             # 3. Read the tokens of the others.
+            start = time.perf_counter()
             live = live[continuing]
             if len(live) == 0:
                 rows, row_of_message = None, live
@@ -536,8 +555,7 @@ class Decoder:
                     )
                 with self._timed("model"):
                     rows.append(newest_of_row)
-            seconds[sampled.cpu()] += (time.perf_counter() - start) / len(sampled)
-            finish(ended)
+                seconds[live.cpu()] += (time.perf_counter() - start) / len(live)
         return [messages[index] for index in range(num_messages)]
 
     @contextmanager

@@ -384,7 +384,8 @@ def parse_args(argv=None):
         nargs="+",
         metavar="RUN",
         default=None,
-        help="only print these runs side by side, from their records; NAME=RUN,RUN are of one kind",
+        help="only print these runs side by side, from their records; NAME=RUN,RUN are runs of one "
+        "kind; of a single kind, compare the methods",
     )
     parser.add_argument(
         "--curves",

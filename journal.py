@@ -2,8 +2,8 @@
 
 A message is a function of its prompt, of how it is sampled, and of its place in the search: the
 problem, the path and the candidate index. The policy writes each message down when it is finished,
-and answers an equal request from the journal. So a killed run generates at most one batch again,
-and methods share the messages of equal places. (Processes that run at the same time read each
+and answers an equal request from the journal. So a killed run loses only unfinished messages, and
+methods share the messages of equal places. (Processes that run at the same time read each
 other's messages only when they start.)
 
     RUN/messages/NAME.json     how the messages were sampled: model, temperature, seed, ...

@@ -89,6 +89,10 @@ def token_cost_for(config) -> float | None:
     return 2 * config.hidden_size + 1.5 * intermediate_size
 
 
+# The mask of a batch takes batch tokens x width bytes, and two to four times that in attention.
+MAX_WIDTH = 4096
+
+
 def best_width(shared: int, token_cost: float) -> float:
     """Return how wide a row should be whose sequences share their first `shared` tokens.
 
@@ -98,9 +102,9 @@ def best_width(shared: int, token_cost: float) -> float:
         token_cost * (shared / m + n) + (shared + m n)^2 / m,
 
     which is least at m n = sqrt(shared * (shared + token_cost)): a narrower row reads the shared
-    tokens too often, a wider one attends to too many columns.
+    tokens too often, a wider one attends to too many columns. At most MAX_WIDTH.
     """
-    return shared + math.sqrt(shared * (shared + token_cost))
+    return min(MAX_WIDTH, shared + math.sqrt(shared * (shared + token_cost)))
 
 
 def pack(

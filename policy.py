@@ -106,7 +106,7 @@ class Cost:
         generated_tokens: sampled tokens, end-of-message tokens included.
         scored_tokens: tokens read by a value or outcome model.
         truncated: agent -> messages that their limit stopped.
-        seconds: share of the wall time of its batches, by tokens generated or states scored.
+        seconds: share of the wall time of the steps and batches that it was part of.
     """
 
     agent_calls: int = 0
@@ -194,7 +194,7 @@ class Policy:
         chat_format: renders their prompts and reads their messages.
         settings: what determines a message, apart from its key (see `PromptJob.key`).
         max_new_tokens: limit of a message, in addition to the agent's own.
-        batch_tokens: limit of rows x (prompt + message limit) in one batch.
+        batch_tokens: limit of messages x (prompt + limit) that are decoded together.
 
     Attributes:
         adapters: of agents that were finetuned (stage 5); None for the model as it is.
@@ -252,8 +252,8 @@ class Policy:
         parts_of_adapter = defaultdict(list)
         for part in parts:
             parts_of_adapter[self._adapter_of(part.job)].append(part)
-        for parts in parts_of_adapter.values():
-            self._sample(parts)
+        for parts_of_one in parts_of_adapter.values():
+            self._sample(parts_of_one)
 
         # 4. Jobs are in the order of the requests' nodes.
         replies: list[tuple[list, Cost]] = [([], Cost()) for _ in requests]

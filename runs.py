@@ -210,7 +210,7 @@ class Progress:
             desc=description,
             disable=not (shown and on_terminal),
             smoothing=0,  # average speed since the start
-            miniters=1,  # work comes in large batches: show every one
+            miniters=1,  # show every update that comes 0.1 s after the one before
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
@@ -358,7 +358,9 @@ def _finished_lines(path: Path) -> Iterator[dict]:
     if not path.is_file():
         return
     with open(path, "rb") as file:
-        yield from parse_jsonl((line for line in file if line.endswith(b"\n")), path)
+        # Stop at the first line without its end: another process may complete it in the meantime.
+        finished = itertools.takewhile(lambda line: line.endswith(b"\n"), file)
+        yield from parse_jsonl(finished, path)
 
 
 def open_to_append(path: Path) -> BinaryIO:
@@ -473,7 +475,7 @@ def read_records(path: Path, fields: Collection[str] | None = None) -> dict[str,
     A last line torn by a kill is ignored; its problem has no record.
 
     Args:
-        fields: what to keep of each record; None: all. The file is never in memory as a whole.
+        fields: what to keep of each record, so that large files fit into memory; None: all.
     """
     records = {}
     for shard in all_shards(path):

@@ -139,7 +139,10 @@ def weigh_by_visits(rows: list[Row]) -> list[Row]:
 def pack_trees(
     rows: list[Row], batch_tokens: int, *, token_cost: float | None
 ) -> list[list[PackedRow]]:
-    """Return the packed rows of each tree, in which shared prefixes are read once (see `pack`)."""
+    """Return the packed rows of each tree, in which shared prefixes are read once (see `pack`).
+
+    A row takes half a batch at most, so that a batch holds more than one tree.
+    """
     indices_of_tree = defaultdict(list)
     for index, row in enumerate(rows):
         problem_id, _ = row.groups[0]
@@ -147,8 +150,9 @@ def pack_trees(
     sequences = [row.ids for row in rows]
     trees = []
     for indices in indices_of_tree.values():
-        packed = pack(sequences, token_cost=token_cost, max_width=batch_tokens, indices=indices)
-        trees.append(packed)
+        trees.append(
+            pack(sequences, token_cost=token_cost, max_width=batch_tokens // 2, indices=indices)
+        )
     return trees
 
 

@@ -41,7 +41,7 @@ from runs import InputError, fingerprint, ignore, read_config
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch: a path of states that are labelled, or that are to be scored.
+    """A transcript to be read: a path of states that are labelled, or that are to be scored.
 
     Attributes:
         ids: token ids.

@@ -74,7 +74,7 @@ class UnfilledDecoder(Decoder):
     """Decodes batch after batch, each until its longest message has ended."""
 
     def decode(self, *batch, **options):
-        with mock.patch.object(CacheRows, "can_grow", False):
+        with mock.patch.object(CacheRows, "can_grow_for", lambda model: False):
             return super().decode(*batch, **options)
 
 

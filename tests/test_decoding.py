@@ -591,11 +591,12 @@ def started(queue, live=()):
     return [index for part in queue.take(list(live)) for index in part.messages]
 
 
-def make_queue(batch_tokens, sizes_of_prompts):
+def make_queue(batch_tokens, sizes_of_prompts, *, is_aligned=True):
     """Make a queue of prompts of ten tokens: a list of the limits of its messages for each."""
     prompts = [[1] * 10] * len(sizes_of_prompts)
     limits = [limit for limits in sizes_of_prompts for limit in limits]
-    return MessageQueue(prompts, list(map(len, sizes_of_prompts)), limits, batch_tokens)
+    repeats = list(map(len, sizes_of_prompts))
+    return MessageQueue(prompts, repeats, limits, batch_tokens, is_aligned=is_aligned)
 
 
 def test_a_batch_holds_as_many_messages_as_its_tokens_allow():
@@ -695,27 +696,84 @@ def test_padding_is_zero_because_attention_multiplies_it():
     assert layer.values[:, 0, :, 0].tolist() == [[0, 0, 0, 1, 1], [1] * 5]
 
 
-def test_a_cache_with_windows_cannot_grow():
+def test_without_alignment_the_longest_prompt_and_the_largest_limit_count():
+    """They can belong to different messages: 8 + 20 columns, where 18 and 22 are used."""
+    prompts = [[1] * 8, [1] * 2]
+    for is_aligned, num_together in ((True, 2), (False, 1)):
+        queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 22, is_aligned=is_aligned)
+        assert len(started(queue)) == num_together
+    queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 28, is_aligned=False)
+    assert started(queue) == [0, 1]
+    assert queue.longest == 28
+
+
+@pytest.fixture(scope="module")
+def model_with_windows():
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         use_sliding_window=True,
         sliding_window=3,
-        layer_types=["sliding_attention"],
+        layer_types=["full_attention", "sliding_attention"],
     )
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).eval()
-    assert not CacheRows(model, [PROMPT], pad_id=0).can_grow
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("model_name", ["small_model", "model_with_windows"])
+def test_the_cache_stays_within_its_limit(request, monkeypatch, model_name):
+    """Long prompts with short messages beside short prompts with long messages."""
+    model = request.getfixturevalue(model_name)
+    prompts = [PROMPT * 6] + [PROMPT[:2]] * 7
+    limits = [4] + [30] * 7
+    batch_tokens = 4 * 34
+    sizes = []
+    forward = model.forward
+
+    def recorded_forward(attention_mask, **options):
+        sizes.append(attention_mask.numel())  # rows x columns of the cache
+        return forward(attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(model, "forward", recorded_forward)
     decoder = make_decoder(model)
+    decoder.eos_ids = {VOCABULARY}  # no message ends before its limit
+    arguments = (prompts, [1] * 8, limits, list(range(8)), [False] * 8)
+    messages = decoder.decode(*arguments, batch_tokens=batch_tokens)
+    assert [len(tokens) for tokens, _ in messages] == limits
+    assert batch_tokens / 2 < max(sizes) <= batch_tokens
+
+
+def test_a_cache_with_windows_is_not_added_to(model_with_windows, small_model):
+    assert not CacheRows.can_grow_for(model_with_windows)
+    assert CacheRows.can_grow_for(small_model)
+    decoder = make_decoder(model_with_windows)
     num = 7
     arguments = ([PROMPT] * num, [1] * num, [9] * num, list(range(num)), [False] * num)
     together = decoder.decode(*arguments)
     small_batches = decoder.decode(*arguments, batch_tokens=2 * (len(PROMPT) + 9))
     assert [tokens for tokens, _ in small_batches] == [tokens for tokens, _ in together]
+
+
+def test_messages_that_have_ended_are_reported_before_memory_runs_out(small_model, monkeypatch):
+    def no_room(self, tokens):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(CacheRows, "append", no_room)
+    reported = []
+    with pytest.raises(torch.OutOfMemoryError):
+        make_decoder(small_model).decode(
+            [PROMPT, PROMPT],
+            [1, 1],
+            [1, 5],
+            [0, 1],
+            [True, True],
+            on_message=lambda index, *_: reported.append(index),
+        )
+    assert reported == [0]
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 5])

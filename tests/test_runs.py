@@ -1,6 +1,7 @@
 """Tests of runs.py: flags, progress, resuming, several processes, and the run folder."""
 
 import argparse
+import contextlib
 import io
 import json
 import sys
@@ -383,6 +384,15 @@ def test_a_resumed_run_does_not_load_its_trees(tmp_path):
     tracemalloc.stop()
     assert records["p7"] == {"question": "q7"} and len(records) == 400
     assert peak < 0.05 * path.stat().st_size
+
+
+def test_the_rest_of_a_line_that_is_being_written_is_not_taken_for_a_line(tmp_path, monkeypatch):
+    """The reader meets a torn line, and before it looks again the writer has completed it."""
+    path = tmp_path / "x.jsonl"
+    path.touch()
+    read = [b'{"id": 1}\n', b'{"id": 2, ', b'"x": 3}\n', b'{"id": 3}\n']
+    monkeypatch.setattr(runs, "open", lambda *_: contextlib.nullcontext(iter(read)), raising=False)
+    assert read_records(path) == {1: {"id": 1}}
 
 
 def test_the_writer_cuts_off_a_torn_last_line_of_any_length(tmp_path, capsys):

@@ -981,6 +981,15 @@ def test_what_transcripts_of_a_tree_share_is_trained_on_once(records, model):
     assert distinct <= read < 1.25 * distinct < alone
 
 
+def test_a_row_takes_half_a_batch_at_most():
+    """So that a batch holds more than one tree."""
+    rows = [Row([1] * 20 + [number] * 9, [28], [0.0], [("p", "A")]) for number in range(2, 9)]
+    [tree] = pack_trees(rows, 100, token_cost=1e9)
+    assert [row.width for row in tree] == [47, 47, 29]
+    [tree] = pack_trees(rows, 40, token_cost=1e9)  # none can be narrower than a transcript
+    assert [row.width for row in tree] == [29] * 7
+
+
 def test_rows_of_equal_length_meet_others_in_every_epoch():
     trees = packed_alone([Row([0] * 5, [4], [1.0], [("p", "Solver")])] * 20)
     batches_of_seed = []
