@@ -74,7 +74,7 @@ class UnfilledDecoder(Decoder):
     """Decodes batch after batch, each until its longest message has ended."""
 
     def decode(self, *batch, **options):
-        with mock.patch.object(CacheRows, "can_grow_for", lambda model: False):
+        with mock.patch.object(CacheRows, "can_grow_for", staticmethod(lambda _: False)):
             return super().decode(*batch, **options)
 
 
