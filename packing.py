@@ -85,6 +85,7 @@ def token_cost_for(config) -> float | None:
         return None
     if has_window and not layer_types:
         return None
+    # GPT-2 and its like have no such setting: their MLP is four times as wide as the hidden state.
     intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return 2 * config.hidden_size + 1.5 * intermediate_size
 

@@ -173,9 +173,10 @@ class ValueModel(nn.Module):
             except torch.OutOfMemoryError:
                 batches += self._split(batch, sequences)
                 continue
-            for index in sequences_of(batch):
+            indices = sequences_of(batch)
+            for index in indices:
                 values[index] = [next(batch_values) for _ in rows[index].positions]
-            self.on_rows(len(sequences_of(batch)))
+            self.on_rows(len(indices))
         return values
 
     def _split(self, batch: list[PackedRow], sequences: list[list[int]]) -> list[list[PackedRow]]:

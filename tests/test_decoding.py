@@ -427,8 +427,8 @@ def test_logits_do_not_depend_on_padding(model_with_absolute_positions, pad_id):
         cache_rows.append(torch.tensor(newest))
 
 
-@torch.inference_mode()
-def test_layers_with_full_attention_have_room_and_the_others_keep_their_window():
+@pytest.fixture(scope="module")
+def model_with_windows():
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -440,8 +440,13 @@ def test_layers_with_full_attention_have_room_and_the_others_keep_their_window()
         sliding_window=3,
         layer_types=["full_attention", "sliding_attention"],
     )
-    model = Qwen2ForCausalLM(config).eval()
-    cache_rows = CacheRows(model, [PROMPT], pad_id=0)
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(config).eval()
+
+
+@torch.inference_mode()
+def test_layers_with_full_attention_have_room_and_the_others_keep_their_window(model_with_windows):
+    cache_rows = CacheRows(model_with_windows, [PROMPT], pad_id=0)
     layer_types = [type(layer) for layer in cache_rows.cache.layers]
     assert layer_types == [PreallocatedLayer, DynamicSlidingWindowLayer]
 
@@ -705,23 +710,6 @@ def test_without_alignment_the_longest_prompt_and_the_largest_limit_count():
     queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 28, is_aligned=False)
     assert started(queue) == [0, 1]
     assert queue.longest == 28
-
-
-@pytest.fixture(scope="module")
-def model_with_windows():
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_sliding_window=True,
-        sliding_window=3,
-        layer_types=["full_attention", "sliding_attention"],
-    )
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("model_name", ["small_model", "model_with_windows"])
