@@ -38,7 +38,6 @@ from decoding import (
     CacheRows,
     Decoder,
     PreallocatedLayer,
-    gumbel_noise,
     message_key,
     sample_tokens,
 )
@@ -101,8 +100,11 @@ class KeyedSampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = len(self.logprobs)
-        noise = gumbel_noise(self.keys, step, scores.shape[-1])
-        tokens, logprobs = sample_tokens(scores, noise, self.greedy, **self.sampling)
+        rows = torch.arange(len(scores), device=scores.device)
+        steps = torch.full_like(rows, step)
+        tokens, logprobs = sample_tokens(
+            scores, rows, self.keys, steps, self.greedy, **self.sampling
+        )
         self.logprobs.append(logprobs)
         only_tokens = torch.full_like(scores, -torch.inf)
         return only_tokens.scatter(-1, tokens[:, None], 0.0)
@@ -312,7 +314,7 @@ def measure_engine(args) -> None:
     labelling_args = make_labelling_args(args.num_threads)
     batch_tokens = labelling_args.batch_tokens
 
-    model = random_model(args.shape, args.device)
+    model = random_agents(args)
     measure_decoding(model, args)
     num_body_parameters = sum(parameter.numel() for parameter in model.model.parameters())
 
@@ -329,14 +331,30 @@ def measure_engine(args) -> None:
     measure_training_step(value_model, rows, args)
 
 
-def random_model(shape: str, device: str) -> PreTrainedModel:
+def random_model(args) -> PreTrainedModel:
+    """Return a model of the shape, type and device that the flags say, with random weights."""
     config = Qwen2Config(
-        **SHAPES[shape]._asdict(), max_position_embeddings=8192, tie_word_embeddings=True
+        **SHAPES[args.shape]._asdict(), max_position_embeddings=8192, tie_word_embeddings=True
     )
-    dtype = torch.bfloat16 if on_gpu(device) else torch.float32
+    default = "bfloat16" if on_gpu(args.device) else "float32"
     torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=args.dtype or default)
+    return model.eval()
+
+
+def random_agents(args) -> PreTrainedModel:
+    """Return a random model whose next token is about as certain as that of a trained one.
+
+    The sampler is fast because few tokens are likely. With logits of standard deviation 6, the
+    1,024 likeliest of 152,000 tokens have 99.6 % of the probability.
+    """
+    model = random_model(args)
+    embedding_std = model.config.initializer_range
+    logits_std = embedding_std * math.sqrt(model.config.hidden_size)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(6 / logits_std)
+    return model
 
 
 def on_gpu(device: str) -> bool:
@@ -374,7 +392,9 @@ def measure_decoding(model: PreTrainedModel, args) -> None:
     print(f"per-node generate, {NUM_CANDIDATES} rows: {rate_per_node:9.0f} tokens/s")
 
     for num_rows in args.rows:
-        rate = num_rows * args.new / seconds_of_decoder(model, prompt, num_rows, args)
+        seconds = seconds_of_decoder(model, prompt, num_rows, args)
+        rate = num_rows * args.new / seconds
+        sampling = args.new * seconds_of_sampler(model, num_rows, args) / seconds
         share = ""
         if args.bandwidth:
             # Every step reads the weights and the keys and values of all rows once.
@@ -384,7 +404,8 @@ def measure_decoding(model: PreTrainedModel, args) -> None:
             share = f", {rate / limit:.1%} of the bandwidth limit"
         print(
             f"engine, {num_rows:5d} rows:         {rate:9.0f} tokens/s, "
-            f"{rate / rate_per_node:5.1f} times per-node generate{share}{peak_memory(args.device)}",
+            f"{rate / rate_per_node:5.1f} times per-node generate, sampling takes {sampling:.1%}"
+            f"{share}{peak_memory(args.device)}",
             flush=True,
         )
 
@@ -435,6 +456,23 @@ def seconds_of_decoder(model: PreTrainedModel, prompt: list[int], num_rows: int,
         decoder.decode(prompts, repeats, limits, keys, greedy)
 
     return seconds_of(decode, args.device)
+
+
+@torch.inference_mode()
+def seconds_of_sampler(model: PreTrainedModel, num_rows: int, args) -> float:
+    """Measure one step of the sampler. Each message has logits of its own."""
+    generator = torch.Generator(args.device).manual_seed(0)
+    shape = (num_rows, model.config.vocab_size)
+    logits = 6 * torch.randn(shape, generator=generator, device=args.device).to(model.dtype)
+    messages = torch.arange(num_rows, device=args.device)
+    greedy = torch.zeros(num_rows, dtype=torch.bool, device=args.device)
+
+    def sample() -> None:
+        sample_tokens(
+            logits, messages, messages, messages, greedy, temperature=1.0, top_k=0, top_p=1.0
+        )
+
+    return seconds_of(sample, args.device)
 
 
 def random_rows(num_rows: int, num_tokens: int, vocab_size: int) -> list[Row]:
@@ -494,7 +532,7 @@ MEDIAN_LENGTH, LENGTH_SPREAD, LONGEST_LENGTH = 120, 0.7, 512  # lognormal, as of
 def measure_lengths(args) -> None:
     """Decode messages of different lengths: with refilling, and batch after batch."""
     torch.set_num_threads(args.num_threads)
-    model = random_model(args.shape, args.device)
+    model = random_agents(args)
     generator = torch.Generator().manual_seed(0)
     num = args.messages
     logs = torch.randn(num, generator=generator) * LENGTH_SPREAD + math.log(MEDIAN_LENGTH)
@@ -541,7 +579,7 @@ def measure_lengths(args) -> None:
 def measure_packing(args) -> None:
     """Score and train on siblings: packed, and each with a row of its own."""
     torch.set_num_threads(args.num_threads)
-    model = random_model(args.shape, args.device).model.requires_grad_(False)
+    model = random_model(args).model.requires_grad_(False)
     model = ValueModel(
         add_lora(model, rank=16),
         AutoTokenizer.from_pretrained(HERE / "tiny" / "agents"),
@@ -612,6 +650,7 @@ def parse_args(argv=None):
     add("--problems", type=positive_int, default=96, help="trees: problems to label")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--shape", choices=SHAPES, default="1.5B", help="shape of the model")
+    add("--dtype", help="of the weights; default: bfloat16 on a GPU, float32 on a CPU")
     add("--rows", type=positive_int, nargs="+", default=[64, 256, 1024], help="messages together")
     add("--prompt", type=positive_int, default=768, help="tokens of a prompt")
     add("--new", type=positive_int, default=256, help="tokens of a message")

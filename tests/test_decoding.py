@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import decoding
 from decoding import (
     GOLDEN_GAMMA,
     CacheRows,
@@ -95,7 +96,7 @@ def splitmix64(seed, index):
 def test_noise_is_that_of_a_stream_over_steps_and_of_one_over_tokens_at_each_step():
     keys = torch.tensor([1234567, -7])
     for step in (0, 5):
-        noise = gumbel_noise(keys, step, 3)
+        noise = gumbel_noise(keys, step, torch.arange(3))
         for row, key in enumerate(keys.tolist()):
             for token in range(3):
                 bits = splitmix64(splitmix64(key, step), token)
@@ -106,16 +107,19 @@ def test_noise_is_that_of_a_stream_over_steps_and_of_one_over_tokens_at_each_ste
 
 def test_noise_is_a_function_of_key_step_and_token_alone():
     keys = keys_of(8)
-    noise = gumbel_noise(keys, 3, 50)
-    assert torch.equal(gumbel_noise(keys[5:6], 3, 50), noise[5:6])
-    assert torch.equal(gumbel_noise(keys.flip(0), 3, 50), noise.flip(0))
-    assert torch.equal(gumbel_noise(keys, 3, 7), noise[:, :7])
+    token_ids = torch.arange(50)
+    noise = gumbel_noise(keys, 3, token_ids)
+    assert torch.equal(gumbel_noise(keys[5:6], 3, token_ids), noise[5:6])
+    assert torch.equal(gumbel_noise(keys.flip(0), 3, token_ids), noise.flip(0))
+    assert torch.equal(gumbel_noise(keys, 3, torch.tensor([49, 7])), noise[:, [49, 7]])
+    token_of_each = torch.arange(8)[:, None] * 6
+    assert torch.equal(gumbel_noise(keys, 3, token_of_each), noise.gather(1, token_of_each))
 
 
 @pytest.mark.parametrize("key", OTHER_KEYS)
 def test_another_key_has_other_noise(key):
     keys = torch.tensor([message_key(*KEY), message_key(*key)])
-    noise, other = gumbel_noise(keys, 0, 3000)
+    noise, other = gumbel_noise(keys, 0, torch.arange(3000))
     assert (noise != other).all()
     assert abs(torch.corrcoef(torch.stack([noise, other]))[0, 1]) < 0.06
 
@@ -123,11 +127,12 @@ def test_another_key_has_other_noise(key):
 def noise_along(axis):
     """Return entries that differ only in their key, their step or their token."""
     count = 20_000
+    first_token = torch.tensor([0])
     if axis == "key":
-        return gumbel_noise(keys_of(count), 0, 1)[:, 0]
+        return gumbel_noise(keys_of(count), 0, first_token)[:, 0]
     if axis == "token":
-        return gumbel_noise(keys_of(1), 0, count)[0]
-    steps = [gumbel_noise(keys_of(1), step, 1)[0] for step in range(count // 10)]
+        return gumbel_noise(keys_of(1), 0, torch.arange(count))[0]
+    steps = [gumbel_noise(keys_of(1), step, first_token)[0] for step in range(count // 10)]
     return torch.cat(steps)
 
 
@@ -161,8 +166,10 @@ def sample_repeatedly(probabilities, *, greedy=False, temperature=1.0, top_k=0):
     """Sample 20,000 tokens of one distribution. Returns the tokens and their log-probabilities."""
     num = 20_000
     return sample_tokens(
-        torch.log(torch.tensor([probabilities])).repeat(num, 1),
-        gumbel_noise(keys_of(num), 0, len(probabilities)),
+        torch.log(torch.tensor([probabilities])),
+        torch.zeros(num, dtype=torch.long),
+        keys_of(num),
+        torch.zeros(num, dtype=torch.long),
         torch.full((num,), greedy),
         temperature=temperature,
         top_k=top_k,
@@ -170,14 +177,96 @@ def sample_repeatedly(probabilities, *, greedy=False, temperature=1.0, top_k=0):
     )
 
 
-def test_the_sampler_draws_from_the_distribution():
-    tokens, logprobs = sample_repeatedly([0.1, 0.2, 0.3, 0.4])
+@pytest.fixture(params=[1024, 3, 1], ids="of {} tokens".format)
+def num_likely(request, monkeypatch):
+    """Tokens whose noise is drawn one by one: more than these tests have, some, or one."""
+    monkeypatch.setattr(decoding, "NUM_LIKELY", request.param)
+    return request.param
+
+
+def test_the_sampler_draws_from_the_distribution(num_likely):
+    tokens, logprobs = sample_repeatedly([0.1, 0.2, 0.25, 0.05, 0.4])
     counts = tokens.bincount().numpy()
-    assert chisquare(counts, [2000, 4000, 6000, 8000]).pvalue > 0.01
+    assert chisquare(counts, [2000, 4000, 5000, 1000, 8000]).pvalue > 0.01
     assert logprobs[tokens == 1] == pytest.approx(math.log(0.2), abs=1e-6)
+    assert logprobs[tokens == 3] == pytest.approx(math.log(0.05), abs=1e-6)
 
 
-def test_temperature_and_top_k_change_the_draws_but_not_the_logprobs():
+def test_every_message_is_sampled_from_its_own_row(num_likely):
+    """Row 0 has tokens 0 and 1 only, row 1 tokens 2 to 5, row 2 is not read."""
+    probabilities = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.4, 0.3, 0.2, 0.1], [1.0] * 6])
+    num = 8_000
+    row_of_message = torch.arange(num) % 4 // 3  # three messages of row 0, one of row 1
+    tokens, logprobs = sample_tokens(
+        probabilities.log(),
+        row_of_message,
+        keys_of(num),
+        torch.full((num,), 7),
+        torch.zeros(num, dtype=torch.bool),
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
+    counts = tokens[row_of_message == 0].bincount(minlength=6).numpy()
+    assert counts[2:].tolist() == [0] * 4
+    assert chisquare(counts[:2], [3000, 3000]).pvalue > 0.01
+    counts = tokens[row_of_message == 1].bincount(minlength=6).numpy()
+    assert counts[:2].tolist() == [0, 0]
+    assert chisquare(counts[2:], [800, 600, 400, 200]).pvalue > 0.01
+    expected = probabilities[row_of_message, tokens].log()
+    assert logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def large_vocabulary():
+    """Return logits of 800 rows: together they have more entries than are worked on at once."""
+    logits = 3 * torch.randn((800, 3000), generator=torch.Generator().manual_seed(0))
+    assert logits.numel() > 2**21
+    return logits
+
+
+def sample_large(logits, keys, *, top_p=1.0):
+    rows = torch.arange(len(logits))
+    greedy = torch.zeros(len(logits), dtype=torch.bool)
+    return sample_tokens(logits, rows, keys, rows, greedy, temperature=1.0, top_k=0, top_p=top_p)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_token_does_not_depend_on_the_rows_that_are_sampled_together(top_p):
+    logits, keys = large_vocabulary(), keys_of(800)
+    tokens, logprobs = sample_large(logits, keys, top_p=top_p)
+    rank = (logits > logits.gather(1, tokens[:, None])).sum(-1)
+    assert (rank >= 1024).any() == (top_p == 1)  # some have a token that is not likely
+    for row in (0, 5, 698, 699, 799):
+        alone, alone_logprob = sample_tokens(
+            logits[row : row + 1],
+            torch.tensor([0]),
+            keys[row : row + 1],
+            torch.tensor([row]),
+            torch.tensor([False]),
+            temperature=1.0,
+            top_k=0,
+            top_p=top_p,
+        )
+        assert alone == tokens[row]
+        assert alone_logprob.item() == pytest.approx(logprobs[row].item(), abs=1e-5)
+        assert logprobs[row].item() == pytest.approx(
+            logits[row].log_softmax(-1)[tokens[row]].item(), abs=1e-5
+        )
+
+
+def test_a_likely_token_is_the_argmax_of_logits_and_noise():
+    """Another batch, or rounding, changes it only if two scores are that close."""
+    logits, keys = large_vocabulary(), keys_of(800)
+    tokens, _ = sample_large(logits, keys)
+    likely = logits.topk(1024).indices
+    noise = gumbel_noise(keys, torch.arange(800), torch.arange(3000))
+    best = likely.gather(1, (logits + noise).gather(1, likely).argmax(-1, keepdim=True))[:, 0]
+    is_likely = (likely == tokens[:, None]).any(-1)
+    assert 0.5 < is_likely.float().mean() < 1
+    assert torch.equal(tokens[is_likely], best[is_likely])
+
+
+def test_temperature_and_top_k_change_the_draws_but_not_the_logprobs(num_likely):
     """At temperature 0.5 the two likeliest have 0.3^2 : 0.4^2 = 0.36 : 0.64."""
     tokens, logprobs = sample_repeatedly([0.1, 0.2, 0.3, 0.4], temperature=0.5, top_k=2)
     counts = tokens.bincount(minlength=4).numpy()
@@ -186,7 +275,7 @@ def test_temperature_and_top_k_change_the_draws_but_not_the_logprobs():
     assert logprobs[tokens == 3] == pytest.approx(math.log(0.4), abs=1e-6)
 
 
-def test_greedy_rows_take_the_likeliest_token():
+def test_greedy_messages_take_the_likeliest_token(num_likely):
     tokens, _ = sample_repeatedly([0.1, 0.2, 0.3, 0.4], greedy=True, temperature=0.5)
     assert tokens.eq(3).all()
 
@@ -234,7 +323,7 @@ def probabilities_of_next_token(model, token_ids, *, temperature, top_k, top_p):
     ],
     ids=["temperature", "top-p", "top-k and top-p"],
 )
-def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sampling):
+def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sampling, num_likely):
     """p(first) * p(second | first), over 10,000 messages of one prompt."""
     # 1. Sample.
     num = 10_000

@@ -350,7 +350,7 @@ def sample_by_hand(policy, prompt_ids, key, temperature):
         all_ids = torch.cat([prompt_ids, torch.tensor([tokens], dtype=torch.long)], dim=1)
         with torch.inference_mode():
             logits = policy.decoder.model(input_ids=all_ids).logits[0, -1].double()
-        [noise] = gumbel_noise(keys, step, len(logits))
+        [noise] = gumbel_noise(keys, step, torch.arange(len(logits)))
         token = int((logits / temperature + noise).argmax())
         tokens.append(token)
         logprobs.append(logits.log_softmax(-1)[token].item())
