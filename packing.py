@@ -144,10 +144,17 @@ def pack(
 
 
 def packed_batches(
-    sequences: list[list[int]], batch_tokens: int, *, token_cost: float | None
+    sequences: list[list[int]],
+    batch_tokens: int,
+    *,
+    token_cost: float | None,
+    indices: Iterable[int] | None = None,
 ) -> list[list[PackedRow]]:
-    """Pack sequences, and cut the rows into batches (`token_batches`), the narrowest rows first."""
-    rows = pack(sequences, token_cost=token_cost, max_width=batch_tokens)
+    """Pack sequences, and cut the rows into batches (`token_batches`), the narrowest rows first.
+
+    indices: see `pack`.
+    """
+    rows = pack(sequences, token_cost=token_cost, max_width=batch_tokens, indices=indices)
     return cut_into_batches(sorted(rows, key=width_of), batch_tokens)
 
 

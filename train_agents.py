@@ -36,14 +36,7 @@ from generate_rollouts import (
 )
 from mas import MAS, load_graph
 from metrics import problem_aucs
-from packing import (
-    collate,
-    pack,
-    packed_batches,
-    sequence_columns,
-    sequences_of,
-    token_cost_for,
-)
+from packing import PackedRow, collate, packed_batches, sequence_columns, token_cost_for
 from pictures import plot_training
 from policy import Policy, add_policy_arguments, make_policy
 from rewards import (
@@ -171,28 +164,21 @@ class Learner:
 
     def update(self, rows: list[Row], rng) -> dict[str, float]:
         """Train one epoch on the rows. Returns the mean KL and the share of clipped tokens."""
-        # 1. The minibatches, each in batches that are read at once.
-        minibatches = []
-        for minibatch in self._minibatches(rows, rng):
-            minibatches.append(self._batches(minibatch))
-
-        # 2. Log-probabilities before the update, and those of the reference.
+        # 1. Log-probabilities before the update, and those of the reference.
         with torch.no_grad():
             for batch in self._batches(rows):
-                logprobs = self.message_logprobs(batch)
+                for index, logprobs in self.message_logprobs(rows, batch).items():
+                    rows[index].old = logprobs.clone()
                 with self.adapters.off():
-                    reference = self.message_logprobs(batch)
-                for row, row_logprobs, row_reference in zip(
-                    batch, logprobs, reference, strict=True
-                ):
-                    row.old, row.reference = row_logprobs.clone(), row_reference.clone()
+                    for index, logprobs in self.message_logprobs(rows, batch).items():
+                        rows[index].reference = logprobs.clone()
 
-        # 3. One epoch. Every token of every sample has the same weight.
+        # 2. One epoch. Every token of every sample has the same weight.
         num_tokens = max(1, sum(row.num_tokens for row in rows))
         kl, num_clipped = 0.0, 0
-        for batches in minibatches:
-            for batch in batches:
-                loss, batch_kl, batch_clipped = self.loss(batch)
+        for minibatch in self._minibatches(rows, rng):
+            for batch in self._batches(minibatch):
+                loss, batch_kl, batch_clipped = self.loss(minibatch, batch)
                 (loss * self.num_minibatches / num_tokens).backward()
                 kl += batch_kl
                 num_clipped += batch_clipped
@@ -213,15 +199,16 @@ class Learner:
             minibatches[index % self.num_minibatches] += rows_of_prompt[prompt]
         return minibatches
 
-    def loss(self, rows: list[Row]) -> tuple[torch.Tensor, float, int]:
-        """Return the summed loss of the tokens of all samples, their KL, and how many are clipped.
+    def loss(self, rows: list[Row], batch: list[PackedRow]) -> tuple[torch.Tensor, float, int]:
+        """Return the summed loss of all samples' tokens in a batch, their KL, how many are clipped.
 
         The KL of a token is estimated, and penalised, as r - log r - 1 with r = reference / policy,
         which is never negative.
         """
         total = torch.zeros((), device=self.model.device)
         total_kl, num_clipped = 0.0, 0
-        for row, logprobs in zip(rows, self.message_logprobs(rows), strict=True):
+        for index, logprobs in self.message_logprobs(rows, batch).items():
+            row = rows[index]
             log_r = row.reference - logprobs  # [tokens]
             kl = log_r.exp() - log_r - 1
             ratio = (logprobs - row.old).exp()
@@ -234,18 +221,18 @@ class Learner:
             num_clipped += (clipped_gain < gain).sum().item()
         return total, total_kl, num_clipped
 
-    def message_logprobs(self, rows: list[Row]) -> list[torch.Tensor]:
-        """Return log pi of each token of each message: per row, float32 [tokens of the message].
+    def message_logprobs(self, rows: list[Row], batch: list[PackedRow]) -> dict[int, torch.Tensor]:
+        """Return log pi of each token of each message in a batch, with one adapter.
 
-        All rows are read with the adapter of the first one's agent, shared prompts once.
+        Args:
+            batch: some of the rows, packed (`_batches`), so that prompts are read once.
+
+        Returns:
+            Index of a row -> float32 [tokens of the message].
         """
-        self.adapters.use(rows[0].agent)
-        sequences = [row.prompt_ids + row.token_ids for row in rows]
-        packed = pack(sequences, token_cost=self.token_cost, max_width=self.batch_tokens)
-
         # 1. A token is predicted by the one before it on its path.
         predicted_by: dict[int, tuple[int, list[int]]] = {}  # row -> (packed row, columns)
-        for index, (packed_index, columns) in sequence_columns(packed).items():
+        for index, (packed_index, columns) in sequence_columns(batch).items():
             start = len(rows[index].prompt_ids) - 1
             predicted_by[index] = (packed_index, columns[start:-1])
         # Logits of other columns would take memory for nothing.
@@ -254,29 +241,31 @@ class Learner:
 
         # 2. Read, and look up each token.
         device = self.model.device
-        inputs = collate(packed, self.pad_id, device)
+        any_index = next(iter(predicted_by))
+        self.adapters.use(rows[any_index].agent)
+        inputs = collate(batch, self.pad_id, device)
         logits = self.model(**inputs, logits_to_keep=torch.tensor(kept, device=device)).logits
         logits = logits.float() / self.temperature  # [packed rows, kept columns, vocabulary]
         log_total = logits.logsumexp(-1)
-        logprobs = []
-        for index, row in enumerate(rows):
-            packed_index, columns = predicted_by[index]
+        logprobs = {}
+        for index, (packed_index, columns) in predicted_by.items():
             places = torch.tensor([kept_index[column] for column in columns], device=device)
-            tokens = torch.tensor(row.token_ids, device=device)
+            tokens = torch.tensor(rows[index].token_ids, device=device)
             chosen = logits[packed_index, places, tokens]
-            logprobs.append(chosen - log_total[packed_index, places])
+            logprobs[index] = chosen - log_total[packed_index, places]
         return logprobs
 
-    def _batches(self, rows: list[Row]) -> list[list[Row]]:
-        """Cut rows into batches of one adapter each; those that share prompts stay together."""
-        rows_of_adapter = defaultdict(list)
-        for row in rows:
-            rows_of_adapter[self.adapters.name_for(row.agent)].append(row)
+    def _batches(self, rows: list[Row]) -> list[list[PackedRow]]:
+        """Pack rows into batches of one adapter each; those that share prompts stay together."""
+        indices_of_adapter = defaultdict(list)
+        for index, row in enumerate(rows):
+            indices_of_adapter[self.adapters.name_for(row.agent)].append(index)
+        sequences = [row.prompt_ids + row.token_ids for row in rows]
         batches = []
-        for group in rows_of_adapter.values():
-            sequences = [row.prompt_ids + row.token_ids for row in group]
-            for batch in packed_batches(sequences, self.batch_tokens, token_cost=self.token_cost):
-                batches.append([group[index] for index in sequences_of(batch)])
+        for indices in indices_of_adapter.values():
+            batches += packed_batches(
+                sequences, self.batch_tokens, token_cost=self.token_cost, indices=indices
+            )
         return batches
 
 

@@ -12,6 +12,7 @@ import train_agents
 from adapters import AgentAdapters, adapters_setting
 from generate_rollouts import Node
 from mas import CHAIN, State
+from packing import pack, sequences_of
 from pictures import plot_training
 from policy import Candidate, Sample
 from rewards import (
@@ -78,20 +79,32 @@ def rows_of(rollouts, advantage=1.0):
     return make_rows(rollouts, dict.fromkeys(nodes, advantage))
 
 
+def in_one_batch(learner, rows):
+    """Pack all rows into one batch."""
+    sequences = [row.prompt_ids + row.token_ids for row in rows]
+    return pack(sequences, token_cost=learner.token_cost, max_width=10_000)
+
+
+def message_logprobs(learner, rows):
+    """Return the log-probabilities of each message's tokens, in the order of the rows."""
+    logprobs = learner.message_logprobs(rows, in_one_batch(learner, rows))
+    return [logprobs[index] for index in range(len(rows))]
+
+
 def logprobs_of(learner, rows):
     """Return the summed log-probability of each message."""
     with torch.no_grad():
-        return [logprobs.sum().item() for logprobs in learner.message_logprobs(rows)]
+        return [logprobs.sum().item() for logprobs in message_logprobs(learner, rows)]
 
 
 def gradient_of(learner, rows):
     """Return the gradient of the loss of these rows, as one vector."""
     for row in rows:
         with torch.no_grad():
-            [logprobs] = learner.message_logprobs([row])
+            [logprobs] = message_logprobs(learner, [row])
         row.old = row.reference = logprobs
     learner.optimizer.zero_grad()
-    loss, _, _ = learner.loss(rows)
+    loss, _, _ = learner.loss(rows, in_one_batch(learner, rows))
     loss.backward()
     parameters = learner.adapters.parameters().values()
     gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
@@ -118,9 +131,9 @@ def test_before_training_the_ratio_to_the_sampler_is_1_and_the_kl_is_0(learner, 
 def test_log_probabilities_do_not_depend_on_the_batch(learner, rollouts):
     """Prompts and messages of different lengths are padded."""
     rows = rows_of(rollouts)
-    together = learner.message_logprobs(rows)
+    together = message_logprobs(learner, rows)
     for row, batched in zip(rows, together, strict=True):
-        [alone] = learner.message_logprobs([row])
+        [alone] = message_logprobs(learner, [row])
         assert len(alone) == len(row.token_ids)
         torch.testing.assert_close(batched, alone, atol=1e-5, rtol=0)
 
@@ -129,13 +142,37 @@ def test_the_policy_is_the_softmax_at_the_sampling_temperature(shared, rollouts)
     """By hand, from the model's own logits."""
     [row, *_] = rows_of(rollouts)
     learner = make_learner(shared, temperature=1.7)
-    [logprobs] = learner.message_logprobs([row])
+    [logprobs] = message_logprobs(learner, [row])
     ids = torch.tensor([row.prompt_ids + row.token_ids])
     logits = learner.model(input_ids=ids).logits[0]
     for index, token in enumerate(row.token_ids):
         at = len(row.prompt_ids) + index - 1
         expected = (logits[at] / 1.7).log_softmax(-1)[token]
         assert logprobs[index].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_what_is_read_at_once_is_no_larger_than_a_batch(learner):
+    """Messages of one prompt that were packed apart are not put together later.
+
+    With 30 shared tokens, a row is best 190 wide: messages of 70, 140 and 70 tokens get three rows.
+    Those of 100 are in one batch with the other prompts, 5 x 115 tokens. As one row they would be
+    170 wide, and the batch 4 x 170.
+    """
+    learner.batch_tokens = 600
+    lengths = {(1,) * 30: (70, 140, 70), (2,) * 45: (70,), (3,) * 45: (70,), (4,) * 45: (70,)}
+    rows = []
+    for prompt, messages in lengths.items():
+        for first_token, length in enumerate(messages, start=5):
+            rows.append(Row("Planner", list(prompt), [first_token] * length, [0.0]))
+    sizes = []
+
+    def record(module, args, kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+
+    hook = learner.model.register_forward_pre_hook(record, with_kwargs=True)
+    learner.update(rows, seeded(0))
+    hook.remove()
+    assert max(sizes) <= 600
 
 
 # ---- The loss by hand ----------------------------------------------------------------------------
@@ -146,8 +183,8 @@ def loss_by_hand(learner, monkeypatch, *, new, old, reference, advantages):
     row = Row("Reader", [1], [2] * len(new), list(advantages))
     row.old, row.reference = torch.tensor(old), torch.tensor(reference)
     logprobs = torch.tensor(new, requires_grad=True)
-    monkeypatch.setattr(learner, "message_logprobs", lambda rows: [logprobs])
-    loss, kl, num_clipped = learner.loss([row])
+    monkeypatch.setattr(learner, "message_logprobs", lambda rows, batch: {0: logprobs})
+    loss, kl, num_clipped = learner.loss([row], batch=[])
     return loss.item(), kl, num_clipped
 
 
@@ -361,7 +398,7 @@ def test_every_agent_is_read_with_its_own_adapter_also_in_one_step(rollouts, tmp
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = make_tiny_policy(CHAIN, adapter=tmp_path)
     for index, row in enumerate(rows):
-        [logprobs] = make_learner(loaded).message_logprobs([row])
+        [logprobs] = message_logprobs(make_learner(loaded), [row])
         torch.testing.assert_close(logprobs, expected[index], atol=1e-3, rtol=1e-4)
 
     # The record of the adapters depends on each of them.
@@ -389,15 +426,14 @@ def test_minibatches_are_drawn_at_random(learner, rollouts, monkeypatch):
     learner.num_minibatches = 2
 
     def minibatches(seed):
-        batches = []
+        order = []
 
-        def loss(batch):
-            batches.append(batch)
+        def loss(minibatch, batch):
+            order.extend(rows.index(minibatch[index]) for index in sequences_of(batch))
             return 0.0 * some_weight.sum(), 0.0, 0
 
         monkeypatch.setattr(learner, "loss", loss)
         learner.update(rows, seeded(seed))
-        order = [rows.index(row) for batch in batches for row in batch]
         assert sorted(order) == list(range(len(rows)))
         return order
 
@@ -465,7 +501,7 @@ def test_the_reference_is_the_model_with_its_adapters_off(learner, rollouts):
         assert logprobs_of(learner, rows) == pytest.approx(before, abs=1e-4)
     learner.update(rows, seeded(0))
     with learner.adapters.off():
-        expected = learner.message_logprobs(rows)
+        expected = message_logprobs(learner, rows)
     for row, logprobs in zip(rows, expected, strict=True):
         torch.testing.assert_close(row.reference, logprobs, atol=1e-4, rtol=0)
 
