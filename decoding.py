@@ -495,6 +495,42 @@ class MessageQueue:
         return bool(self.waiting) and num_live <= CacheRows.SHARE_WORTH_KEEPING * capacity
 
 
+class Drafts:
+    """Messages as far as they are sampled.
+
+    Attributes:
+        lengths: [messages], tokens so far.
+        seconds: [messages], time of the steps in which each was live.
+    """
+
+    def __init__(self, limits: list[int], device: torch.device):
+        self.limits = torch.tensor(limits, device=device)
+        shape = (len(limits), max(limits))
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.lengths = torch.zeros_like(self.limits)
+        self.seconds = torch.zeros(len(limits), dtype=torch.float64)
+
+    def append(self, live: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """Add one token to each of these messages."""
+        lengths = self.lengths[live]
+        self.tokens[live, lengths] = tokens
+        self.logprobs[live, lengths] = logprobs
+        self.lengths[live] = lengths + 1
+
+    def are_full(self, live: torch.Tensor) -> torch.Tensor:
+        """Return whether each of these messages is at its token limit."""
+        return self.lengths[live] >= self.limits[live]
+
+    def share_time(self, live: torch.Tensor, seconds: float) -> None:
+        self.seconds[live.cpu()] += seconds / len(live)
+
+    def message(self, index: int) -> tuple[list[int], list[float]]:
+        """Return the token ids and log-probabilities of a message."""
+        length = self.lengths[index]
+        return self.tokens[index, :length].tolist(), self.logprobs[index, :length].tolist()
+
+
 class Decoder:
     """Samples many messages together, each with its own token limit.
 
@@ -560,31 +596,18 @@ class Decoder:
             (token ids, log-probabilities) per message.
         """
         device = self.model.device
-        num_messages = len(keys)
         can_grow = CacheRows.can_grow_for(self.model)
         queue = MessageQueue(prompts, repeats, limits, batch_tokens, is_aligned=can_grow)
+        drafts = Drafts(limits, device)
         keys = torch.tensor(keys, device=device)
         greedy = torch.tensor(greedy, device=device)
-        limits = torch.tensor(limits, device=device)
         eos_ids = torch.tensor(sorted(self.eos_ids), device=device)
-        tokens = torch.zeros((num_messages, int(limits.max())), dtype=torch.long, device=device)
-        logprobs = torch.zeros(tokens.shape, device=device)
-        lengths = torch.zeros(num_messages, dtype=torch.long, device=device)
-        seconds = torch.zeros(num_messages, dtype=torch.float64)
-        messages: dict[int, tuple[list[int], list[float]]] = {}
-
-        def finish(ended: torch.Tensor) -> None:
-            for index in ended.tolist():
-                length = lengths[index]
-                message = tokens[index, :length].tolist(), logprobs[index, :length].tolist()
-                messages[index] = message
-                on_message(index, *message, seconds[index].item())
 
         rows = None
         # Messages that are being decoded, and the row of the cache that each of them reads.
         live = torch.zeros(0, dtype=torch.long, device=device)
         row_of_message = live
-        while len(messages) < num_messages:
+        while queue.waiting or rows is not None:
             start = time.perf_counter()
 
             # 1. Start further prompts if there is room. All messages of one begin in its row.
@@ -605,32 +628,35 @@ class Decoder:
 
             # 2. Sample the next token of every message, and see which end with it.
             with self._timed("sampling"):
-                steps = lengths[live]
-                newest, newest_logprobs = sample_tokens(
-                    rows.logits, row_of_message, keys[live], steps, greedy[live], **self.sampling
+                newest, logprobs = sample_tokens(
+                    rows.logits,
+                    row_of_message,
+                    keys[live],
+                    drafts.lengths[live],
+                    greedy[live],
+                    **self.sampling,
                 )
-                tokens[live, steps] = newest
-                logprobs[live, steps] = newest_logprobs
-                lengths[live] = steps + 1
-                has_ended = torch.isin(newest, eos_ids) | (limits[live] <= steps + 1)
+                drafts.append(live, newest, logprobs)
+                has_ended = torch.isin(newest, eos_ids) | drafts.are_full(live)
                 ended, continuing = live[has_ended], (~has_ended).nonzero()[:, 0]
-            seconds[live.cpu()] += (time.perf_counter() - start) / len(live)
-            finish(ended)
+            drafts.share_time(live, time.perf_counter() - start)
+            for index in ended.tolist():
+                on_message(index, *drafts.message(index), drafts.seconds[index].item())
 
             # 3. Read the tokens of the others.
             start = time.perf_counter()
             live = live[continuing]
             if len(live) == 0:
                 rows, row_of_message = None, live
-            else:
-                with self._timed("sampling"):
-                    row_of_message, newest_of_row = rows.branch(
-                        row_of_message[continuing], newest[continuing], queue.longest
-                    )
-                with self._timed("model"):
-                    rows.append(newest_of_row)
-                seconds[live.cpu()] += (time.perf_counter() - start) / len(live)
-        return [messages[index] for index in range(num_messages)]
+                continue
+            with self._timed("sampling"):
+                row_of_message, newest_of_row = rows.branch(
+                    row_of_message[continuing], newest[continuing], queue.longest
+                )
+            with self._timed("model"):
+                rows.append(newest_of_row)
+            drafts.share_time(live, time.perf_counter() - start)
+        return [drafts.message(index) for index in range(len(limits))]
 
     @contextmanager
     def _timed(self, activity: str):
