@@ -102,13 +102,12 @@ class AgentAdapters:
                 f"--adapter {folder}: these adapters were trained on other weights of the model; "
                 f"{remedy} --quantize-policy"
             )
+        if settings["adapters"] == "per-agent":
+            _refuse_other_agents(folder, settings["graph"], mas)
         names = adapter_names(mas, settings["adapters"])
         for name in names:
             if not (folder / "adapter" / name / "adapter_model.safetensors").is_file():
-                raise InputError(
-                    f"--adapter {folder}: no adapter for {name}; "
-                    f"they were trained for the graph {settings['graph']['name']!r}"
-                )
+                raise InputError(f"--adapter {folder}: adapter/{name} has no weights; restore them")
         # Trainable, because stage 5 may start from them.
         peft_model = PeftModel.from_pretrained(
             model, folder / "adapter" / names[0], adapter_name=names[0], is_trainable=True
@@ -156,6 +155,15 @@ class AgentAdapters:
             parameter.data.copy_(weights[name])
 
 
+def _refuse_other_agents(folder: Path, graph: dict, mas: MAS) -> None:
+    """Raise InputError if adapters of these agents were trained for others, or other prompts."""
+    if MAS.from_dict(graph).agents != mas.agents:
+        raise InputError(
+            f"--adapter {folder}: each of its adapters belongs to an agent of the graph "
+            f"{graph['name']!r}, and these agents are others; give that --graph"
+        )
+
+
 def adapter_names(mas: MAS, kind: str) -> list[str]:
     """Return the names of the adapters of a graph. kind: "shared" or "per-agent"."""
     if kind == "shared":
@@ -169,9 +177,13 @@ def _name_of_own(agent: str) -> str:
 
 
 def adapters_setting(folder: str, names: list[str]) -> dict:
-    """Return how the adapters of the agents are recorded: their folder and their weights."""
+    """Return how the adapters of the agents are recorded: their folder, and a fingerprint.
+
+    The fingerprint is of their weights and of what scales them (`lora_alpha`).
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in names:
-        weights = Path(folder) / "adapter" / name / "adapter_model.safetensors"
-        digest.update(name.encode() + weights.read_bytes())
+        digest.update(name.encode())
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            digest.update((Path(folder) / "adapter" / name / file).read_bytes())
     return {"name": folder, "fingerprint": digest.hexdigest()}

@@ -87,6 +87,8 @@ def _compare_values(groups: list[Group]) -> str:
         for folder in folders:
             last_epochs.append(read_jsonl(folder / "metrics.jsonl")[-1]["heldout"])
         for agent in last_epochs[0]:
+            if not all(agent in epoch for epoch in last_epochs):
+                continue  # some run has no held-out labels of it
             metrics = [epoch[agent] for epoch in last_epochs]
             low, high = metrics[0]["auc_95"] or (None, None)
             interval = f"{number_or_dash(low)} to {number_or_dash(high)}"
@@ -234,6 +236,8 @@ def _compare_methods(group: Group) -> str:
         records = records_of_method[pair["method"]]
         records_against = records_of_method[pair["against"]]
         ids = _common_problems([*records.values(), *records_against.values()])
+        if not ids:
+            continue
         result = within_runs_difference(
             _verdicts(group, records, ids), _verdicts(group, records_against, ids)
         )

@@ -154,11 +154,12 @@ def sample_tokens(
     scores_of_others = rows.others[row_of_message, None] + gumbel_noise(keys, steps, after_last)
     [unlikely] = (scores_of_others > best_scores)[:, 0].nonzero(as_tuple=True)
     if len(unlikely) > 0:
-        others = filter_logits(logits[row_of_message[unlikely]].float(), **filters)
-        others = others.scatter(-1, token_ids[unlikely], -math.inf)
         all_ids = torch.arange(vocabulary, device=logits.device)
-        noise = gumbel_noise(keys[unlikely], steps[unlikely], all_ids)
-        tokens[unlikely] = (others + noise).argmax(-1)
+        for messages in unlikely.split(_rows_at_once(logits)):
+            others = filter_logits(logits[row_of_message[messages]].float(), **filters)
+            others.scatter_(-1, token_ids[messages], -math.inf)
+            noise = gumbel_noise(keys[messages], steps[messages], all_ids)
+            tokens[messages] = (others + noise).argmax(-1)
 
     if greedy.any():
         tokens = torch.where(greedy, logits.argmax(-1)[row_of_message], tokens)
@@ -183,15 +184,21 @@ class LikelyTokens(NamedTuple):
 
 
 def _most_likely(logits: torch.Tensor, **filters) -> LikelyTokens:
-    """Split the tokens of every row, a few rows at a time.
+    """Split the tokens of every row into likely ones and others."""
+    parts = []
+    for part in logits.split(_rows_at_once(logits)):
+        parts.append(_most_likely_at_once(part.float(), **filters))
+    return LikelyTokens(*map(torch.cat, zip(*parts, strict=True)))
 
-    In float32, a vocabulary of 152,000 is so large that a CPU spends more time on new memory than
-    on numbers; a GPU has memory for more rows, and an overhead for every call.
+
+def _rows_at_once(logits: torch.Tensor) -> int:
+    """Return how many rows of float32 logits the sampler works on together.
+
+    A vocabulary of 152,000 is so large that a CPU spends more time on new memory than on numbers. A
+    GPU has memory for more rows, and an overhead for every call.
     """
     entries_at_once = 2**21 if logits.device.type == "cpu" else 2**26
-    rows_at_once = max(1, entries_at_once // logits.shape[-1])
-    parts = [_most_likely_at_once(part.float(), **filters) for part in logits.split(rows_at_once)]
-    return LikelyTokens(*map(torch.cat, zip(*parts, strict=True)))
+    return max(1, entries_at_once // logits.shape[-1])
 
 
 def _most_likely_at_once(logits: torch.Tensor, **filters) -> LikelyTokens:
@@ -249,7 +256,9 @@ class PreallocatedLayer(DynamicLayer):
     """
 
     SPARE_COLUMNS = 64
-    storage = None  # [2, rows, heads, columns with spare ones, head dim]; keys, values are views
+    # Of keys and of values, [rows, heads, columns with spare ones, dim]. Some models store keys and
+    # values of different dim. `keys` and `values` are views of the columns that are filled.
+    storages: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -258,40 +267,49 @@ class PreallocatedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if self.storage is None or self.storage.shape[3] < end:
-            self._grow(key_states, start, end)
-        self.storage[0, :, :, start:end] = key_states
-        self.storage[1, :, :, start:end] = value_states
-        self.keys, self.values = self.storage[:, :, :, :end]
+        newest = (key_states, value_states)
+        if self.storages is None or self.storages[0].shape[2] < end:
+            self.storages = self._with_room(newest, start, end)
+        for storage, states in zip(self.storages, newest, strict=True):
+            storage[:, :, start:end] = states
+        self._fill(end)
         return self.keys, self.values
 
-    def _grow(self, key_states: torch.Tensor, start: int, end: int) -> None:
-        rows, heads, _, head_dim = key_states.shape
-        storage = key_states.new_empty((2, rows, heads, end + self.SPARE_COLUMNS, head_dim))
-        if start > 0:
-            storage[0, :, :, :start] = self.keys
-            storage[1, :, :, :start] = self.values
-        self.storage = storage
+    def _with_room(self, newest, start: int, end: int) -> tuple[torch.Tensor, ...]:
+        """Return storages with spare columns that hold the keys and values so far."""
+        storages = []
+        for so_far, states in zip((self.keys, self.values), newest, strict=True):
+            rows, heads, _, dim = states.shape
+            storage = states.new_empty((rows, heads, end + self.SPARE_COLUMNS, dim))
+            if start > 0:
+                storage[:, :, :start] = so_far
+            storages.append(storage)
+        return tuple(storages)
+
+    def _fill(self, end: int) -> None:
+        """Say how many columns are filled."""
+        self.keys, self.values = (storage[:, :, :end] for storage in self.storages)
 
     def batch_select_indices(self, indices: torch.Tensor, first_column: int = 0) -> None:
         """Keep, reorder or repeat rows, without the columns before `first_column`."""
         end = self.get_seq_length() - first_column
-        self.storage = self.storage[:, indices, :, first_column:]
-        self.keys, self.values = self.storage[:, :, :, :end]
+        self.storages = tuple(storage[indices, :, first_column:] for storage in self.storages)
+        self._fill(end)
 
     def add_rows(self, other: "PreallocatedLayer") -> None:
         """Add the rows of another layer below. The last columns of both become one column."""
-        num_rows, heads, columns, head_dim = self.keys.shape
-        num_all = num_rows + len(other.keys)
-        end = max(columns, other.keys.shape[2])
-        # Zeros: attention ignores padding, but 0 * (not a number) is not a number.
-        storage = self.keys.new_zeros((2, num_all, heads, end + self.SPARE_COLUMNS, head_dim))
-        for layer, rows in ((self, slice(num_rows)), (other, slice(num_rows, num_all))):
-            start = end - layer.keys.shape[2]
-            storage[0, rows, :, start:end] = layer.keys
-            storage[1, rows, :, start:end] = layer.values
-        self.storage = storage
-        self.keys, self.values = storage[:, :, :, :end]
+        end = max(self.get_seq_length(), other.get_seq_length())
+        storages = []
+        for upper, lower in ((self.keys, other.keys), (self.values, other.values)):
+            num_rows, heads, _, dim = upper.shape
+            shape = (num_rows + len(lower), heads, end + self.SPARE_COLUMNS, dim)
+            # Zeros: attention ignores padding, but 0 * (not a number) is not a number.
+            storage = upper.new_zeros(shape)
+            storage[:num_rows, :, end - upper.shape[2] : end] = upper
+            storage[num_rows:, :, end - lower.shape[2] : end] = lower
+            storages.append(storage)
+        self.storages = tuple(storages)
+        self._fill(end)
 
 
 def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -175,7 +175,8 @@ def paired(a: list[bool], b: list[bool]) -> dict:
 def seeds_and_problems(verdicts: list[list[bool]]) -> dict:
     """Return the mean exact match of runs that differ in their seed, with its interval.
 
-    mean, low, high: with several runs, runs and problems are both resampled; with one, `wilson`.
+    mean, low, high: with several runs, runs and problems are both resampled; with one, `wilson`,
+        and also if all verdicts are equal: no resample differs then, but nothing is certain.
     deviation: standard deviation of the exact match over the runs alone; None if there is one.
 
     Args:
@@ -188,6 +189,8 @@ def seeds_and_problems(verdicts: list[list[bool]]) -> dict:
         return {"mean": float(right.mean()), "low": low, "high": high, "deviation": None}
     rng = np.random.default_rng(0)
     low, high = _percentiles(_resampled_means(right, _draw_problems(n, rng), rng))
+    if high - low < SMALLEST_WIDTH:
+        low, high = wilson(int(right[0].sum()), n)
     deviation = float(right.mean(1).std(ddof=1))
     return {"mean": float(right.mean()), "low": low, "high": high, "deviation": deviation}
 
@@ -196,7 +199,7 @@ def seeds_and_problems_difference(a: list[list[bool]], b: list[list[bool]]) -> d
     """Compare two kinds of runs on the same problems: the mean of a minus that of b, its interval.
 
     The problems are resampled together, the runs of a and of b each on their own. One run against
-    one is `paired`.
+    one is `paired`, and so is the interval if no resample differs.
     """
     if len(a) == len(b) == 1:
         return paired(a[0], b[0])
@@ -206,13 +209,16 @@ def seeds_and_problems_difference(a: list[list[bool]], b: list[list[bool]]) -> d
     means_a = _resampled_means(right_a, problems, rng)
     means_b = _resampled_means(right_b, problems, rng)
     low, high = _percentiles(means_a - means_b)
+    if high - low < SMALLEST_WIDTH:
+        low, high = (paired(a[0], b[0])[end] for end in ("low", "high"))
     return {"difference": float(right_a.mean() - right_b.mean()), "low": low, "high": high}
 
 
 def within_runs_difference(a: list[list[bool]], b: list[list[bool]]) -> dict:
     """Compare two methods in the same runs, on the same problems: the mean of a minus that of b.
 
-    Runs and problems are both resampled, together for a and b. A single run is `paired`.
+    Runs and problems are both resampled, together for a and b. A single run is `paired`, and so is
+    the interval if no resample differs.
     """
     if len(a) == 1:
         return paired(a[0], b[0])
@@ -220,7 +226,13 @@ def within_runs_difference(a: list[list[bool]], b: list[list[bool]]) -> dict:
     rng = np.random.default_rng(0)
     problems = _draw_problems(differences.shape[1], rng)
     low, high = _percentiles(_resampled_means(differences, problems, rng))
+    if high - low < SMALLEST_WIDTH:
+        low, high = (paired(a[0], b[0])[end] for end in ("low", "high"))
     return {"difference": float(differences.mean()), "low": low, "high": high}
+
+
+# Resampled means that differ by less than this differ by rounding only.
+SMALLEST_WIDTH = 1e-9
 
 
 def _draw_problems(n: int, rng: np.random.Generator) -> np.ndarray:

@@ -79,6 +79,8 @@ def token_cost_for(config) -> float | None:
     config = config.get_text_config()
     if config._attn_implementation != "sdpa":
         return None
+    if getattr(config, "alibi", False):  # Falcon computes its biases from a mask of two dimensions
+        return None
     layer_types = getattr(config, "layer_types", None) or []
     has_window = getattr(config, "sliding_window", None) is not None
     if any(layer_type != "full_attention" for layer_type in layer_types):

@@ -128,7 +128,7 @@ class Learner:
     The objective is PPO's clipped one per token, with a penalty on the KL divergence from the
     reference policy (the base, without adapters), as in MAPPA. The log-probabilities before the
     update come from this model's own forward, not from the sampler, so that their ratio is 1 at
-    the start.
+    the start, up to rounding.
 
     Args:
         temperature: of the sampled messages; the policy is the softmax of logits / temperature.
@@ -343,9 +343,17 @@ def mean_rewards(rewards: Rewards) -> dict[str, float | None]:
 
 
 def messages_record(
-    step: int, rollouts: list[Rollout], rewards: Rewards, advantage_of: dict[Node, float]
+    step: int,
+    rollouts: list[Rollout],
+    rewards: Rewards,
+    credits: Rewards,
+    advantage_of: dict[Node, float],
 ) -> dict:
-    """Return all messages of a step with their rewards, to see what has been rewarded."""
+    """Return all messages of a step, to see what has been rewarded.
+
+    credits: what is compared: the rewards after --credit, --outcome-share and the shuffling of
+        --reward random.
+    """
     messages = []
     for rollout in rollouts:
         outcomes = mean_outcomes(rollout)
@@ -358,6 +366,7 @@ def messages_record(
                 "outcome": outcomes[node],
                 "V": node.V,
                 "reward": rewards[node],
+                "credit": credits[node],
                 "advantage": advantage_of.get(node),
             }
             messages.append(message)
@@ -450,7 +459,7 @@ class Training:
             **statistics_of_update,
             "rollouts": measure(rollouts),
         }
-        return record, messages_record(self.step, rollouts, rewards, advantage_of)
+        return record, messages_record(self.step, rollouts, rewards, credits, advantage_of)
 
     def measure_dev(self) -> dict:
         """Measure the agents on the held-out problems, and keep the adapters if they are best.
@@ -826,7 +835,7 @@ def training_settings(args, training: Training) -> dict:
         "problems": fingerprint([vars(problem) for problem in problems]),
         **source(args.task, args.data),
     }
-    if args.reward in VALUE_REWARDS:
+    if training.value_model is not None:  # its reading is logged, whatever the reward is
         folder = model_folder(args, "value")
         settings["value"] = {"name": str(folder), "fingerprint": weights_fingerprint(folder)}
     if args.coach is not None:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections import defaultdict
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -185,7 +187,8 @@ def loss_by_hand(learner, monkeypatch, *, new, old, reference, advantages):
     logprobs = torch.tensor(new, requires_grad=True)
     monkeypatch.setattr(learner, "message_logprobs", lambda rows, batch: {0: logprobs})
     loss, kl, num_clipped = learner.loss([row], batch=[])
-    return loss.item(), kl, num_clipped
+    loss.backward()
+    return loss.item(), kl, num_clipped, logprobs.grad.tolist()
 
 
 CLIPPED = [  # ratio, advantage, gain, clipped
@@ -201,29 +204,44 @@ CLIPPED = [  # ratio, advantage, gain, clipped
 @pytest.mark.parametrize("ratio, advantage, gain, clipped", CLIPPED)
 def test_the_clipped_objective_by_hand(learner, monkeypatch, ratio, advantage, gain, clipped):
     new = [torch.tensor(ratio).log().item()]
-    loss, kl, num_clipped = loss_by_hand(
+    loss, kl, num_clipped, [gradient] = loss_by_hand(
         learner, monkeypatch, new=new, old=[0.0], reference=new, advantages=[advantage]
     )
+    assert gradient == pytest.approx(0 if clipped else -ratio * advantage, abs=1e-6)
     assert (loss, kl, num_clipped) == (pytest.approx(-gain, abs=1e-6), 0, clipped)
 
 
 def test_the_kl_penalty_by_hand(learner, monkeypatch):
     """r - log r - 1 per token, with r = reference / policy, and never negative."""
     new, reference = [-1.0, -2.0], [-1.5, -1.0]
-    loss, kl, _ = loss_by_hand(
-        learner, monkeypatch, new=new, old=new, reference=reference, advantages=[0.0]
+    loss, kl, _, gradient = loss_by_hand(
+        learner, monkeypatch, new=new, old=new, reference=reference, advantages=[0.0] * 3
     )
     log_r = torch.tensor(reference) - torch.tensor(new)
-    expected = (log_r.exp() - log_r - 1).sum().item()
+    expected = 3 * (log_r.exp() - log_r - 1).sum().item()  # of three samples
     assert kl == pytest.approx(expected)
     assert loss == pytest.approx(0.01 * expected)
     assert expected > 0
+    # The derivative by log pi, which pulls the policy to the reference, is 1 - r.
+    assert gradient == pytest.approx((3 * 0.01 * (1 - log_r.exp())).tolist())
+
+
+def test_the_gradient_of_the_loss_by_hand(learner, monkeypatch):
+    """-ratio * advantage per sample, and kl_coef * (1 - r). No ratio is clipped here."""
+    new, old, reference = [-1.0, -2.0], [-1.1, -1.9], [-1.5, -1.0]
+    *_, gradient = loss_by_hand(
+        learner, monkeypatch, new=new, old=old, reference=reference, advantages=[2.0, -1.0, 0.5]
+    )
+    ratio = (torch.tensor(new) - torch.tensor(old)).exp()
+    r = (torch.tensor(reference) - torch.tensor(new)).exp()
+    expected = -(2.0 - 1.0 + 0.5) * ratio + 3 * 0.01 * (1 - r)
+    assert gradient == pytest.approx(expected.tolist())
 
 
 def test_every_sample_of_a_row_counts_with_its_own_advantage(learner, monkeypatch):
     """Clipping depends on the sign, so the mean advantage of equal messages would not do."""
     new = [torch.tensor(1.5).log().item()]
-    loss, _, num_clipped = loss_by_hand(
+    loss, _, num_clipped, _ = loss_by_hand(
         learner, monkeypatch, new=new, old=[0.0], reference=new, advantages=[1.0, 1.0, -1.0]
     )
     assert loss == pytest.approx(-(1.2 + 1.2 - 1.5), abs=1e-6)
@@ -257,13 +275,14 @@ def test_rows_are_distinct_messages_of_distinct_prompts(rollouts):
 def test_every_token_of_every_sample_has_the_same_weight(shared, rollouts, monkeypatch):
     """Token mean over the step, whatever the minibatches and batches are."""
     rows = rows_of(rollouts)[:6]
+    rows[0].advantages = [1.0, -0.5, 0.25]  # sampled three times
     learner = make_learner(shared, lr=1e-12, kl_coef=0.0, num_minibatches=1, batch_tokens=500)
     steps = []
     monkeypatch.setattr(learner.optimizer, "step", lambda: steps.append(gradient_now(learner)))
     monkeypatch.setattr(train_agents.nn.utils, "clip_grad_norm_", lambda *args, **options: None)
     learner.update(rows, seeded(0))
     expected = gradient_of(make_learner(shared, kl_coef=0.0), rows)
-    expected /= sum(len(row.token_ids) for row in rows)
+    expected /= sum(len(row.token_ids) * len(row.advantages) for row in rows)
     torch.testing.assert_close(steps[0], expected, atol=1e-5, rtol=1e-3)
 
     # With two minibatches, the mean of their gradients is the same.
@@ -287,6 +306,36 @@ def test_gradients_are_clipped_to_norm_1(shared, rollouts, monkeypatch):
     )
     learner.update(rows_of(rollouts, advantage=1e4), seeded(0))
     assert norms == [pytest.approx(1.0, abs=1e-3)]
+
+
+def test_an_update_reports_the_mean_kl_and_the_share_of_clipped_tokens(
+    learner, rollouts, monkeypatch
+):
+    """Over all tokens of all samples, of all batches of all minibatches."""
+    rows = rows_of(rollouts)[:4]
+    rows[0].advantages = [1.0, -1.0]
+    some_weight = next(iter(learner.adapters.parameters().values()))
+    calls = []
+
+    def loss(minibatch, batch):
+        calls.append(batch)
+        return 0.0 * some_weight.sum(), 0.5, 3
+
+    monkeypatch.setattr(learner, "loss", loss)
+    learner.num_minibatches, learner.batch_tokens = 2, 1
+    statistics = learner.update(rows, seeded(0))
+    num_tokens = sum(len(row.token_ids) for row in rows) + len(rows[0].token_ids)
+    assert len(calls) == 4
+    assert statistics == {
+        "kl": pytest.approx(4 * 0.5 / num_tokens),
+        "clip_share": pytest.approx(4 * 3 / num_tokens),
+    }
+
+
+def test_a_gradient_that_is_not_finite_raises(learner, rollouts):
+    with pytest.raises(RuntimeError, match="non-finite"):
+        learner.update(rows_of(rollouts, advantage=float("inf"))[:1], seeded(0))
+    learner.optimizer.zero_grad()
 
 
 # ---- What an update moves ------------------------------------------------------------------------
@@ -346,6 +395,7 @@ def test_with_per_agent_adapters_only_that_of_the_speaker_moves():
     after = policy.adapters.weights()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(".agent_Planner." in name for name in moved)
+    assert {config.r for config in policy.adapters.model.peft_config.values()} == {8}
     names = {name.split(".")[-2] for name in before}
     assert names == {"agent_Reader", "agent_Planner", "agent_Solver", "agent_Verifier"}
 
@@ -392,7 +442,7 @@ def test_every_agent_is_read_with_its_own_adapter_also_in_one_step(rollouts, tmp
     policy.adapters.save(tmp_path)
     names = sorted(path.name for path in (tmp_path / "adapter").iterdir() if path.is_dir())
     assert names == ["agent_Planner", "agent_Reader", "agent_Solver", "agent_Verifier"]
-    settings = {"adapters": "per-agent", "graph": {"name": "chain"}}
+    settings = {"adapters": "per-agent", "graph": asdict(CHAIN)}
     settings |= {"model": policy.settings["model"], "quantize_policy": False}
     config = {"settings": settings, "finished": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -403,6 +453,12 @@ def test_every_agent_is_read_with_its_own_adapter_also_in_one_step(rollouts, tmp
 
     # The record of the adapters depends on each of them.
     before = loaded.settings["adapter"]["fingerprint"]
+    scale = tmp_path / "adapter" / "agent_Solver" / "adapter_config.json"
+    text = scale.read_text()
+    scale.write_text(text.replace('"lora_alpha": 16', '"lora_alpha": 32'))
+    assert scale.read_text() != text
+    assert adapters_setting(str(tmp_path), loaded.adapters.names)["fingerprint"] != before
+    scale.write_text(text)
     weights = tmp_path / "adapter" / "agent_Verifier" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -564,8 +620,17 @@ def check_step(step, expected_credits, baseline):
     expected = advantages(expected_credits, baseline)
     nodes = [node for rollout in rollouts for node in rollout.nodes]
     assert [message["advantage"] for message in messages] == [expected.get(node) for node in nodes]
-    in_rows = sorted(advantage for row in rows for advantage in row.advantages)
-    assert in_rows == sorted(expected.values())
+    of_message = defaultdict(list)
+    for rollout in rollouts:
+        for node in rollout.nodes:
+            if node in expected:
+                prompt_ids, token_ids = rollout.tokens[node.path]
+                key = (node.message.agent, tuple(prompt_ids), tuple(token_ids))
+                of_message[key].append(expected[node])
+    in_rows = {}
+    for row in rows:
+        in_rows[row.agent, tuple(row.prompt_ids), tuple(row.token_ids)] = row.advantages
+    assert in_rows == of_message
     assert record["trained_on"] == len(expected) and record["messages"] == len(nodes)
 
 
@@ -607,9 +672,20 @@ def test_random_credit_is_that_of_other_messages(monkeypatch):
     for rollout in rollouts:
         credits |= REWARDS["outcome"](rollout)
     unshuffled = advantages(credits, "agent")
-    given = [message["advantage"] for message in messages if message["advantage"] is not None]
-    assert sorted(given) == pytest.approx(sorted(unshuffled.values()))
-    assert given != list(unshuffled.values())
+    nodes = [node for rollout in rollouts for node in rollout.nodes]
+    given = [message["advantage"] for message in messages]
+    expected = [unshuffled.get(node) for node in nodes]
+    assert None not in given + expected
+    assert sorted(given) == pytest.approx(sorted(expected))
+    num_same = sum(a == pytest.approx(b) for a, b in zip(given, expected, strict=True))
+    assert num_same < 0.8 * len(nodes)
+    # The record shows what has been compared, beside the reward that the message had.
+    assert [message["reward"] for message in messages] == [credits[node] for node in nodes]
+    for agent in CHAIN.agents:
+        rows = [message for message in messages if message["agent"] == agent.name]
+        by_credit = sorted(rows, key=lambda message: message["credit"])
+        in_order = [message["advantage"] for message in by_credit]
+        assert in_order == sorted(in_order)
 
 
 def test_every_step_asks_other_questions_with_other_noise(monkeypatch):
@@ -619,7 +695,7 @@ def test_every_step_asks_other_questions_with_other_noise(monkeypatch):
         calls.append((seed, [problem.id for problem in problems]))
         return scripted_rollouts(problems)
 
-    training = training_with(monkeypatch, [0.1, 0.2])
+    training = training_with(monkeypatch, [0.1, 0.2, 0.3])
     training.args.num_questions = 3
     training.train_problems = problems_of(num=30)
     training.reward = REWARDS["outcome"]
@@ -634,6 +710,16 @@ def test_every_step_asks_other_questions_with_other_noise(monkeypatch):
     assert ids != next_ids and seed != next_seed
     assert (dev_seed, dev_ids) == (next_dev_seed, next_dev_ids)  # differences are due to the agents
     assert dev_seed not in (seed, next_seed)
+    assert dev_ids == [problem.id for problem in training.dev_problems]
+    assert set(ids) | set(next_ids) <= {problem.id for problem in training.train_problems}
+
+    # Another --seed asks other questions with other noise.
+    training.step, training.args.seed = 0, 1
+    training.train_step()
+    training.measure_dev()
+    (other_seed, other_ids), (other_dev_seed, _) = calls[4:]
+    assert other_ids != ids
+    assert len({seed, next_seed, dev_seed, other_seed, other_dev_seed}) == 5
 
 
 def test_the_held_out_measurement_has_the_passes_of_the_flag_and_v(monkeypatch):
@@ -716,6 +802,19 @@ def test_the_measures_of_an_agent_by_hand(monkeypatch):
     assert (without["value"], without["value_auc"], without["right"]) == (None, None, 0.75)
 
 
+def test_the_auc_of_v_is_within_problems(monkeypatch):
+    """V knows which question is easy, and ranks the plans of each in the wrong order."""
+    first, second = scripted_rollouts(problems_of(num=2))
+    for rollout, level in ((first, 0.5), (second, -0.5)):
+        plans = [node for node in rollout.nodes if node.message.agent == "Planner"]
+        leaves = [node for node in rollout.nodes if not node.children]
+        is_right = [True, True, True, False] if rollout is first else [True, False, False, False]
+        for plan, leaf, right in zip(plans, leaves, is_right, strict=True):
+            leaf.reward = 1.0 if right else -1.0
+            plan.V = level - 0.1 * right
+    assert train_agents.measure([first, second])["Planner"]["value_auc"] == 0.0
+
+
 def test_the_mean_reward_leaves_out_messages_without_one(duo):
     [rollout] = scripted_rollouts(problems_of(num=1))
     first, second, *others = rollout.nodes
@@ -783,3 +882,51 @@ def test_accuracy_is_the_share_of_right_final_answers(duo):
         leaf.reward = z
     rollout = SimpleNamespace(nodes=[first, *leaves])
     assert train_agents.accuracy([rollout]) == 0.25
+    right = SimpleNamespace(nodes=leaves[:1])
+    assert train_agents.accuracy([rollout, right]) == train_agents.accuracy([right, rollout]) == 0.4
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_readme_and_of_mappa():
+    args = train_agents.parse_args([])
+    assert (args.reward, args.credit, args.outcome_share) == ("value", "own", 0.0)
+    assert (args.rollouts, args.num_passes, args.baseline) == ("passes", 4, "agent")
+    assert (args.adapters, args.kl_coef, args.clip) == ("shared", 0.01, 0.2)
+
+
+def settings_of(monkeypatch, *flags, fingerprint="0", value_model="V"):
+    monkeypatch.setattr(train_agents, "weights_fingerprint", lambda folder: fingerprint)
+    training = SimpleNamespace(
+        policy=SimpleNamespace(settings={}, mas=CHAIN),
+        train_problems=problems_of(num=2),
+        dev_problems=problems_of("heldout", 1),
+        num_candidates=(1, 8, 1, 1),
+        value_model=value_model,
+    )
+    return train_agents.training_settings(train_agents.parse_args(list(flags)), training)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--credit", "return"],
+        ["--baseline", "siblings"],
+        ["--outcome-share", "0.5"],
+        ["--reward", "outcome"],
+    ],
+    ids=" ".join,
+)
+def test_what_changes_the_adapters_is_recorded(monkeypatch, flags):
+    assert settings_of(monkeypatch, *flags) != settings_of(monkeypatch)
+
+
+@pytest.mark.parametrize("reward", ["value", "outcome"])
+def test_the_v_that_rewards_or_is_logged_is_recorded(monkeypatch, reward):
+    """Else a run that was killed would go on with a V that was trained again in between."""
+    flags = ["--reward", reward]
+    settings = settings_of(monkeypatch, *flags)
+    assert settings["value"]["fingerprint"] == "0"
+    assert settings_of(monkeypatch, *flags, fingerprint="1") != settings
+    assert settings_of(monkeypatch, *flags, value_model=None)["value"] is None

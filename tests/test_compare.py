@@ -7,7 +7,9 @@ import pytest
 
 import compare
 from compare import Group, compare_runs, read_groups, write_curves
+from metrics import seeds_and_problems, seeds_and_problems_difference, within_runs_difference
 from runs import InputError
+from tables import percent_interval
 
 # ---- Records by hand -----------------------------------------------------------------------------
 
@@ -263,6 +265,10 @@ def test_a_group_is_the_mean_of_its_runs_on_the_problems_that_all_have(tmp_path)
     assert group[:4] == ["greedy", "a", "4", "50.0"]
     assert group[5:7] == ["6.0", "+25.0"]
     assert group[8:] == ["2", "35.4"]
+    a = [[True, False, False, False], [True, True, True, False]]
+    assert group[4] == percent_interval(seeds_and_problems(a))
+    difference = seeds_and_problems_difference(a, [a[0]])
+    assert group[7] == percent_interval(difference, signed=True)
 
 
 def test_v_of_a_group_is_shown_as_mean_and_deviation(tmp_path):
@@ -277,6 +283,28 @@ def test_v_of_a_group_is_shown_as_mean_and_deviation(tmp_path):
     assert "| 0.750 ± 0.000 | 2 runs |" in solver
 
 
+def test_two_groups_are_not_paired_run_by_run(tmp_path):
+    rights = {"a0": [1, 2, 3, 4], "a1": [1], "b0": [1, 2, 3], "b1": []}
+    verdicts = {}
+    for run, right in rights.items():
+        write_records(tmp_path / run / "eval" / "greedy.jsonl", make_records(right=right))
+        verdicts[run] = [index in right for index in range(1, 6)]
+    texts = [f"{name}={tmp_path}/{name}0,{tmp_path}/{name}1" for name in "ab"]
+    line = compare_runs(read_groups(texts)).splitlines()[-1]
+    a, b = [verdicts["a0"], verdicts["a1"]], [verdicts["b0"], verdicts["b1"]]
+    interval = percent_interval(seeds_and_problems_difference(b, a), signed=True)
+    assert f"| -20.0 | {interval} |" in line
+    assert interval != percent_interval(within_runs_difference(b, a), signed=True)
+
+
+def test_an_agent_without_held_out_labels_in_some_run_has_no_row(tmp_path):
+    write_value(tmp_path / "0", num_simulations=10, heldout=HELDOUT)
+    write_value(tmp_path / "1", num_simulations=10, heldout={"Solver": HELDOUT["Solver"]})
+    table = compare_runs(read_groups([f"a={tmp_path / '0'},{tmp_path / '1'}"]))
+    [line] = table.splitlines()[2:]
+    assert "| Solver |" in line
+
+
 def write_evaluation(run, *, greedy, vote):
     """Write two methods with the pair `vote against greedy`, and one whose method is not there."""
     write_records(run / "eval" / "greedy.jsonl", make_records(right=greedy))
@@ -287,15 +315,19 @@ def write_evaluation(run, *, greedy, vote):
 
 
 def test_the_methods_of_a_single_group_are_compared_over_its_runs(tmp_path):
-    """Of five problems, a vote is right on one more in one run, and on two more in the other."""
-    write_evaluation(tmp_path / "0", greedy=[1, 2], vote=[1, 2, 3])
-    write_evaluation(tmp_path / "1", greedy=[1], vote=[1, 2, 4])
+    """Of five problems, a vote is right on one more in each run; one run is lucky."""
+    write_evaluation(tmp_path / "0", greedy=[1, 2, 3], vote=[1, 2, 3, 4])
+    write_evaluation(tmp_path / "1", greedy=[], vote=[5])
     group = f"a={tmp_path / '0'},{tmp_path / '1'}"
     answers, pairs = compare_runs(read_groups([group])).split("\n\n")
-    assert "| vote-4 | a | 5 | 60.0 |" in answers
+    assert "| vote-4 | a | 5 | 50.0 |" in answers
     header, _, line = pairs.splitlines()
     assert header == "| method | against | EM points | 95 % interval |"
-    assert line.startswith("| vote-4 | greedy: greedy | +30.0 | ")
+    greedy, vote = [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], [[1, 1, 1, 1, 0], [0, 0, 0, 0, 1]]
+    interval = percent_interval(within_runs_difference(vote, greedy), signed=True)
+    assert line == f"| vote-4 | greedy: greedy | +20.0 | {interval} |"
+    # The same runs, so their luck is shared.
+    assert interval != percent_interval(seeds_and_problems_difference(vote, greedy), signed=True)
 
     two_groups = compare_runs(read_groups([group, str(tmp_path / "0")]))
     assert "| vote-4 | greedy: greedy |" not in two_groups

@@ -171,6 +171,14 @@ def test_a_tenth_has_to_be_explained(value, is_flagged):
     assert triggered(signatures) == ({EXPLAINS_FEW} if is_flagged else set())
 
 
+def test_held_out_and_training_are_compared_in_the_loss_of_the_training():
+    """Errors of 0.8: 0.64 squared, and 0.1 * (0.8 - 0.05) by a Huber loss of delta 0.1."""
+    heldout = heldout_of((0.2, 1.0), (-0.2, -1.0))
+    for changes, loss in (({"loss": "mse"}, 0.64), ({"huber_delta": 0.1}, 0.075)):
+        signatures = value_signatures(0.01, heldout, HUBER | changes)
+        assert number_of(signatures, NOT_HELDOUT) == pytest.approx(loss / 0.01)
+
+
 def test_an_orm_is_called_so():
     wrong = heldout_of((0.0, 1.0), (0.0, -1.0))
     assert triggered(value_signatures(9.0, wrong, HUBER | {"target": "outcome"})) == {
@@ -234,7 +242,10 @@ def test_simulations_that_end_in_few_states_are_flagged():
     # Eight plans for each Reader's message: 40 simulations cannot end in more than eight states.
     plans = {"nodes": [], "simulations": [[number % 2] for number in range(40)]}
     signatures = answer_signatures({"mcts-40x1.8.1.1-value": [answer_of(tree=plans)]}, [])
-    assert number_of(signatures, FEW_ANSWERS) == 2 / 8
+    assert number_of(signatures, FEW_ANSWERS) == 2 / 8 and not triggered(signatures)
+    # One guided by the ORM is held to the same.
+    signatures = answer_signatures({"mcts-6x3-outcome": [answer_of(tree=stuck)]}, [])
+    assert triggered(signatures) == {FEW_ANSWERS}
     # The controls may search where they like.
     for method in ("mcts-6x3-policy", "mcts-6x3-random"):
         assert (
@@ -262,6 +273,9 @@ def test_a_v_and_an_orm_that_disagree_are_flagged():
     agreeing = scored((0.9, 0.1), (-0.9, -0.1), (0.5, 0.5), (0.5, 0.5), (0.2, -0.2))
     signatures = answer_signatures({"mcts-5x3-value-lam0.5": [answer_of(tree=agreeing)]}, [])
     assert number_of(signatures, DISAGREE) == 0.2 and not triggered(signatures)
+    one_of_four = scored((0.9, 0.1), (-0.9, -0.1), (0.5, 0.5), (0.2, -0.2))
+    signatures = answer_signatures({"mcts-4x3-value-lam0.5": [answer_of(tree=one_of_four)]}, [])
+    assert triggered(signatures) == {DISAGREE}
     split = scored((0.9, 0.1), (-0.9, 0.1))
     signatures = answer_signatures({"mcts-2x3-value-lam0.5": [answer_of(tree=split)]}, [])
     assert number_of(signatures, DISAGREE) == 0.5

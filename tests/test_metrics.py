@@ -71,6 +71,7 @@ def test_metrics_by_hand():
     assert metrics["n"] == 7
     assert metrics["auc"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert metrics["auc_problems"] == 2
+    assert metrics["auc_95"] == bootstrap_interval([1 / 2, 2 / 3])
     assert metrics["sibling_groups"] == 2
     assert metrics["top1"] == 0.0
     assert metrics["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
@@ -270,6 +271,11 @@ def test_noise_of_training_alone_widens_the_interval():
     rng = np.random.default_rng(0)
     means = metrics._resampled_means(np.array(runs, float), metrics._draw_problems(50, rng), rng)
     assert means.std() == pytest.approx((0.25 / 3) ** 0.5, rel=0.05)
+    # Of two runs, the variance is 0.5 * 0.5 / 1.
+    means = metrics._resampled_means(
+        np.array(runs[1:3], float), metrics._draw_problems(50, rng), rng
+    )
+    assert means.std() == pytest.approx(0.5, rel=0.05)
 
 
 def test_noise_of_problems_alone_is_that_of_one_run():
@@ -281,14 +287,33 @@ def test_noise_of_problems_alone_is_that_of_one_run():
     assert result["high"] - result["low"] == pytest.approx(2 * 1.96 * 0.025, rel=0.05)
 
 
+def test_runs_that_are_all_alike_are_not_certain():
+    """No resample differs, so the interval is that of one run."""
+    right = [True] * 10
+    result = seeds_and_problems([right, right])
+    assert (result["mean"], (result["low"], result["high"])) == (1.0, wilson(10, 10))
+    one = paired(right, right)
+    for compare in (seeds_and_problems_difference, within_runs_difference):
+        result = compare([right, right], [right, right])
+        assert (result["difference"], result["low"], result["high"]) == (0, one["low"], one["high"])
+    assert one["low"] < -0.1
+
+
+def test_groups_may_have_different_numbers_of_runs():
+    right, wrong = [True] * 20, [False] * 20
+    one = seeds_and_problems_difference([right], [right, wrong])
+    assert one["difference"] == 0.5
+    assert (one["low"], one["high"]) == pytest.approx((0, 1))
+    other = seeds_and_problems_difference([right, wrong], [right])
+    assert other["difference"] == -0.5
+    assert (other["low"], other["high"]) == pytest.approx((-1, 0))
+    three = seeds_and_problems_difference([right, wrong, right], [wrong, wrong])
+    assert three["difference"] == pytest.approx(2 / 3)
+
+
 def test_groups_are_compared_on_the_same_problems():
     """Hard problems are hard for both groups, so they are no noise of the difference."""
     easy = [True] * 20 + [False] * 20
-    assert seeds_and_problems_difference([easy, easy], [easy, easy]) == {
-        "difference": 0.0,
-        "low": 0.0,
-        "high": 0.0,
-    }
     better = [True] * 30 + [False] * 10
     result = seeds_and_problems_difference([better, better], [easy, easy])
     assert result["difference"] == pytest.approx(0.25)
@@ -316,7 +341,9 @@ def test_methods_of_the_same_runs_share_the_luck_of_their_run():
     """Both methods are right in lucky runs and wrong in others: their difference has no noise."""
     lucky, unlucky = [True] * 9, [False] * 9
     runs = [lucky, unlucky, lucky, unlucky]
-    assert within_runs_difference(runs, runs) == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    same = within_runs_difference(runs, runs)
+    alike = paired(lucky, lucky)
+    assert (same["difference"], same["low"], same["high"]) == (0, alike["low"], alike["high"])
     # Better in every second run: the mean of 0.5 varies from 0 to 1 with the runs that are drawn.
     result = within_runs_difference([lucky] * 4, runs)
     assert result["difference"] == 0.5

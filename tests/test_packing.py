@@ -5,9 +5,16 @@ import random
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    FalconConfig,
+    Gemma3TextConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from packing import (
+    MAX_WIDTH,
     best_width,
     collate,
     num_distinct_tokens,
@@ -42,6 +49,11 @@ def test_token_batches_cover_all_rows_within_the_budget(budget, lengths_of_batch
         batch_lengths = [lengths[index] for index in batch]
         assert batch_lengths == expected
         assert len(batch) * max(batch_lengths) <= budget or len(batch) == 1
+
+
+def test_the_longest_row_so_far_counts_in_whatever_order():
+    assert list(token_batches([9, 1, 1], [0, 1, 2], 18)) == [[0, 1], [2]]
+    assert list(token_batches([1, 1, 9], [0, 1, 2], 18)) == [[0, 1], [2]]
 
 
 def test_packed_batches_hold_whole_rows_within_the_budget():
@@ -233,7 +245,10 @@ def test_without_shared_prefixes_there_is_no_mask():
     assert set(inputs) == {"input_ids", "use_cache"} and inputs["use_cache"] is False
     assert inputs["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
     rows = pack([[1, 2], [1, 3], [4, 5]], token_cost=SHARE_ALL, max_width=99)
-    assert collate(rows, 0, torch.device("cpu"))["attention_mask"].shape == (2, 1, 3, 3)
+    inputs = collate(rows, 0, torch.device("cpu"))
+    assert inputs["attention_mask"].shape == (2, 1, 3, 3)
+    assert inputs["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
 @pytest.mark.parametrize(
@@ -244,17 +259,20 @@ def test_without_shared_prefixes_there_is_no_mask():
         (MistralConfig(sliding_window=None), True),
         (MistralConfig(sliding_window=4096), False),
         (Gemma3TextConfig(), False),
+        (FalconConfig(alibi=False), True),
+        (FalconConfig(alibi=True), False),
     ],
 )
-def test_models_with_sliding_windows_read_sequences_one_by_one(config, can_pack):
+def test_models_whose_mask_cannot_be_replaced_read_sequences_one_by_one(config, can_pack):
     config._attn_implementation = "sdpa"
     assert (token_cost_for(config) is not None) == can_pack
 
 
 def test_only_sdpa_takes_the_mask_of_a_packed_row():
     config = Qwen2Config()
-    config._attn_implementation = "eager"
-    assert token_cost_for(config) is None
+    for other in ("eager", "flash_attention_2", "flex_attention"):
+        config._attn_implementation = other
+        assert token_cost_for(config) is None
     torch.manual_seed(0)
     model = Qwen2ForCausalLM._from_config(Qwen2Config(**SHAPE), attn_implementation="eager").eval()
     assert token_cost_for(model.config) is None
@@ -267,6 +285,11 @@ def test_the_cost_of_a_token_beside_attention_is_that_of_its_weights():
     layer = Qwen2ForCausalLM(config).model.layers[0]
     num_weights = sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
     assert token_cost_for(config) == pytest.approx(2 * num_weights / (4 * 64))
+
+
+def test_no_row_is_wider_than_its_mask_may_be():
+    assert best_width(1000, 832.0) == pytest.approx(1000 + (1000 * 1832) ** 0.5)
+    assert best_width(100_000, 832.0) == MAX_WIDTH
 
 
 def test_a_row_shares_with_the_neighbour_in_alphabetical_order():

@@ -167,6 +167,16 @@ def test_every_terminal_state_is_graded(tiny_policy, monkeypatch):
     assert [node.reward for node in unfinished.nodes] == [None] * 4
 
 
+def test_every_answer_is_graded_against_the_gold_answer_of_its_problem(tiny_policy, monkeypatch):
+    monkeypatch.setattr(rewards, "grade", lambda problem, node: float(problem.gold))
+    golds = {"a": "1", "b": "-1", "c": "1"}
+    problems = [
+        Problem(name, "train", "What is 3 + 4?", gold, "number") for name, gold in golds.items()
+    ]
+    for rollout in rollouts_of(tiny_policy, problems=problems, counts=(1, 1, 1, 1)):
+        assert rollout.nodes[-1].reward == float(golds[rollout.problem.id])
+
+
 def test_another_seed_gives_other_messages_and_the_same_one_the_same(tiny_policy):
     def texts(seed):
         [rollout] = rollouts_of(tiny_policy, seed=seed, counts=(4, 1, 1, 1), num_agents=1)
@@ -275,10 +285,13 @@ def test_random_rewards_are_those_of_other_messages_of_the_same_agent(chain):
     original = {node: float(index) for index, node in enumerate(rollout.nodes)}
     shuffled = shuffle_within_agents(original, seeded(0))
     assert shuffled.keys() == original.keys()
-    assert shuffled != original
+    assert shuffle_within_agents(original, seeded(1)) != shuffled
     for agent in chain.agents:
         mine = [node for node in rollout.nodes if node.message.agent == agent.name]
-        assert sorted(shuffled[node] for node in mine) == [original[node] for node in mine]
+        given = [shuffled[node] for node in mine]
+        assert sorted(given) == [original[node] for node in mine]
+        # Solver and Verifier have no siblings: their rewards come from other states.
+        assert given != [original[node] for node in mine] or len(mine) < 6
 
 
 # ---- Returns -------------------------------------------------------------------------------------
@@ -373,6 +386,16 @@ def test_a_message_that_was_cut_or_has_no_reward_does_not_count(duo, baseline):
     third.candidate = Candidate("cut", 16, -1.0, truncated=True)
     rewards = {first: 0.0, second: 1.0, third: 100.0, fourth: None}
     assert by_path(advantages(rewards, baseline)) == {(0,): -1.0, (1,): 1.0}
+
+
+def test_a_message_whose_siblings_do_not_count_has_none(duo):
+    """It is not trained on. Of the second state, both messages count."""
+    rollout = rollout_of(tree_of(duo, (2, 2)))
+    (left, cut), (low, high) = (node.children for node in rollout.root.children)
+    cut.candidate = Candidate("cut", 16, -1.0, truncated=True)
+    rewards = {left: 0.0, cut: 9.0, low: 1.0, high: 3.0}
+    assert set(advantages(rewards, "siblings")) == {low, high}
+    assert set(advantages(rewards, "agent")) == {left, low, high}
 
 
 # ---- The coach -----------------------------------------------------------------------------------

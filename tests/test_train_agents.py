@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import generate_rollouts
+import rewards
 import search
 import train_agents
-from mas import CHAIN, DEBATE
+from mas import CHAIN, DEBATE, MAS
 from rewards import advantages
 from runs import HERE, InputError, read_config, read_jsonl, seeded
 from tasks import load_problems
@@ -94,31 +96,35 @@ def test_only_training_problems_are_trained_on(finished):
     assert len(rows) == 8
 
 
+class KillError(BaseException):
+    pass
+
+
+def run_until_killed(run, monkeypatch, *, step, name):
+    """Run the stage until this method of Training is called after this many steps."""
+    original = getattr(Training, name)
+
+    def until_killed(self, *args):
+        if self.step == step:
+            raise KillError
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, name, until_killed)
+        with pytest.raises(KillError):
+            run_stage(run)
+
+
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch):
     """Killed while it samples, and after a line was logged but before its checkpoint."""
-
-    class KillError(BaseException):
-        pass
-
-    def kill_at(step, name):
-        original = getattr(Training, name)
-
-        def until_killed(self, *args):
-            if self.step == step:
-                raise KillError
-            return original(self, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Training, name, until_killed)
-            with pytest.raises(KillError):
-                run_stage(tmp_path)
-
-    kill_at(1, "train_step")
-    kill_at(2, "save_checkpoint")
+    run_until_killed(tmp_path, monkeypatch, step=1, name="train_step")
+    run_until_killed(tmp_path, monkeypatch, step=2, name="save_checkpoint")
     run_stage(tmp_path)
     for name in ("metrics.jsonl", "messages.jsonl", "adapter/shared/adapter_model.safetensors"):
         resumed, uninterrupted = tmp_path / "agents" / name, finished / "agents" / name
         assert resumed.read_bytes() == uninterrupted.read_bytes(), name
+    best_steps = [read_config(run / "agents")["best_step"] for run in (tmp_path, finished)]
+    assert best_steps[0] == best_steps[1]
 
 
 def test_a_finished_run_is_not_trained_again(finished, monkeypatch, capsys):
@@ -126,6 +132,25 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch, capsys):
     run_stage(finished)
     output = capsys.readouterr().out
     assert "is finished already" in output and "before" in output
+
+
+def test_a_run_with_a_coach_adapters_of_their_own_and_another_seed(tmp_path, monkeypatch):
+    """An odd number of steps is measured at its end, too."""
+    monkeypatch.setattr(rewards.Coach, "SMALLEST_SHARE_OF_DIGITS", 0.0)
+    seeds = []
+    original = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or original(seed))
+    flags = ["--reward", "coach", "--coach", AGENTS, "--adapters", "per-agent"]
+    flags += ["--lora-rank", "4", "--seed", "7", "--num-steps", "1", "--dev-every", "2"]
+    run_stage(tmp_path, *flags)
+    assert 7 in seeds
+    folder = tmp_path / "agents"
+    assert ["dev" in record for record in read_jsonl(folder / "metrics.jsonl")] == [True, True]
+    [step] = read_jsonl(folder / "messages.jsonl")
+    assert {message["reward"] is None for message in step["messages"]} == {False}
+    for agent in CHAIN.agents:
+        path = folder / "adapter" / f"agent_{agent.name}" / "adapter_config.json"
+        assert json.loads(path.read_text())["r"] == 4
 
 
 def test_what_is_not_needed_is_not_sampled(finished, tmp_path, monkeypatch):
@@ -197,7 +222,7 @@ def test_saved_adapters_load_with_plain_peft(finished):
 
 
 def test_the_kept_adapters_are_those_of_the_best_step(tmp_path, monkeypatch):
-    """Here the second: the weights after the last step are another set."""
+    """Here the second, after which the run is killed: the last weights are another set."""
     given = iter([0.1, 0.2, 0.9, 0.3])
     snapshots = []
     monkeypatch.setattr(train_agents, "accuracy", lambda rollouts: next(given))
@@ -208,6 +233,7 @@ def test_the_kept_adapters_are_those_of_the_best_step(tmp_path, monkeypatch):
         original(self, path)
 
     monkeypatch.setattr(Training, "save_checkpoint", keep)
+    run_until_killed(tmp_path, monkeypatch, step=2, name="train_step")
     run_stage(tmp_path)
     saved = load_file(tmp_path / "agents/adapter/shared/adapter_model.safetensors")
     assert read_config(tmp_path / "agents")["best_step"] == 2
@@ -368,8 +394,13 @@ def test_a_folder_of_v_is_no_folder_of_agents(copied):
 
 def test_adapters_for_the_agents_of_another_graph_are_refused(copied):
     edit_config(copied, adapters="per-agent")
-    with pytest.raises(InputError, match="no adapter for agent_First; .* the graph 'chain'"):
+    with pytest.raises(InputError, match="belongs to an agent of the graph 'chain'"):
         make_tiny_policy(DEBATE, adapter=copied)
+    # Agents of the same names with another prompt are others.
+    reader, *others = CHAIN.agents
+    other_reader = replace(reader, prompt=reader.prompt + " Be brief.")
+    with pytest.raises(InputError, match="and these agents are others"):
+        make_tiny_policy(MAS("chain", (other_reader, *others)), adapter=copied)
 
 
 def test_a_step_in_which_every_message_is_cut_is_refused(tmp_path):

@@ -464,6 +464,14 @@ def test_a_batch_is_split_in_its_middle_and_a_single_sequence_is_an_error(model,
     assert str(error.value) == message
 
 
+def test_v_is_read_without_dropout(records):
+    """Held-out values are read in the middle of a training."""
+    model = make_model()
+    model.train()
+    score(model, states_of(records)[:2])
+    assert not model.training and not model.backbone.training
+
+
 def test_what_states_share_is_read_once(model, monkeypatch):
     """Two states, one of them twice, that share a question and a message."""
     state = CHAIN.step(State("q", ()), "facts")
