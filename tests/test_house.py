@@ -46,6 +46,14 @@ ORDER = [
 DOCUMENTS = ["README.md", "RESULTS.md", "CONTRIBUTING.md"]
 FOLDERS = [HERE, HERE / "tests", HERE / "tiny"]
 
+
+def test_all_files_are_there_when_mutants_are_tested():
+    """mutmut copies the files that pyproject.toml names; the scripts import all of them."""
+    settings = (HERE / "pyproject.toml").read_text("utf-8").partition("[tool.mutmut]")[2]
+    copied = re.search(r"source_paths = \[(.*?)\]", settings, re.DOTALL)[1]
+    assert re.findall(r'"(\w+)\.py"', copied) == ORDER
+
+
 # ---- Imports -------------------------------------------------------------------------------------
 
 
