@@ -141,17 +141,17 @@ def sample_tokens(
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     # 1. The likely tokens of every row, and the others together.
-    rows = _most_likely(logits, **filters)
+    likely = _most_likely(logits, **filters)
 
     # 2. The best of the likely tokens for every message.
-    token_ids = rows.token_ids[row_of_message]
-    scores = rows.logits[row_of_message] + gumbel_noise(keys, steps, token_ids)
+    token_ids = likely.token_ids[row_of_message]
+    scores = likely.logits[row_of_message] + gumbel_noise(keys, steps, token_ids)
     best_scores, best = scores.max(-1, keepdim=True)
     tokens = token_ids.gather(-1, best)[:, 0]
 
     # 3. The best of the others, if it is better. Its noise is that of a token after the last.
     after_last = torch.tensor([vocabulary], device=logits.device)
-    scores_of_others = rows.others[row_of_message, None] + gumbel_noise(keys, steps, after_last)
+    scores_of_others = likely.others[row_of_message, None] + gumbel_noise(keys, steps, after_last)
     [unlikely] = (scores_of_others > best_scores)[:, 0].nonzero(as_tuple=True)
     if len(unlikely) > 0:
         all_ids = torch.arange(vocabulary, device=logits.device)
@@ -163,7 +163,7 @@ def sample_tokens(
 
     if greedy.any():
         tokens = torch.where(greedy, logits.argmax(-1)[row_of_message], tokens)
-    logprobs = logits[row_of_message, tokens].float() - rows.normalizers[row_of_message]
+    logprobs = logits[row_of_message, tokens].float() - likely.normalizers[row_of_message]
     return tokens, logprobs
 
 
@@ -202,15 +202,16 @@ def _rows_at_once(logits: torch.Tensor) -> int:
 
 
 def _most_likely_at_once(logits: torch.Tensor, **filters) -> LikelyTokens:
+    """Split the tokens of every row. logits: float32 [rows, vocabulary]."""
     num_rows, vocabulary = logits.shape
     normalizers = logits.logsumexp(-1)
     filtered = filter_logits(logits, **filters)
     if vocabulary <= NUM_LIKELY:
         all_ids = torch.arange(vocabulary, device=logits.device).expand(num_rows, -1)
         return LikelyTokens(all_ids, filtered, torch.full_like(normalizers, -math.inf), normalizers)
-    likely, token_ids = filtered.topk(NUM_LIKELY, sorted=False)
+    likely_logits, token_ids = filtered.topk(NUM_LIKELY, sorted=False)
     others = filtered.scatter_(-1, token_ids, -math.inf).logsumexp(-1)
-    return LikelyTokens(token_ids, likely, others, normalizers)
+    return LikelyTokens(token_ids, likely_logits, others, normalizers)
 
 
 def filter_logits(
