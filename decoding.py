@@ -1,8 +1,9 @@
 """Batched decoding: token ids in, token ids out. Knows no agents, problems or trees.
 
-Every message draws its tokens with its own random numbers, so it does not depend on the batch it is
-decoded in. Messages of one prompt share their computation for as long as their tokens are equal.
-When some messages have ended, the next prompts take their rows (continuous batching).
+Every message draws its tokens with its own random numbers, so it depends on the batch it is decoded
+in through rounding of the logits only. Messages of one prompt share their computation for as long
+as their tokens are equal. When some messages have ended, the next prompts take their rows
+(continuous batching).
 """
 
 import hashlib
@@ -116,14 +117,14 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample one token per message: argmax of the filtered logits plus noise (Gumbel-max).
 
-    Exact: the token has the probability that the softmax of the filtered logits gives it. Noise per
-    token changes fewer tokens than inverse CDF when logits are rounded differently, as in bfloat16
-    with another batch: only the two best scores matter, not the sum over all tokens before.
+    Exact: the token has the probability that the softmax of the filtered logits gives it. If
+    logits are rounded differently, as in bfloat16 with another batch, Gumbel-max changes fewer
+    tokens than inverse CDF: only the two best scores matter, not the sum over all tokens before.
 
-    Noise for 152,000 tokens would take a tenth of the time of a 1.5B model. The best score among
-    many tokens is itself Gumbel-distributed, around the log-sum-exp of their logits, so one draw
-    stands for all tokens outside the `NUM_LIKELY` most likely ones. Only if it wins, which of them
-    it is has to be drawn.
+    Noise for all tokens of a large vocabulary can take a third of the time of the model. The best
+    score among many tokens is itself Gumbel-distributed, around the log-sum-exp of their logits. So
+    one draw stands for all tokens outside the `NUM_LIKELY` most likely ones. Only if that draw
+    wins, a second one decides which of these tokens it is.
 
     Source: Maddison, Tarlow and Minka, "A* sampling" (2014), section 3: the maximum of Gumbels, and
     its independence of the argmax.
@@ -141,21 +142,21 @@ def sample_tokens(
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     # 1. The likely tokens of every row, and the others together.
-    likely = _most_likely(logits, **filters)
+    split = _split_tokens(logits, **filters)
 
     # 2. The best of the likely tokens for every message.
-    token_ids = likely.token_ids[row_of_message]
-    scores = likely.logits[row_of_message] + gumbel_noise(keys, steps, token_ids)
+    token_ids = split.token_ids[row_of_message]
+    scores = split.logits[row_of_message] + gumbel_noise(keys, steps, token_ids)
     best_scores, best = scores.max(-1, keepdim=True)
     tokens = token_ids.gather(-1, best)[:, 0]
 
-    # 3. The best of the others, if it is better. Its noise is that of a token after the last.
-    after_last = torch.tensor([vocabulary], device=logits.device)
-    scores_of_others = likely.others[row_of_message, None] + gumbel_noise(keys, steps, after_last)
-    [unlikely] = (scores_of_others > best_scores)[:, 0].nonzero(as_tuple=True)
-    if len(unlikely) > 0:
+    # 3. The best of the others, if it wins. Their joint noise has the unused token id `vocabulary`.
+    unused_id = torch.tensor([vocabulary], device=logits.device)
+    scores_of_others = split.others[row_of_message, None] + gumbel_noise(keys, steps, unused_id)
+    [messages_of_others] = (scores_of_others > best_scores)[:, 0].nonzero(as_tuple=True)
+    if len(messages_of_others) > 0:
         all_ids = torch.arange(vocabulary, device=logits.device)
-        for messages in unlikely.split(_rows_at_once(logits)):
+        for messages in messages_of_others.split(_rows_at_once(logits)):
             others = filter_logits(logits[row_of_message[messages]].float(), **filters)
             others.scatter_(-1, token_ids[messages], -math.inf)
             noise = gumbel_noise(keys[messages], steps[messages], all_ids)
@@ -163,12 +164,12 @@ def sample_tokens(
 
     if greedy.any():
         tokens = torch.where(greedy, logits.argmax(-1)[row_of_message], tokens)
-    logprobs = logits[row_of_message, tokens].float() - likely.normalizers[row_of_message]
+    logprobs = logits[row_of_message, tokens].float() - split.normalizers[row_of_message]
     return tokens, logprobs
 
 
-class LikelyTokens(NamedTuple):
-    """The most likely tokens of every row after the filters, and the others together.
+class SplitTokens(NamedTuple):
+    """The most likely tokens of every row after the filters one by one, and the others together.
 
     Attributes:
         token_ids: [rows, tokens], in any order.
@@ -183,12 +184,12 @@ class LikelyTokens(NamedTuple):
     normalizers: torch.Tensor
 
 
-def _most_likely(logits: torch.Tensor, **filters) -> LikelyTokens:
+def _split_tokens(logits: torch.Tensor, **filters) -> SplitTokens:
     """Split the tokens of every row into likely ones and others."""
     parts = []
     for part in logits.split(_rows_at_once(logits)):
-        parts.append(_most_likely_at_once(part.float(), **filters))
-    return LikelyTokens(*map(torch.cat, zip(*parts, strict=True)))
+        parts.append(_split_at_once(part.float(), **filters))
+    return SplitTokens(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _rows_at_once(logits: torch.Tensor) -> int:
@@ -201,17 +202,17 @@ def _rows_at_once(logits: torch.Tensor) -> int:
     return max(1, entries_at_once // logits.shape[-1])
 
 
-def _most_likely_at_once(logits: torch.Tensor, **filters) -> LikelyTokens:
+def _split_at_once(logits: torch.Tensor, **filters) -> SplitTokens:
     """Split the tokens of every row. logits: float32 [rows, vocabulary]."""
     num_rows, vocabulary = logits.shape
     normalizers = logits.logsumexp(-1)
     filtered = filter_logits(logits, **filters)
     if vocabulary <= NUM_LIKELY:
         all_ids = torch.arange(vocabulary, device=logits.device).expand(num_rows, -1)
-        return LikelyTokens(all_ids, filtered, torch.full_like(normalizers, -math.inf), normalizers)
+        return SplitTokens(all_ids, filtered, torch.full_like(normalizers, -math.inf), normalizers)
     likely_logits, token_ids = filtered.topk(NUM_LIKELY, sorted=False)
     others = filtered.scatter_(-1, token_ids, -math.inf).logsumexp(-1)
-    return LikelyTokens(token_ids, likely_logits, others, normalizers)
+    return SplitTokens(token_ids, likely_logits, others, normalizers)
 
 
 def filter_logits(
@@ -252,8 +253,8 @@ def _smallest_in_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
 class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer, with room for more columns.
 
-    `DynamicLayer` copies all keys and values at every step (torch.cat), which takes a third of the
-    time on a CPU. Here a step writes one new column, and a copy is made only if there is no room.
+    `DynamicLayer` copies all keys and values at every step (torch.cat). Here a step writes one new
+    column, and a copy is made only if there is no room.
     """
 
     SPARE_COLUMNS = 64
@@ -288,7 +289,7 @@ class PreallocatedLayer(DynamicLayer):
         return tuple(storages)
 
     def _fill(self, end: int) -> None:
-        """Say how many columns are filled."""
+        """Make `keys` and `values` views of the first `end` columns."""
         self.keys, self.values = (storage[:, :, :end] for storage in self.storages)
 
     def batch_select_indices(self, indices: torch.Tensor, first_column: int = 0) -> None:
@@ -298,7 +299,7 @@ class PreallocatedLayer(DynamicLayer):
         self._fill(end)
 
     def add_rows(self, other: "PreallocatedLayer") -> None:
-        """Add the rows of another layer below. The last columns of both become one column."""
+        """Append the rows of another layer, aligned on the right."""
         end = max(self.get_seq_length(), other.get_seq_length())
         storages = []
         for upper, lower in ((self.keys, other.keys), (self.values, other.values)):
@@ -337,8 +338,8 @@ class CacheRows:
         logits: [rows, vocabulary], of the next token of each row.
     """
 
-    # Rows of messages that have ended are removed when this share of the rows is left: copying the
-    # cache costs about as much as a few steps.
+    # When no more than this share of the rows is still read, the others are removed and prompts can
+    # be added. Copying the cache costs about as much as a few steps, so it is not done more often.
     SHARE_WORTH_KEEPING = 0.8
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], *, pad_id: int):
@@ -370,7 +371,8 @@ class CacheRows:
         Args:
             row_of_message: [messages], the row of each message that has not ended.
             tokens: [messages], the newest token of each.
-            max_width: longest prompt and message. A wider cache is due to messages that have ended.
+            max_width: columns that the live messages can need. A wider cache still holds columns of
+                messages that have ended.
 
         Returns:
             row_of_message after branching, and the newest token of each row [rows].
@@ -407,9 +409,9 @@ class CacheRows:
         self._forward(tokens[:, None])
 
     def add_prompts(self, prompts: list[list[int]], row_of_message: torch.Tensor) -> torch.Tensor:
-        """Prefill further prompts. Their rows come after those that messages read, the last ones.
+        """Prefill further prompts, and append their rows. Rows that no message reads are removed.
 
-        Returns row_of_message after rows that no message reads have been removed.
+        Returns row_of_message after they have been removed.
         """
         read, row_of_message = torch.unique(row_of_message, return_inverse=True)
         if len(read) < len(self.logits):
@@ -453,11 +455,12 @@ class MessageQueue:
 
     Args:
         prompts, repeats, limits, batch_tokens: see `Decoder.decode`.
-        is_aligned: whether the cache drops columns that are padding in all rows. If not, a row can
-            take as many as the longest prompt and the largest limit, of different messages.
+        can_grow: whether the cache can drop columns that are padding in all rows, see
+            `CacheRows.can_grow_for`. If not, it can need the longest prompt and the largest limit,
+            even of different messages.
 
     Attributes:
-        longest: columns that a row of the cache can take, with the messages that are decoded.
+        max_width: columns of the cache that the live messages can need.
     """
 
     def __init__(
@@ -467,12 +470,12 @@ class MessageQueue:
         limits: list[int],
         batch_tokens: int | None,
         *,
-        is_aligned: bool,
+        can_grow: bool,
     ):
         self.batch_tokens = sys.maxsize if batch_tokens is None else batch_tokens
-        self.is_aligned = is_aligned
-        self.longest = 1
-        self.sizes: list[tuple[int, int]] = []  # of each message: of its prompt, and its limit
+        self.can_grow = can_grow
+        self.max_width = 1
+        self.sizes: list[tuple[int, int]] = []  # per message: (length of its prompt, token limit)
         self.waiting: deque[Started] = deque()
         for prompt, num in enumerate(repeats):
             first = len(self.sizes)
@@ -498,19 +501,19 @@ class MessageQueue:
             if messages[room:]:
                 self.waiting.appendleft(Started(prompt, messages[room:]))
                 break
-        self.longest = self._columns(together)
+        self.max_width = self._columns(together)
         return taken
 
     def _columns(self, messages: list[int]) -> int:
         """Return how many columns a row of the cache can take with these messages."""
         sizes = [self.sizes[index] for index in messages]
-        if self.is_aligned:
+        if self.can_grow:
             return max((prompt + limit for prompt, limit in sizes), default=1)
         return max(prompt for prompt, _ in sizes) + max(limit for _, limit in sizes)
 
     def has_room(self, num_live: int) -> bool:
         """Whether so much of a batch is free that adding prompts, which copies the cache, pays."""
-        capacity = self.batch_tokens // self.longest
+        capacity = self.batch_tokens // self.max_width
         return bool(self.waiting) and num_live <= CacheRows.SHARE_WORTH_KEEPING * capacity
 
 
@@ -519,7 +522,7 @@ class Drafts:
 
     Attributes:
         lengths: [messages], tokens so far.
-        seconds: [messages], time of the steps in which each was live.
+        seconds: [messages], each one's share of the time of the steps in which it was live.
     """
 
     def __init__(self, limits: list[int], device: torch.device):
@@ -563,8 +566,8 @@ class Decoder:
         temperature, top_k, top_p: of every sampled token, see `filter_logits`.
 
     Attributes:
-        seconds: time spent per activity, "model" and "sampling". Approximate on a GPU, as its
-            kernels run asynchronously.
+        seconds: time spent per activity: "model", and "sampling", which includes copying the cache
+            when messages differ. Approximate on a GPU, as its kernels run asynchronously.
     """
 
     def __init__(
@@ -616,7 +619,7 @@ class Decoder:
         """
         device = self.model.device
         can_grow = CacheRows.can_grow_for(self.model)
-        queue = MessageQueue(prompts, repeats, limits, batch_tokens, is_aligned=can_grow)
+        queue = MessageQueue(prompts, repeats, limits, batch_tokens, can_grow=can_grow)
         drafts = Drafts(limits, device)
         keys = torch.tensor(keys, device=device)
         greedy = torch.tensor(greedy, device=device)
@@ -670,7 +673,7 @@ class Decoder:
                 continue
             with self._timed("sampling"):
                 row_of_message, newest_of_row = rows.branch(
-                    row_of_message[continuing], newest[continuing], queue.longest
+                    row_of_message[continuing], newest[continuing], queue.max_width
                 )
             with self._timed("model"):
                 rows.append(newest_of_row)

@@ -8,9 +8,10 @@ message a reward, and makes messages that did better than expected more likely.
     python train_agents.py --rollouts tree --num-candidates 1.8.1.1 --baseline siblings
     python evaluate.py --run runs/after --adapter runs/tiny/agents --value runs/tiny/value
 
-Differs from MAPPA: the reward is V, which was trained without a human or a stronger model (a coach
-is one of the rewards); agents are LoRA adapters on one frozen base, which is also the reference;
-the adapters that are best on held-out problems are kept, whatever their reward.
+Differs from MAPPA: the reward is V, which was trained on final answers only, without a human or a
+stronger model (MAPPA's coach is `--reward coach`); agents are LoRA adapters on one frozen base,
+which is also the reference; the adapters that are best on held-out problems are kept, whatever
+their reward.
 
 What a message is worth is in rewards.py; this file has the update, and the loop around it.
 """
@@ -85,22 +86,22 @@ from value import ValueModel, weights_fingerprint
 
 
 @dataclass
-class Row:
-    """A distinct (prompt, message), read once however often it was sampled.
+class DistinctMessage:
+    """A distinct (agent, prompt, message). However often it was sampled, it is read once.
 
     Attributes:
         agent: who said it.
         advantages: one per sample.
-        old, reference: log-probability of each token of the message, before the update and by the
-            reference policy: float32 [tokens of the message].
+        old_logprobs, reference_logprobs: log-probability of each token of the message, before the
+            update and by the reference policy: float32 [tokens of the message].
     """
 
     agent: str
     prompt_ids: list[int]
     token_ids: list[int]
     advantages: list[float] = field(default_factory=list)
-    old: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -108,8 +109,8 @@ class Row:
         return len(self.token_ids) * len(self.advantages)
 
 
-def make_rows(rollouts: list[Rollout], advantage_of: dict[Node, float]) -> list[Row]:
-    rows: dict[Any, Row] = {}
+def make_rows(rollouts: list[Rollout], advantage_of: dict[Node, float]) -> list[DistinctMessage]:
+    rows: dict[Any, DistinctMessage] = {}
     for rollout in rollouts:
         for node in rollout.nodes:
             if node not in advantage_of:
@@ -117,7 +118,7 @@ def make_rows(rollouts: list[Rollout], advantage_of: dict[Node, float]) -> list[
             agent = node.message.agent
             prompt_ids, token_ids = rollout.tokens[node.path]
             key = (agent, tuple(prompt_ids), tuple(token_ids))
-            row = rows.setdefault(key, Row(agent, prompt_ids, token_ids))
+            row = rows.setdefault(key, DistinctMessage(agent, prompt_ids, token_ids))
             row.advantages.append(advantage_of[node])
     return list(rows.values())
 
@@ -162,16 +163,16 @@ class Learner:
         self.token_cost = token_cost_for(self.model.config)
         self.optimizer = torch.optim.AdamW(adapters.parameters().values(), lr=lr, weight_decay=0.0)
 
-    def update(self, rows: list[Row], rng) -> dict[str, float]:
+    def update(self, rows: list[DistinctMessage], rng) -> dict[str, float]:
         """Train one epoch on the rows. Returns the mean KL and the share of clipped tokens."""
         # 1. Log-probabilities before the update, and those of the reference.
         with torch.no_grad():
             for batch in self._batches(rows):
                 for index, logprobs in self.message_logprobs(rows, batch).items():
-                    rows[index].old = logprobs.clone()
+                    rows[index].old_logprobs = logprobs.clone()
                 with self.adapters.off():
                     for index, logprobs in self.message_logprobs(rows, batch).items():
-                        rows[index].reference = logprobs.clone()
+                        rows[index].reference_logprobs = logprobs.clone()
 
         # 2. One epoch. Every token of every sample has the same weight.
         num_tokens = max(1, sum(row.num_tokens for row in rows))
@@ -188,8 +189,8 @@ class Learner:
             self.optimizer.zero_grad()
         return {"kl": kl / num_tokens, "clip_share": num_clipped / num_tokens}
 
-    def _minibatches(self, rows: list[Row], rng) -> list[list[Row]]:
-        """Distribute the prompts. All messages of a prompt are in one minibatch: read together."""
+    def _minibatches(self, rows: list[DistinctMessage], rng) -> list[list[DistinctMessage]]:
+        """Distribute the prompts. Messages of one share a minibatch, so that it is read once."""
         rows_of_prompt = defaultdict(list)
         for row in rows:
             rows_of_prompt[row.agent, tuple(row.prompt_ids)].append(row)
@@ -199,7 +200,9 @@ class Learner:
             minibatches[index % self.num_minibatches] += rows_of_prompt[prompt]
         return minibatches
 
-    def loss(self, rows: list[Row], batch: list[PackedRow]) -> tuple[torch.Tensor, float, int]:
+    def loss(
+        self, rows: list[DistinctMessage], batch: list[PackedRow]
+    ) -> tuple[torch.Tensor, float, int]:
         """Return the summed loss of all samples' tokens in a batch, their KL, how many are clipped.
 
         The KL of a token is estimated, and penalised, as r - log r - 1 with r = reference / policy,
@@ -209,9 +212,9 @@ class Learner:
         total_kl, num_clipped = 0.0, 0
         for index, logprobs in self.message_logprobs(rows, batch).items():
             row = rows[index]
-            log_r = row.reference - logprobs  # [tokens]
+            log_r = row.reference_logprobs - logprobs  # [tokens]
             kl = log_r.exp() - log_r - 1
-            ratio = (logprobs - row.old).exp()
+            ratio = (logprobs - row.old_logprobs).exp()
             clipped_ratio = ratio.clamp(1 - self.clip, 1 + self.clip)
             advantage = torch.tensor(row.advantages, device=ratio.device)[:, None]  # [samples, 1]
             gain, clipped_gain = ratio * advantage, clipped_ratio * advantage
@@ -221,11 +224,13 @@ class Learner:
             num_clipped += (clipped_gain < gain).sum().item()
         return total, total_kl, num_clipped
 
-    def message_logprobs(self, rows: list[Row], batch: list[PackedRow]) -> dict[int, torch.Tensor]:
-        """Return log pi of each token of each message in a batch, with one adapter.
+    def message_logprobs(
+        self, rows: list[DistinctMessage], batch: list[PackedRow]
+    ) -> dict[int, torch.Tensor]:
+        """Return log pi of each token of each message in a batch.
 
         Args:
-            batch: some of the rows, packed (`_batches`), so that prompts are read once.
+            batch: packed rows of messages of one adapter (`_batches`). Prompts are read once.
 
         Returns:
             Index of a row -> float32 [tokens of the message].
@@ -235,7 +240,7 @@ class Learner:
         for index, (packed_index, columns) in sequence_columns(batch).items():
             start = len(rows[index].prompt_ids) - 1
             predicted_by[index] = (packed_index, columns[start:-1])
-        # Logits of other columns would take memory for nothing.
+        # Logits of other columns are not needed, and would take memory.
         kept = sorted(set().union(*(columns for _, columns in predicted_by.values())))
         kept_index = {column: position for position, column in enumerate(kept)}
 
@@ -255,7 +260,7 @@ class Learner:
             logprobs[index] = chosen - log_total[packed_index, places]
         return logprobs
 
-    def _batches(self, rows: list[Row]) -> list[list[PackedRow]]:
+    def _batches(self, rows: list[DistinctMessage]) -> list[list[PackedRow]]:
         """Pack rows into batches of one adapter each; those that share prompts stay together."""
         indices_of_adapter = defaultdict(list)
         for index, row in enumerate(rows):
@@ -310,7 +315,7 @@ def _measure_agent(entries: list[tuple[Problem, Node, float | None]]) -> dict:
             edge = Edge(
                 problem_id=problem.id,
                 split=problem.split,
-                node=0,  # an AUC needs no places in a tree
+                node=0,  # not read by problem_aucs
                 parent=0,
                 agent=node.message.agent,
                 state=node.state,
@@ -324,7 +329,7 @@ def _measure_agent(entries: list[tuple[Problem, Node, float | None]]) -> dict:
 
 
 def accuracy(rollouts: list[Rollout]) -> float:
-    """Return the share of right final answers: of one sample, not of the greedy pass."""
+    """Return the share of right final answers among all sampled transcripts."""
     outcomes = []
     for rollout in rollouts:
         outcomes += [node.reward == 1 for node in rollout.nodes if not node.children]

@@ -29,7 +29,7 @@ from rewards import (
 from runs import seeded
 from tables import training_line, training_table
 from tasks import Problem, load_problems
-from train_agents import Learner, Row, Training, make_rows
+from train_agents import DistinctMessage, Learner, Training, make_rows
 
 # ---- Pieces --------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ def gradient_of(learner, rows):
     for row in rows:
         with torch.no_grad():
             [logprobs] = message_logprobs(learner, [row])
-        row.old = row.reference = logprobs
+        row.old_logprobs = row.reference_logprobs = logprobs
     learner.optimizer.zero_grad()
     loss, _, _ = learner.loss(rows, in_one_batch(learner, rows))
     loss.backward()
@@ -121,7 +121,7 @@ def test_before_training_the_ratio_to_the_sampler_is_1_and_the_kl_is_0(learner, 
     """The forward that trains reads the same ids at the same places as the one that sampled."""
     for rollout in rollouts:
         for node in rollout.nodes:
-            row = Row(node.message.agent, *rollout.tokens[node.path])
+            row = DistinctMessage(node.message.agent, *rollout.tokens[node.path])
             [logprob] = logprobs_of(learner, [row])
             assert logprob == pytest.approx(node.candidate.logprob, abs=1e-3)
             assert len(row.token_ids) == node.candidate.tokens
@@ -165,7 +165,7 @@ def test_what_is_read_at_once_is_no_larger_than_a_batch(learner):
     rows = []
     for prompt, messages in lengths.items():
         for first_token, length in enumerate(messages, start=5):
-            rows.append(Row("Planner", list(prompt), [first_token] * length, [0.0]))
+            rows.append(DistinctMessage("Planner", list(prompt), [first_token] * length, [0.0]))
     sizes = []
 
     def record(module, args, kwargs):
@@ -182,8 +182,8 @@ def test_what_is_read_at_once_is_no_larger_than_a_batch(learner):
 
 def loss_by_hand(learner, monkeypatch, *, new, old, reference, advantages):
     """Return the loss of one message whose tokens have these log-probabilities."""
-    row = Row("Reader", [1], [2] * len(new), list(advantages))
-    row.old, row.reference = torch.tensor(old), torch.tensor(reference)
+    row = DistinctMessage("Reader", [1], [2] * len(new), list(advantages))
+    row.old_logprobs, row.reference_logprobs = torch.tensor(old), torch.tensor(reference)
     logprobs = torch.tensor(new, requires_grad=True)
     monkeypatch.setattr(learner, "message_logprobs", lambda rows, batch: {0: logprobs})
     loss, kl, num_clipped = learner.loss([row], batch=[])
@@ -252,7 +252,7 @@ def test_equal_messages_are_read_once_and_weighted(learner, rollouts):
     [row, *_] = rows_of(rollouts)
 
     def copy_with(*advantages):
-        return Row(row.agent, row.prompt_ids, row.token_ids, list(advantages))
+        return DistinctMessage(row.agent, row.prompt_ids, row.token_ids, list(advantages))
 
     once = gradient_of(learner, [copy_with(1.0, 0.5)])
     twice = gradient_of(learner, [copy_with(1.0), copy_with(0.5)])
@@ -437,7 +437,7 @@ def test_every_agent_is_read_with_its_own_adapter_also_in_one_step(rollouts, tmp
         row.advantages = [0.0]  # nothing is moved
     learner.update(rows, seeded(0))
     for index, row in enumerate(rows):
-        torch.testing.assert_close(row.old, expected[index], atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(row.old_logprobs, expected[index], atol=1e-3, rtol=1e-4)
 
     policy.adapters.save(tmp_path)
     names = sorted(path.name for path in (tmp_path / "adapter").iterdir() if path.is_dir())
@@ -559,7 +559,7 @@ def test_the_reference_is_the_model_with_its_adapters_off(learner, rollouts):
     with learner.adapters.off():
         expected = message_logprobs(learner, rows)
     for row, logprobs in zip(rows, expected, strict=True):
-        torch.testing.assert_close(row.reference, logprobs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(row.reference_logprobs, logprobs, atol=1e-4, rtol=0)
 
 
 # ---- A step: which numbers reach the update ------------------------------------------------------

@@ -255,15 +255,16 @@ def test_a_token_does_not_depend_on_the_rows_that_are_sampled_together(top_p):
         )
 
 
-def test_unlikely_tokens_are_drawn_as_often_as_they_should_be():
-    """The first 1,024 tokens are the likely ones, the 476 after them have 30 % in all."""
+def sample_beyond_the_likely_tokens(probability):
+    """Sample 4,000 tokens. The first 1,024 are likely, the 476 after them have a probability in all.
+
+    Returns how often each was drawn, and the probabilities.
+    """
     num, num_others = 4_000, 476
-    probabilities = torch.cat(
-        [torch.full((1024,), 0.7 / 1024), torch.full((num_others,), 0.3 / 476)]
-    )
-    logits = probabilities.log()
+    of_likely = torch.full((1024,), (1 - probability) / 1024)
+    probabilities = torch.cat([of_likely, torch.full((num_others,), probability / num_others)])
     tokens, _ = sample_tokens(
-        logits[None],
+        probabilities.log()[None],
         torch.zeros(num, dtype=torch.long),
         keys_of(num),
         torch.arange(num) % 100,
@@ -272,10 +273,23 @@ def test_unlikely_tokens_are_drawn_as_often_as_they_should_be():
         top_k=0,
         top_p=1.0,
     )
-    groups = torch.cat([torch.arange(1024) // 64, 16 + torch.arange(num_others) // 14])
-    counts = torch.zeros(50).index_add(0, groups[tokens], torch.ones(num))
-    expected = num * torch.zeros(50).index_add(0, groups, probabilities)
-    assert chisquare(counts.numpy(), expected.numpy() * num / expected.sum().item()).pvalue > 0.01
+    return tokens.bincount(minlength=1500), probabilities
+
+
+def test_unlikely_tokens_are_drawn_as_often_as_they_should_be():
+    counts, probabilities = sample_beyond_the_likely_tokens(0.3)
+    groups = torch.cat([torch.arange(1024) // 64, 16 + torch.arange(476) // 14])
+    observed = torch.zeros(50).index_add(0, groups, counts.float())
+    expected = torch.zeros(50).index_add(0, groups, probabilities)
+    expected *= observed.sum() / expected.sum()
+    assert chisquare(observed.numpy(), expected.numpy()).pvalue > 0.01
+
+
+def test_the_joint_noise_of_unlikely_tokens_is_that_of_none_of_them():
+    """A token with the joint noise would be drawn whenever it wins, and not 0.17 times but 8."""
+    counts, _ = sample_beyond_the_likely_tokens(0.02)
+    assert 50 < counts[1024:].sum() < 110
+    assert counts[1024:].max() <= 3
 
 
 def test_logits_in_bfloat16_are_filtered_and_normalised_in_float32():
@@ -717,12 +731,12 @@ def started(queue, live=()):
     return [index for part in queue.take(list(live)) for index in part.messages]
 
 
-def make_queue(batch_tokens, sizes_of_prompts, *, is_aligned=True):
+def make_queue(batch_tokens, sizes_of_prompts, *, can_grow=True):
     """Make a queue of prompts of ten tokens: a list of the limits of its messages for each."""
     prompts = [[1] * 10] * len(sizes_of_prompts)
     limits = [limit for limits in sizes_of_prompts for limit in limits]
     repeats = list(map(len, sizes_of_prompts))
-    return MessageQueue(prompts, repeats, limits, batch_tokens, is_aligned=is_aligned)
+    return MessageQueue(prompts, repeats, limits, batch_tokens, can_grow=can_grow)
 
 
 def test_a_batch_holds_as_many_messages_as_its_tokens_allow():
@@ -733,7 +747,7 @@ def test_a_batch_holds_as_many_messages_as_its_tokens_allow():
     assert started(make_queue(None, prompts)) == list(range(12))
     queue = make_queue(12 * 30, [[5] * 3, [20] * 3, [5] * 7])
     assert started(queue) == list(range(6))  # 13 x 30 would be too much, though 13 x 15 is not
-    assert queue.longest == 30
+    assert queue.max_width == 30
 
 
 def test_messages_of_a_prompt_stay_together_unless_they_need_more_than_a_batch():
@@ -752,10 +766,10 @@ def test_messages_of_a_prompt_stay_together_unless_they_need_more_than_a_batch()
 def test_the_longest_of_the_live_messages_counts_too():
     queue = make_queue(100, [[40], [10], [10], [10], [10]])
     assert started(queue) == [0, 1]  # 2 x 50
-    assert queue.longest == 50
+    assert queue.max_width == 50
     assert started(queue, live=[0]) == [2]
     assert started(queue, live=[1, 2]) == [3, 4]  # 4 x 20
-    assert queue.longest == 20
+    assert queue.max_width == 20
 
 
 def test_prompts_are_added_when_a_fifth_of_the_batch_is_free():
@@ -825,12 +839,12 @@ def test_padding_is_zero_because_attention_multiplies_it():
 def test_without_alignment_the_longest_prompt_and_the_largest_limit_count():
     """They can belong to different messages: 8 + 20 columns, where 18 and 22 are used."""
     prompts = [[1] * 8, [1] * 2]
-    for is_aligned, num_together in ((True, 2), (False, 1)):
-        queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 22, is_aligned=is_aligned)
+    for can_grow, num_together in ((True, 2), (False, 1)):
+        queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 22, can_grow=can_grow)
         assert len(started(queue)) == num_together
-    queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 28, is_aligned=False)
+    queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 28, can_grow=False)
     assert started(queue) == [0, 1]
-    assert queue.longest == 28
+    assert queue.max_width == 28
 
 
 @pytest.mark.parametrize("num_short, num_rows", [(7, 4), (9, 10)])
