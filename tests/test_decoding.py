@@ -256,7 +256,7 @@ def test_a_token_does_not_depend_on_the_rows_that_are_sampled_together(top_p):
 
 
 def sample_beyond_the_likely_tokens(probability):
-    """Sample 4,000 tokens. The first 1,024 are likely, the 476 after them have a probability in all.
+    """Sample 4,000 tokens. The first 1,024 are likely; the 476 others share this probability.
 
     Returns how often each was drawn, and the probabilities.
     """
