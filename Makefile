@@ -19,7 +19,7 @@ demo: .venv/.installed
 	$(RUN) report.py runs/tiny
 
 test: .venv/.installed-dev
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # FILES="search.py metrics.py" for some files only
 mutants: .venv/.installed-dev
