@@ -249,6 +249,7 @@ def test_without_shared_prefixes_there_is_no_mask():
     assert inputs["attention_mask"].shape == (2, 1, 3, 3)
     assert inputs["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
     assert inputs["position_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
+    assert inputs["position_ids"].dtype == torch.int64  # absolute positions are looked up
 
 
 @pytest.mark.parametrize(
