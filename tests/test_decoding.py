@@ -486,6 +486,23 @@ COLUMNS_PER_STEP = [
 ]
 
 
+def test_keys_and_values_may_differ_in_size():
+    """As in models that cache latents beside a few rotary dimensions."""
+    ours, theirs, other = PreallocatedLayer(), DynamicLayer(), PreallocatedLayer()
+    for columns in (3, 1, PreallocatedLayer.SPARE_COLUMNS + 1):
+        keys, values = torch.randn(2, 1, columns, 8), torch.randn(2, 1, columns, 4)
+        ours.update(keys, values)
+        theirs.update(keys, values)
+    ours.batch_select_indices(torch.tensor([1]))
+    theirs.batch_select_indices(torch.tensor([1]))
+    other.update(torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 4))
+    ours.add_rows(other)
+    for name in ("keys", "values"):
+        assert torch.equal(getattr(ours, name)[:1], getattr(theirs, name))
+        assert getattr(ours, name)[1, 0, -2:].eq(1).all()
+        assert getattr(ours, name)[1, 0, :-2].eq(0).all()
+
+
 @pytest.mark.parametrize("columns_per_step", COLUMNS_PER_STEP)
 @pytest.mark.parametrize("head_dim", [8, 128])
 def test_a_preallocated_layer_equals_one_that_copies(columns_per_step, head_dim):
