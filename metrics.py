@@ -188,9 +188,8 @@ def seeds_and_problems(verdicts: list[list[bool]]) -> dict:
         low, high = wilson(int(right.sum()), n)
         return {"mean": float(right.mean()), "low": low, "high": high, "deviation": None}
     rng = np.random.default_rng(0)
-    low, high = _percentiles(_resampled_means(right, _draw_problems(n, rng), rng))
-    if high - low < SMALLEST_WIDTH:
-        low, high = wilson(int(right[0].sum()), n)
+    means = _resampled_means(right, _draw_problems(n, rng), rng)
+    low, high = _interval(means, of_one_run=wilson(int(right[0].sum()), n))
     deviation = float(right.mean(1).std(ddof=1))
     return {"mean": float(right.mean()), "low": low, "high": high, "deviation": deviation}
 
@@ -208,9 +207,8 @@ def seeds_and_problems_difference(a: list[list[bool]], b: list[list[bool]]) -> d
     problems = _draw_problems(right_a.shape[1], rng)
     means_a = _resampled_means(right_a, problems, rng)
     means_b = _resampled_means(right_b, problems, rng)
-    low, high = _percentiles(means_a - means_b)
-    if high - low < SMALLEST_WIDTH:
-        low, high = (paired(a[0], b[0])[end] for end in ("low", "high"))
+    one_run = paired(a[0], b[0])
+    low, high = _interval(means_a - means_b, of_one_run=(one_run["low"], one_run["high"]))
     return {"difference": float(right_a.mean() - right_b.mean()), "low": low, "high": high}
 
 
@@ -225,14 +223,10 @@ def within_runs_difference(a: list[list[bool]], b: list[list[bool]]) -> dict:
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     rng = np.random.default_rng(0)
     problems = _draw_problems(differences.shape[1], rng)
-    low, high = _percentiles(_resampled_means(differences, problems, rng))
-    if high - low < SMALLEST_WIDTH:
-        low, high = (paired(a[0], b[0])[end] for end in ("low", "high"))
+    means = _resampled_means(differences, problems, rng)
+    one_run = paired(a[0], b[0])
+    low, high = _interval(means, of_one_run=(one_run["low"], one_run["high"]))
     return {"difference": float(differences.mean()), "low": low, "high": high}
-
-
-# Resampled means that differ by less than this differ by rounding only.
-SMALLEST_WIDTH = 1e-9
 
 
 def _draw_problems(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -252,6 +246,16 @@ def _resampled_means(
     num_drawn = max(1, num_runs - 1)
     runs = rng.multinomial(num_drawn, np.full(num_runs, 1 / num_runs), size=NUM_RESAMPLES)
     return np.einsum("kr,rp,kp->k", runs / num_drawn, right, problems)
+
+
+# Resampled means that differ by less than this differ by rounding only.
+SMALLEST_WIDTH = 1e-9
+
+
+def _interval(means: np.ndarray, *, of_one_run: tuple[float, float]) -> tuple[float, float]:
+    """Return the 95 % interval of resampled means; if they are all equal, that of one run."""
+    low, high = _percentiles(means)
+    return of_one_run if high - low < SMALLEST_WIDTH else (low, high)
 
 
 def _percentiles(means: np.ndarray) -> tuple[float, float]:

@@ -314,6 +314,8 @@ def test_groups_may_have_different_numbers_of_runs():
 def test_groups_are_compared_on_the_same_problems():
     """Hard problems are hard for both groups, so they are no noise of the difference."""
     easy = [True] * 20 + [False] * 20
+    same, one_run = seeds_and_problems_difference([easy, easy], [easy, easy]), paired(easy, easy)
+    assert same == {"difference": 0.0, "low": one_run["low"], "high": one_run["high"]}
     better = [True] * 30 + [False] * 10
     result = seeds_and_problems_difference([better, better], [easy, easy])
     assert result["difference"] == pytest.approx(0.25)

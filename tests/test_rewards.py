@@ -285,6 +285,7 @@ def test_random_rewards_are_those_of_other_messages_of_the_same_agent(chain):
     original = {node: float(index) for index, node in enumerate(rollout.nodes)}
     shuffled = shuffle_within_agents(original, seeded(0))
     assert shuffled.keys() == original.keys()
+    assert shuffled != original
     assert shuffle_within_agents(original, seeded(1)) != shuffled
     for agent in chain.agents:
         mine = [node for node in rollout.nodes if node.message.agent == agent.name]
