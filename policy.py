@@ -11,6 +11,7 @@ Messages are kept in a journal (journal.py) and never generated twice.
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter, defaultdict
@@ -136,7 +137,8 @@ class PromptJob:
     Attributes:
         path: of the node.
         candidates: candidate index -> message, for those that are known already.
-        seconds: time that these messages took when they were generated.
+        seconds: candidate index -> time that the message took when it was generated. Messages end in
+            any order; their sum, of `fsum`, does not depend on it.
     """
 
     request_index: int
@@ -148,7 +150,7 @@ class PromptJob:
     num_messages: int
     greedy: bool
     candidates: dict[int, Candidate] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: dict[int, float] = field(default_factory=dict)
 
     @property
     def row_tokens(self) -> int:
@@ -170,7 +172,7 @@ class PromptJob:
             agent_calls=self.num_messages,
             prompt_tokens=len(self.prompt_ids),
             generated_tokens=sum(message.tokens for message in messages),
-            seconds=self.seconds,
+            seconds=math.fsum(self.seconds.values()),
             truncated=Counter({self.agent: num_truncated}),  # a sum drops zeros
         )
 
@@ -308,7 +310,7 @@ class Policy:
             job.candidates[candidate_index] = Candidate(
                 entry["text"], entry["tokens"], entry["logprob"], entry["truncated"]
             )
-            job.seconds += entry["seconds"]
+            job.seconds[candidate_index] = entry["seconds"]
         if job.candidates:
             self.num_recalled += len(job.candidates)
             self.on_batch(0 if missing else 1, len(job.candidates))
@@ -346,7 +348,7 @@ class Policy:
         def on_message(index: int, tokens: list[int], logprobs: list[float], seconds: float):
             job, candidate_index = places[index]
             job.candidates[candidate_index] = self._make_candidate(tokens, logprobs)
-            job.seconds += seconds
+            job.seconds[candidate_index] = seconds
             self._save_to_journal(job, candidate_index, seconds)
             self.on_message(job, candidate_index, tokens)
             self.num_generated += 1

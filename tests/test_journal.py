@@ -180,6 +180,24 @@ def test_the_cost_in_seconds_is_that_of_generating_the_messages(make_policy):
     assert [cost for _, cost in replayed] == [cost for _, cost in requests]
 
 
+def test_the_cost_in_seconds_does_not_depend_on_which_message_ended_first(make_policy, monkeypatch):
+    policy = make_policy()
+    decode = policy.decoder.decode
+
+    def decode_from_last_to_first(*args, on_message, **options):
+        ended = []
+        decode(*args, on_message=lambda *message: ended.append(message), **options)
+        for index, tokens, logprobs, _ in sorted(ended, reverse=True):
+            on_message(index, tokens, logprobs, (index + 1) / 10)
+
+    monkeypatch.setattr(policy.decoder, "decode", decode_from_last_to_first)
+    [(_, cost)] = first_messages(policy, num=3, problems=PROBLEMS[:1])
+    [(_, replayed)] = first_messages(policy, num=3, problems=PROBLEMS[:1])
+    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1  # in floating point
+    assert replayed == cost
+    assert cost.seconds == pytest.approx(0.6)
+
+
 def test_messages_that_have_ended_survive_a_kill_while_others_are_decoded(make_policy, monkeypatch):
     policy = make_policy(batch_tokens=700)
     decode = policy.decoder.decode
