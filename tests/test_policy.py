@@ -5,7 +5,6 @@ the checkpoint, and costs add up.
 """
 
 import shutil
-import time
 from collections import Counter
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from conftest import AGENTS, NoProgress, make_tiny_policy
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+import decoding
 import generate_rollouts
 from decoding import MessageQueue, gumbel_noise, message_key
 from generate_rollouts import expand, label_tree, make_root, run, tree_record
@@ -546,13 +546,26 @@ def test_every_message_is_reported_and_every_prompt_when_it_is_complete(chain):
     assert reported[-1] == (1, 1)
 
 
-def test_messages_are_charged_all_the_time_between_them(chain):
+def test_messages_are_charged_all_the_time_between_them(chain, monkeypatch):
     """Also with a batch that is refilled."""
     policy = make_tiny_policy(chain, batch_tokens=2000)
-    start = time.perf_counter()
+    now = 0.0
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: now)
+
+    def taking(seconds, function):
+        def timed(*args, **options):
+            nonlocal now
+            now += seconds
+            return function(*args, **options)
+
+        return timed
+
+    model = policy.decoder.model
+    monkeypatch.setattr(model, "forward", taking(1.0, model.forward))
+    monkeypatch.setattr(decoding, "sample_tokens", taking(0.25, decoding.sample_tokens))
     _, costs = first_messages(policy, PROBLEMS, num=3)
-    seconds = time.perf_counter() - start
-    assert 0.7 * seconds < sum(cost.seconds for cost in costs) < seconds
+    assert now > 10
+    assert sum(cost.seconds for cost in costs) == pytest.approx(now)
 
 
 # ---- Memory --------------------------------------------------------------------------------------
