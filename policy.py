@@ -137,8 +137,8 @@ class PromptJob:
     Attributes:
         path: of the node.
         candidates: candidate index -> message, for those that are known already.
-        seconds: candidate index -> time that the message took when it was generated. Messages end in
-            any order; their sum, of `fsum`, does not depend on it.
+        seconds: candidate index -> time that the message took when it was generated. Messages may
+            end in any order: `fsum` gives one sum for all of them.
     """
 
     request_index: int

@@ -1,7 +1,11 @@
 """Pieces that several tests use: scripted replies, small graphs, and the tiny agents."""
 
+import os
 import shutil
+import signal
 import subprocess
+import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import matplotlib
 import pytest
@@ -22,6 +26,38 @@ LONGEST_FILES = ["test_pipeline.py", "test_value.py", "test_train_agents.py"]
 
 def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+
+
+# ---- Other processes -----------------------------------------------------------------------------
+
+
+def start_in_fork(function) -> int:
+    """Call a function in a forked child, silently. Returns its process id.
+
+    A fork has imported all libraries already, a new process takes seconds for them. It can hang if
+    torch has started further threads.
+    """
+    child = os.fork()
+    if child == 0:
+        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+            try:
+                function()
+                os._exit(0)
+            finally:
+                os._exit(1)  # reached only if the function has raised
+    return child
+
+
+def exit_code_of(child, *, timeout=120) -> int:
+    """Wait for a child; kill it after `timeout` seconds. Returns its exit code, -9 if killed."""
+    deadline = time.time() + timeout
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while ended == 0:
+        if time.time() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status)
 
 
 # ---- Searches without a model --------------------------------------------------------------------

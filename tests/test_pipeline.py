@@ -15,6 +15,7 @@ from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+from conftest import exit_code_of, start_in_fork
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -390,39 +391,24 @@ def test_a_graph_from_a_file_with_a_conditional_agent_runs_through_all_stages(tm
 # ---- Kills ---------------------------------------------------------------------------------------
 
 
-def start_in_fork(module, argv) -> int:
+def start_script(module, argv, **environment) -> int:
     """Run a script in a forked child, silently. Returns its process id."""
-    child = os.fork()
-    if child == 0:
-        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-            try:
-                module.main(module.parse_args(script_argv(argv)))
-                os._exit(0)
-            finally:
-                os._exit(1)  # reached only if main has raised
-    return child
 
+    def script():
+        os.environ.update(environment)
+        module.main(module.parse_args(script_argv(argv)))
 
-def exit_code_of(child, *, timeout=120) -> int:
-    """Wait for a child; kill it after `timeout` seconds. Returns its exit code, -9 if killed."""
-    deadline = time.time() + timeout
-    ended, status = os.waitpid(child, os.WNOHANG)
-    while ended == 0:
-        if time.time() > deadline:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.05)
-        ended, status = os.waitpid(child, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status)
+    return start_in_fork(script)
 
 
 def run_with_kills(kill_times, module, *argv):
     """Run a script, kill it after each of these seconds with SIGKILL, then let it finish."""
     for seconds in kill_times:
-        child = start_in_fork(module, argv)
+        child = start_script(module, argv)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
         exit_code_of(child)
-    assert exit_code_of(start_in_fork(module, argv)) == 0
+    assert exit_code_of(start_script(module, argv)) == 0
 
 
 def test_rollouts_killed_and_resumed_equal_the_uninterrupted_run(finished, tmp_path):
@@ -527,22 +513,24 @@ LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
 LAUNCH += ["--main_process_port", "0"]
 
 
-def kill_when_labelling_has_started(command, run):
-    """Start a command and kill all its processes as soon as the run has a shard of trees."""
-    with open(run / "log", "w") as log:
-        launcher = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.time() + 120
-        while not list(run.glob("rollouts/trees.*")) and time.time() < deadline:
-            time.sleep(0.05)
-        os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
-    assert list(run.glob("rollouts/trees.*")), (run / "log").read_text()
+def kill_when_labelling_has_started(children, run):
+    """Kill these processes as soon as the run has a shard of trees."""
+    deadline = time.time() + 120
+    while not list(run.glob("rollouts/trees.*")) and time.time() < deadline:
+        time.sleep(0.05)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        assert exit_code_of(child) == -signal.SIGKILL
+    assert list(run.glob("rollouts/trees.*"))
 
 
 def test_two_processes_give_the_trees_of_one_and_resume_after_a_kill(finished, tmp_path):
-    argv = script_argv(["--run", tmp_path, *ROLLOUTS])
-    command = [sys.executable, *LAUNCH, generate_rollouts.__file__, *argv]
-    kill_when_labelling_has_started(command, tmp_path)
+    argv = ["--run", tmp_path, *ROLLOUTS]
+    children = []
+    for rank in ("0", "1"):
+        children.append(start_script(generate_rollouts, argv, RANK=rank, WORLD_SIZE="2"))
+    kill_when_labelling_has_started(children, tmp_path)
+    command = [sys.executable, *LAUNCH, generate_rollouts.__file__, *script_argv(argv)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import AGENTS, NoProgress, ScriptedPolicy
+from conftest import AGENTS, NoProgress, ScriptedPolicy, exit_code_of, start_in_fork
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -1116,33 +1116,28 @@ def run_python(*argv, timeout=150):
     return done.stdout
 
 
-TWO_PROCESSES = """
-import sys
-from pathlib import Path
-
-import torch
-from test_value import fit, make_model, make_rows, paths_of, scripted_trees
-from runs import process_rank
-
-folder = Path(sys.argv[1])
-torch.distributed.init_process_group("gloo")
-model = make_model()
-rows = make_rows(paths_of(scripted_trees())[:15], model)
-fit(model, rows, folder, batch_tokens=200)
-rank, _ = process_rank()
-if rank == 0:
-    torch.save(model.trained_parameters(), folder / "two.pt")
-"""
+def train_as_one_of_two(rank, rows, folder):
+    """Train a new V in this process and another one. The first saves it as two.pt."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    store = (folder / "store").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    model = make_model()
+    fit(model, rows, folder, batch_tokens=200)
+    if rank == 0:
+        torch.save(model.trained_parameters(), folder / "two.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_data_parallel_training_equals_one_process_with_the_batches_together(
     records, tmp_path, monkeypatch
 ):
     # 1. train in two processes
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run_python(*launcher, script, tmp_path)
+    one = make_model()
+    rows = make_rows(paths_of(records)[:15], one)
+    children = []
+    for rank in (0, 1):
+        children.append(start_in_fork(partial(train_as_one_of_two, rank, rows, tmp_path)))
+    assert [exit_code_of(child) for child in children] == [0, 0]
 
     # 2. train in one process, on both batches of a step together
     num_batches = []
@@ -1158,8 +1153,6 @@ def test_data_parallel_training_equals_one_process_with_the_batches_together(
 
     monkeypatch.setattr(train_value, "epoch_batches", pairs_of_batches)
     (tmp_path / "one").mkdir()
-    one = make_model()
-    rows = make_rows(paths_of(records)[:15], one)
     fit(one, rows, tmp_path / "one", batch_tokens=200)
 
     # 3. compare. With an odd number of batches, one process has none in the last step.
