@@ -11,7 +11,8 @@ itself speaks.
 import hashlib
 import logging
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 # Set before peft is imported. bitsandbytes announces a kernel that it does without, and peft uses
@@ -21,6 +22,7 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from torch import nn
 
 from mas import MAS
@@ -48,7 +50,7 @@ class AgentAdapters:
     """The adapters of the agents, on the model that they share.
 
     A forward of the model uses one adapter at a time, so messages of agents with different adapters
-    are sampled and read in different batches (`name_for`, `use`).
+    are sampled and read in different batches (`name_for`, `merged`, `use`).
 
     Args:
         model: as returned by peft, with the adapters `names`.
@@ -128,6 +130,34 @@ class AgentAdapters:
         """Activate the adapter of this agent."""
         if self.model.active_adapter != self.name_for(agent):
             self.model.set_adapter(self.name_for(agent))
+
+    @contextmanager
+    def merged(self, agent: str) -> Iterator[None]:
+        """Add the adapter of this agent to the weights of the base, in a `with` block.
+
+        A layer with an adapter beside it takes three products and a sum. A step of decoding reads
+        one token per message, so that it takes longer for their number than for their size.
+
+        The weights of the base are kept and put back, so it does not move by a bit. Quantised ones
+        cannot be added to; their adapter stays beside them.
+        """
+        self.use(agent)
+        layers = [layer for layer in self.model.modules() if isinstance(layer, lora.LoraLayer)]
+        if not all(isinstance(layer, lora.Linear) for layer in layers):
+            yield
+            return
+        kept = []
+        try:
+            for layer in layers:
+                weight = layer.get_base_layer().weight
+                kept.append((weight, weight.data))
+                change = layer.get_delta_weight(self.name_for(agent)).detach()
+                weight.data = (weight.data + change).to(weight.dtype)
+            with self.off():
+                yield
+        finally:
+            for weight, data in kept:
+                weight.data = data
 
     def off(self) -> AbstractContextManager:
         """Deactivate all adapters in a `with` block: the base speaks, the reference policy."""

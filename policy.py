@@ -16,7 +16,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -321,17 +321,19 @@ class Policy:
 
     def _sample(self, parts: list[Part]) -> None:
         """Sample all messages of these parts, of one adapter. Out of memory lowers batch_tokens."""
+        speaking = nullcontext()
         if self.adapters is not None:
-            self.adapters.use(parts[0].job.agent)
-        while parts:
-            try:
-                self._decode(parts)
-            except torch.OutOfMemoryError:
-                parts = [part.without_finished() for part in parts]
-                parts = [part for part in parts if part.candidate_indices]
-                self._halve_batch_tokens(parts)
-            else:
-                return
+            speaking = self.adapters.merged(parts[0].job.agent)
+        with speaking:
+            while parts:
+                try:
+                    self._decode(parts)
+                except torch.OutOfMemoryError:
+                    parts = [part.without_finished() for part in parts]
+                    parts = [part for part in parts if part.candidate_indices]
+                    self._halve_batch_tokens(parts)
+                else:
+                    return
 
     def _decode(self, parts: list[Part]) -> None:
         """Decode all messages of these parts; write each down when it has ended."""

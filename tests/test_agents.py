@@ -4,14 +4,17 @@ import copy
 import json
 from collections import defaultdict
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ScriptedPolicy, drive, make_tiny_policy, sample_tiny_rollouts
+from conftest import AGENTS, ScriptedPolicy, drive, make_tiny_policy, sample_tiny_rollouts
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import train_agents
 from adapters import AgentAdapters, adapters_setting
+from checkpoints import load_pretrained
 from generate_rollouts import Node
 from mas import CHAIN, State
 from packing import pack, sequences_of
@@ -26,7 +29,7 @@ from rewards import (
     returns,
     sample_tree,
 )
-from runs import seeded
+from runs import InputError, seeded
 from tables import training_line, training_table
 from tasks import Problem, load_problems
 from train_agents import DistinctMessage, Learner, Training, make_rows
@@ -544,6 +547,68 @@ def test_agents_with_adapters_of_their_own_speak_with_them():
     after = texts()
     assert after[0] == before[0] and after[1] != before[1]
     assert texts() == after
+
+
+def agents_model(*, quantize=False):
+    settings = {"quantize": quantize, "device": "cpu", "dtype": "float32"}
+    model, _ = load_pretrained("--model", AGENTS, AutoModelForCausalLM, **settings)
+    return model
+
+
+def small_gpt2():
+    """Return a model whose layers hold their weights transposed."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+@pytest.mark.parametrize(
+    "make_model", [agents_model, partial(agents_model, quantize=True), small_gpt2]
+)
+def test_a_merged_adapter_speaks_as_beside_the_base_which_does_not_move(make_model):
+    model = make_model()
+    base = dict(model.named_parameters())
+    before = {name: weight.detach().clone() for name, weight in base.items()}
+    adapters = AgentAdapters.add(model, CHAIN, kind="per-agent", rank=4)
+    torch.manual_seed(1)
+    for weight in adapters.parameters().values():
+        weight.data = 0.1 * torch.randn_like(weight)
+
+    @torch.no_grad()
+    def logits():
+        return adapters.model(input_ids=torch.arange(9)[None]).logits
+
+    with adapters.off():
+        of_base = logits()
+    adapters.use("Solver")
+    expected = logits()
+    adapters.use("Reader")
+    with adapters.merged("Solver"):
+        merged = logits()
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
+    assert (merged - of_base).abs().max() > 0.01
+    with pytest.raises(InputError), adapters.merged("Planner"):
+        raise InputError("a message does not fit")
+
+    adapters.use("Solver")
+    assert torch.equal(logits(), expected)
+    for name, weight in base.items():
+        assert torch.equal(weight, before[name]), name
+    trained = [name for name, weight in adapters.parameters().items() if weight.requires_grad]
+    assert trained and all(".agent_Solver." in name for name in trained)
+
+
+def test_sampling_reads_merged_weights_only():
+    policy = trained_policy()
+    calls = []
+    for name, module in policy.adapters.model.named_modules():
+        if name.endswith("lora_A.shared"):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    rollouts_of(policy, num=1)
+    assert calls == []
+    policy.adapters.model(input_ids=torch.tensor([[1, 2]]))
+    assert calls
 
 
 def test_the_reference_is_the_model_with_its_adapters_off(learner, rollouts):
