@@ -21,7 +21,7 @@ from typing import Any
 
 from diagnosis import label_signatures, with_warnings
 from extraction import extract_answer
-from mas import MAS, Message, State, load_graph
+from mas import MAS, Message, State, counts_per_agent, load_graph
 from policy import (
     Candidate,
     Cost,
@@ -455,7 +455,7 @@ def add_training_problems_arguments(parser: Parser) -> None:
 def main(args) -> None:
     # 1. Load the graph, the problems and the agents.
     mas = load_graph(args.graph)
-    num_candidates = mas.per_agent(args.num_candidates, "--num-candidates")
+    num_candidates = counts_per_agent(mas, args.num_candidates, "--num-candidates")
     problems = load_training_problems(args)
     policy = make_policy(args, mas)
 

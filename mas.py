@@ -159,52 +159,6 @@ class MAS:
             shown = [*self.observe(state, speaker), state.messages[-1]]
         return tuple(_with_sender(message) for message in shown)
 
-    # -- One count per agent --
-
-    def per_agent(self, spec: str, flag: str) -> tuple[int, ...]:
-        """Read one count per agent.
-
-        Args:
-            spec: "3" for all agents, "1.8.1.1" in the order of the schedule, or
-                "Reader=1,Planner=8", in which agents that are not named get 1.
-            flag: where `spec` comes from, for the message of an error.
-
-        Raises:
-            InputError: if there is not one count of at least 1 for each agent.
-        """
-        names = [agent.name for agent in self.agents]
-        try:
-            counts = self._counts_by_name(spec, flag) if "=" in spec else _counts_in_order(spec)
-        except ValueError:
-            raise InputError(
-                f"{flag} {spec}: give one whole number, "
-                f"or one per agent as 1.8.1.1 or Planner=8,Solver=2"
-            ) from None
-        if len(counts) == 1:
-            counts = counts * len(names)
-        if len(counts) != len(names) or min(counts) < 1:
-            listed = ", ".join(names)
-            raise InputError(f"{flag} {spec}: needs one number of at least 1 for each of {listed}")
-        return tuple(counts)
-
-    def _counts_by_name(self, spec: str, flag: str) -> list[int]:
-        names = [agent.name for agent in self.agents]
-        counts = dict.fromkeys(names, 1)
-        for pair in spec.split(","):
-            name, count = pair.split("=")
-            counts[name] = int(count)
-        unknown = sorted(set(counts) - set(names))
-        if unknown:
-            listed = ", ".join(names)
-            raise InputError(
-                f"{flag} {spec}: no agent {unknown[0]} in graph {self.name}; it has {listed}"
-            )
-        return list(counts.values())
-
-
-def _counts_in_order(spec: str) -> list[int]:
-    return [int(count) for count in spec.split(".")]
-
 
 def normalize_words(text: str) -> str:
     """Return the words of a text with a space around each: "**Check**  FAILS." -> " check fails ".
@@ -412,6 +366,7 @@ GRAPHS = {graph.name: graph for graph in (CHAIN, SINGLE, DEBATE, CONSTRAINTS, RE
 
 # The keys of an [[agents]] table and the types of their values.
 AGENT_KEYS = {"name": str, "sees": list, "prompt": str, "max_new_tokens": int, "when": list}
+TYPE_NAMES = {str: "text", list: "list of strings", int: "whole number"}
 
 
 def load_graph(name: str) -> MAS:
@@ -429,8 +384,8 @@ def load_graph(name: str) -> MAS:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"--graph {name}: no such file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"--graph {name}: not TOML ({error})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--graph {name}: not TOML in UTF-8 ({error})") from None
     tables = table.get("agents")
     if not isinstance(tables, list) or not all(isinstance(agent, dict) for agent in tables):
         raise InputError(f"--graph {name}: it has no [[agents]] tables")
@@ -448,7 +403,7 @@ def _check_agent_table(fields: dict, place: str) -> None:
             listed = ", ".join(AGENT_KEYS)
             raise InputError(f"{place}: unknown key {key}; an agent has {listed}")
         if not _has_type(value, AGENT_KEYS[key]):
-            type_name = AGENT_KEYS[key].__name__.replace("list", "list of strings")
+            type_name = TYPE_NAMES[AGENT_KEYS[key]]
             raise InputError(f"{place}: {key} = {value!r} should be a {type_name}")
     required = [key for key in AGENT_KEYS if key != "when"]
     for key in required:
@@ -465,7 +420,7 @@ def _check_agent_table(fields: dict, place: str) -> None:
 def _has_type(value, expected: type) -> bool:
     if expected is list:
         return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    return isinstance(value, expected)
+    return isinstance(value, expected) and not isinstance(value, bool)
 
 
 def _make_agent(fields: dict) -> Agent:
@@ -474,3 +429,54 @@ def _make_agent(fields: dict) -> Agent:
     for key, value in fields.items():
         values[key] = tuple(value) if isinstance(value, list) else value
     return Agent(**values)
+
+
+# ---- One count per agent, from a flag ------------------------------------------------------------
+
+
+def counts_per_agent(mas: MAS, spec: str, flag: str) -> tuple[int, ...]:
+    """Read one count per agent.
+
+    Args:
+        spec: "3" for all agents, "1.8.1.1" in the order of the schedule, or
+            "Reader=1,Planner=8", in which agents that are not named get 1.
+        flag: where `spec` comes from, for the message of an error.
+
+    Raises:
+        InputError: if there is not one count of at least 1 for each agent.
+    """
+    names = [agent.name for agent in mas.agents]
+    try:
+        counts = _counts_by_name(mas, spec, flag) if "=" in spec else _counts_in_order(spec)
+    except ValueError:
+        raise InputError(
+            f"{flag} {spec}: give one whole number, "
+            f"or one per agent as 1.8.1.1 or Planner=8,Solver=2"
+        ) from None
+    if len(counts) == 1:
+        counts = counts * len(names)
+    if len(counts) != len(names) or min(counts) < 1:
+        listed = ", ".join(names)
+        raise InputError(f"{flag} {spec}: needs one number of at least 1 for each of {listed}")
+    return tuple(counts)
+
+
+def _counts_by_name(mas: MAS, spec: str, flag: str) -> list[int]:
+    named = {}
+    for pair in spec.split(","):
+        name, count = pair.split("=")
+        if name in named:
+            raise InputError(f"{flag} {spec}: {name} is named twice")
+        named[name] = int(count)
+    names = [agent.name for agent in mas.agents]
+    unknown = sorted(set(named) - set(names))
+    if unknown:
+        listed = ", ".join(names)
+        raise InputError(
+            f"{flag} {spec}: no agent {unknown[0]} in graph {mas.name}; it has {listed}"
+        )
+    return [named.get(name, 1) for name in names]
+
+
+def _counts_in_order(spec: str) -> list[int]:
+    return [int(count) for count in spec.split(".")]

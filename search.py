@@ -28,6 +28,8 @@ from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from answers import same_answer
 from decoding import uniforms
 from extraction import extract_answer
@@ -42,7 +44,7 @@ from generate_rollouts import (
     select,
     tree_fields,
 )
-from mas import MAS, State, load_graph
+from mas import MAS, State, counts_per_agent, load_graph
 from policy import (
     Candidate,
     Cost,
@@ -435,13 +437,13 @@ def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Met
     num = int(parts.get("num") or 1)
     scorer = parts.get("scorer")
     if algorithm not in ("sbs", "mcts"):
-        return Method(name, algorithm, scorer, num, mas.per_agent("1", name), lam=0.0)
+        return Method(name, algorithm, scorer, num, counts_per_agent(mas, "1", name), lam=0.0)
 
     # The canonical name of a search says all its settings, each in one way.
     if parts["per_agent"] is None:
-        counts = mas.per_agent(num_candidates, "--num-candidates")
+        counts = counts_per_agent(mas, num_candidates, "--num-candidates")
     else:
-        counts = mas.per_agent(parts["per_agent"], f"method {name}:")
+        counts = counts_per_agent(mas, parts["per_agent"], f"method {name}:")
     if algorithm == "sbs":
         lam = 0.0
     elif parts["lam"] is not None:
@@ -449,7 +451,7 @@ def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Met
     shown_counts = str(counts[0]) if len(set(counts)) == 1 else ".".join(map(str, counts))
     canonical_name = f"{algorithm}-{num}x{shown_counts}-{scorer}"
     if lam > 0:
-        canonical_name += f"-lam{lam:g}"
+        canonical_name += f"-lam{np.format_float_positional(lam, trim='-')}"
     return Method(canonical_name, algorithm, scorer, num, counts, lam)
 
 
@@ -594,7 +596,7 @@ def parse_args(argv=None):
         "--question", default=None, help="your own question, instead of a problem of the task"
     )
     parser.add_argument(
-        "--index", type=positive_int, default=1, help="which test problem of the task, from 1"
+        "--index", type=positive_int, default=None, help="which test problem of the task, from 1"
     )
     parser.add_argument("--html", default=None, help="write the tree to this file, as a page")
     return parser.parse_args(argv)
@@ -630,7 +632,9 @@ def main(args) -> None:
 def choose_problem(args) -> Problem:
     """Return the user's question, or a test problem of the task."""
     if args.question is None:
-        return problem_at(task=args.task, data=args.data, place=args.index)
+        return problem_at(task=args.task, data=args.data, position=args.index or 1)
+    if args.index is not None:
+        raise InputError("--question and --index: give one of them")
     question = args.question.strip()
     if not question:
         raise InputError(

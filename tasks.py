@@ -183,15 +183,15 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
     return problems
 
 
-def problem_at(*, task: str, data: str | None, place: int) -> Problem:
-    """Return the test problem at a place of the fixed order, counted from 1 (--index).
+def problem_at(*, task: str, data: str | None, position: int) -> Problem:
+    """Return the test problem at a position in the fixed order, counted from 1 (--index).
 
     Raises InputError if there are fewer problems, or for the reasons of `load_problems`.
     """
-    problems = _first_problems(task, data, "test", place)
-    if len(problems) < place:
+    problems = _first_problems(task, data, "test", position)
+    if len(problems) < position:
         origin = data or f"--task {task}"
-        raise InputError(f"--index {place}: {origin} has {len(problems)} test problems")
+        raise InputError(f"--index {position}: {origin} has {len(problems)} test problems")
     return problems[-1]
 
 
@@ -365,7 +365,8 @@ def read_row(row: dict, place: str) -> RawProblem:
         place: the file and line of the row, for error messages.
 
     Raises:
-        InputError: if question or answer is missing, or the answer is none of the options.
+        InputError: if question or answer is missing, if the options are no list, or if the answer
+            is none of them.
     """
     fields = {field: _first_value(row, names) for field, names in COLUMNS.items()}
     for field in ("question", "answer"):
@@ -376,11 +377,17 @@ def read_row(row: dict, place: str) -> RawProblem:
     if fields["context"]:
         question = f"{str(fields['context']).strip()}\n{question}"
 
-    if fields["choices"]:
-        question += _options_text(fields["choices"])
-        gold = _option_letter(fields["answer"], fields["choices"], place)
+    choices = fields["choices"]
+    if choices and not isinstance(choices, list):
+        raise InputError(
+            f"{place}: the options are of type {type(choices).__name__}; give a list of texts, "
+            f"in JSON lines or parquet"
+        )
+    if choices:
+        question += _options_text(choices)
+        gold = _option_letter(fields["answer"], choices, place)
     else:
-        is_solution = row.get("answer") is None and "solution" in row
+        is_solution = all(row.get(name) is None for name in ("answer", "correct_option"))
         gold = _gold_of_solution(str(fields["answer"]).strip(), is_solution)
 
     return RawProblem(

@@ -35,7 +35,7 @@ from generate_rollouts import (
     add_training_problems_arguments,
     load_training_problems,
 )
-from mas import MAS, load_graph
+from mas import MAS, counts_per_agent, load_graph
 from metrics import problem_aucs
 from packing import PackedRow, collate, packed_batches, sequence_columns, token_cost_for
 from pictures import plot_training
@@ -748,7 +748,7 @@ def candidates_of_rollouts(args, mas: MAS) -> tuple[int, ...]:
     """Return the candidates per state, for each agent (see `sample_tree`)."""
     if args.rollouts == "passes":
         return _passes(args.num_passes, len(mas.agents))
-    num_candidates = mas.per_agent(args.num_candidates, "--num-candidates")
+    num_candidates = counts_per_agent(mas, args.num_candidates, "--num-candidates")
     if args.baseline == "siblings" and max(num_candidates) == 1:
         raise InputError(
             "--baseline siblings needs an agent with several candidates, "

@@ -21,6 +21,7 @@ import math
 import os
 import random
 import resource
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -815,8 +816,9 @@ def report_last_epoch(folder: Path) -> None:
 def peak_memory(device: str) -> str:
     if device.startswith("cuda"):
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated on the GPU"
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{kibibytes / 2**20:.1f} GiB of the process"
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{peak / 2**30:.1f} GiB of the process"
 
 
 def save_problems(file: BinaryIO, records: list[dict]) -> None:

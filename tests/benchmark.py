@@ -42,7 +42,7 @@ from decoding import (
     sample_tokens,
 )
 from generate_rollouts import make_searches, run, tree_record
-from mas import CHAIN
+from mas import CHAIN, counts_per_agent
 from packing import pack, sequences_of
 from policy import Policy, Sample, make_policy
 from runs import HERE, Parser, SearchProgress, Work, cli, positive_float, positive_int
@@ -213,7 +213,7 @@ def load_training_problems(num: int):
 def label(policy: Policy, problems: list, args, *, max_active: int) -> Measurement:
     """Label problems and measure the time."""
     seconds_before = dict(policy.decoder.seconds)
-    num_candidates = CHAIN.per_agent(args.num_candidates, "--num-candidates")
+    num_candidates = counts_per_agent(CHAIN, args.num_candidates, "--num-candidates")
     searches = make_searches(problems, CHAIN, num_candidates, args)
     progress = SearchProgress(len(problems), Work(1, 1), description="", shown=False)
     trees = {}

@@ -6,7 +6,16 @@ from dataclasses import asdict
 import pytest
 
 from extraction import extract_answer
-from mas import GRAPHS, MAS, Agent, Message, State, load_graph, normalize_words
+from mas import (
+    GRAPHS,
+    MAS,
+    Agent,
+    Message,
+    State,
+    counts_per_agent,
+    load_graph,
+    normalize_words,
+)
 from runs import InputError
 
 # ---- The chain -----------------------------------------------------------------------------------
@@ -280,6 +289,11 @@ MISTAKES = [  # a part of TOML, its replacement, and the complaint
     ("max_new_tokens = 32", "max_new_tokens = 0", "max_new_tokens should be at least 1"),
     ('["Writer", "not sure"]', '["Writer"]', "words it says"),
     ('["Writer", "not sure"]', '["Author", "not sure"]', "Editor speaks when Author says"),
+    (
+        "max_new_tokens = 32",
+        "max_new_tokens = true",
+        "max_new_tokens = True should be a whole",
+    ),
     ("[[agents]]", "[[agent]]", r"no \[\[agents\]\]"),
     ("name =", "name", "not TOML"),
 ]
@@ -294,6 +308,13 @@ def test_a_bad_graph_file_is_refused_in_one_line(tmp_path, part, mistake, compla
     assert "\n" not in str(error.value)
 
 
+def test_a_graph_file_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(TOML.replace("Editor", "Éditeur").encode("latin-1"))
+    with pytest.raises(InputError, match="bad.toml: not TOML in UTF-8"):
+        load_graph(str(path))
+
+
 # ---- Counts per agent ----------------------------------------------------------------------------
 
 COUNTS = [  # as a flag gives them, and per agent of the chain
@@ -305,18 +326,18 @@ COUNTS = [  # as a flag gives them, and per agent of the chain
 
 @pytest.mark.parametrize("spec, counts", COUNTS)
 def test_counts_per_agent(chain, spec, counts):
-    assert chain.per_agent(spec, "C") == counts
+    assert counts_per_agent(chain, spec, "C") == counts
 
 
-BAD_COUNTS = ["0", "-1", "1.2", "x", "Plumber=2", "1.0.1.1", "Reader=", ""]
+BAD_COUNTS = ["0", "-1", "1.2", "x", "Plumber=2", "1.0.1.1", "Reader=", "Reader=2,Reader=3", ""]
 
 
 @pytest.mark.parametrize("spec", BAD_COUNTS)
 def test_bad_counts_per_agent_are_refused(chain, spec):
     with pytest.raises(InputError, match=f"--num-candidates {spec}: "):
-        chain.per_agent(spec, "--num-candidates")
+        counts_per_agent(chain, spec, "--num-candidates")
 
 
 def test_a_count_for_an_agent_that_is_not_there_names_it(chain):
     with pytest.raises(InputError, match="no agent Plumber in graph chain; it has Reader, Planner"):
-        chain.per_agent("Plumber=2", "--num-candidates")
+        counts_per_agent(chain, "Plumber=2", "--num-candidates")

@@ -577,6 +577,7 @@ BAD_FLAGS = [
     (search, "--lam nan", "--lam: 'nan' is not a number"),
     (search, "--method beam-3", "method beam-3: not one of greedy"),
     (search, "--index 0", "--index"),
+    (search, "--question why --index 7", "--question and --index: give one of them"),
     (search, "--index 99999999", "--index 99999999: --task tiny has 178 test problems"),
     (search, "--task chess --question How?", "--task chess: unknown; it is one of tiny"),
     (evaluate, "--methods mcts-5-value-lam2", "lam2"),

@@ -821,6 +821,13 @@ def test_a_vote_is_given_the_answer_type_of_its_problem(duo):
     assert leaf.path[0] != 0 and leaf.message.text == "Final answer: (b)"
 
 
+@pytest.mark.parametrize("lam", [0.1234567, 0.12345671, 1e-7, 0.3, 1.0])
+def test_every_lambda_has_a_name_of_its_own_that_can_be_read(chain, lam):
+    method = parse_method("mcts-8x2-value", chain, num_candidates="1", lam=lam)
+    assert parse_method(method.name, chain, num_candidates="1", lam=0.0) == method
+    assert method.lam == lam
+
+
 def test_flags_complete_the_name_of_an_mcts(chain):
     """The flags give what the name leaves out, and the canonical name says it."""
     method = parse_method("mcts-8-value", chain, num_candidates="1.5.1.1", lam=0.25)

@@ -123,6 +123,21 @@ def test_a_row_with_an_answer_and_a_solution_has_the_answer():
     assert tasks.read_row(row, "d, line 1").gold == "8"
 
 
+def test_an_answer_under_another_name_than_solution_is_no_worked_solution():
+    row = {"question": "Pick", "correct_option": "42", "solution": "we add"}
+    assert tasks.read_row(row, "d, line 1").gold == "42"
+
+
+NO_LISTS = [("red;green", "str"), ({"text": ["red", "green"], "label": ["A", "B"]}, "dict")]
+
+
+@pytest.mark.parametrize("choices, type_name", NO_LISTS)
+def test_options_that_are_no_list_are_refused(choices, type_name):
+    """The options of a text would be its characters, those of a dict its keys."""
+    with pytest.raises(InputError, match=f"d, line 3: the options are of type {type_name}; give"):
+        tasks.read_row({"question": "Pick", "choices": choices, "answer": "B"}, "d, line 3")
+
+
 @pytest.mark.parametrize("answer", [2, "2", "C", "r"])
 def test_an_answer_behind_the_last_option_is_refused(answer):
     row = {"question": "Which?", "choices": ["p", "q"], "answer": answer}
@@ -408,13 +423,13 @@ def test_embedded_training_problems_end(monkeypatch):
 
 def test_one_test_problem_is_found_by_its_place(tmp_path, capsys):
     problems = load_problems(task="tiny", data=None, split="test", num=3)
-    assert problem_at(task="tiny", data=None, place=3) == problems[2]
+    assert problem_at(task="tiny", data=None, position=3) == problems[2]
     with pytest.raises(InputError, match="--index 99999999: --task tiny has 178 test problems"):
-        problem_at(task="tiny", data=None, place=99_999_999)
+        problem_at(task="tiny", data=None, position=99_999_999)
 
     data = write_rows(tmp_path / "d.jsonl", [{"question": "q", "answer": "1"}])
     with pytest.raises(InputError, match="--index 2: .*d.jsonl has 1 test problems"):
-        problem_at(task="tiny", data=data, place=2)
+        problem_at(task="tiny", data=data, position=2)
     assert capsys.readouterr().err == ""  # the error is the only line
 
 

@@ -1467,8 +1467,12 @@ def test_peak_memory_is_in_gibibytes(monkeypatch):
     usage = SimpleNamespace(ru_maxrss=5 * 2**19)  # KiB
     monkeypatch.setattr(train_value.resource, "getrusage", lambda who: usage)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7 * 2**29)
+    monkeypatch.setattr(train_value.sys, "platform", "linux")
     assert train_value.peak_memory("cpu") == "2.5 GiB of the process"
     assert train_value.peak_memory("cuda:1") == "3.5 GiB allocated on the GPU"
+    monkeypatch.setattr(train_value.sys, "platform", "darwin")
+    usage.ru_maxrss = 5 * 2**29  # bytes
+    assert train_value.peak_memory("cpu") == "2.5 GiB of the process"
 
 
 def test_all_settings_of_the_weights_are_recorded(records, monkeypatch):
