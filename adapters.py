@@ -133,13 +133,13 @@ class AgentAdapters:
 
     @contextmanager
     def merged(self, agent: str) -> Iterator[None]:
-        """Add the adapter of this agent to the weights of the base, in a `with` block.
+        """Merge the adapter of this agent into the weights of the base, inside a `with` block.
 
-        A layer with an adapter beside it takes three products and a sum. A step of decoding reads
-        one token per message, so that it takes longer for their number than for their size.
+        A decoding step reads one token per message, so its time depends on the number of matrix
+        products more than on their size. An adapter that is not merged adds two to every layer.
 
-        The weights of the base are kept and put back, so it does not move by a bit. Quantised ones
-        cannot be added to; their adapter stays beside them.
+        The original weights are kept and put back, so the base stays bit-identical. Quantised
+        weights cannot be merged into: their adapter stays separate.
         """
         self.use(agent)
         layers = [layer for layer in self.model.modules() if isinstance(layer, lora.LoraLayer)]

@@ -77,7 +77,7 @@ def agent_metrics(edges: list[Edge], values: list[float]) -> dict:
     y = np.array([edge.y for edge in edges])
     v = np.array(values)
     both_vary = np.std(v) > 0 and np.std(y) > 0
-    aucs = problem_aucs(edges, values)
+    aucs = problem_aucs([edge.problem_id for edge in edges], [edge.y for edge in edges], values)
     hits, chances = sibling_choices(edges, values)
     return {
         "n": len(edges),
@@ -94,12 +94,16 @@ def agent_metrics(edges: list[Edge], values: list[float]) -> dict:
     }
 
 
-def problem_aucs(edges: list[Edge], values: list[float]) -> list[float]:
-    """Return the AUC within each problem that has both right and wrong states."""
+def problem_aucs(problem_ids: list[str], targets: list[float], values: list[float]) -> list[float]:
+    """Return the AUC within each problem that has both right (y > 0) and wrong (y < 0) states.
+
+    Args:
+        problem_ids, targets, values: of each state its problem, y and V.
+    """
     states_of_problem = defaultdict(list)
-    for edge, value in zip(edges, values, strict=True):
-        if edge.y != 0:
-            states_of_problem[edge.problem_id].append((value, edge.y > 0))
+    for problem_id, y, value in zip(problem_ids, targets, values, strict=True):
+        if y != 0:
+            states_of_problem[problem_id].append((value, y > 0))
     aucs = []
     for states in states_of_problem.values():
         problem_values, is_right = zip(*states, strict=True)

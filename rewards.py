@@ -87,7 +87,9 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """Sample a tree of messages for each problem, and grade the final answers.
 
-    seed: of these messages. Another step needs another one, or it would repeat the same noise.
+    The policy must not have a journal: only generated messages come with their token ids.
+
+    seed: becomes the policy's seed. Every step needs its own, or its noise would repeat.
     """
     policy.seed = seed
     tokens = defaultdict(dict)
@@ -145,7 +147,8 @@ def descendants(root: Node) -> list[Node]:
 def read_values(rollouts: list[Rollout], value_model: ValueModel, *, batch_tokens: int) -> None:
     """Let V read every state, that of the question alone included.
 
-    V was not trained on questions alone. But as a baseline it only must not depend on the messages.
+    V was not trained on questions alone. V(question) serves as a baseline only, and a baseline that
+    does not depend on the message adds no bias to the policy gradient.
     """
     nodes = []
     for rollout in rollouts:
@@ -178,28 +181,29 @@ def mean_outcomes(rollout: Rollout) -> Rewards:
 
 
 def search_rewards(rollout: Rollout) -> Rewards:
-    """Q(s, a), in [-1, 1]. On trees this is `outcome_rewards` in another scale."""
+    """Return Q(s, a) of each message, in [-1, 1]. `outcome_rewards` is (Q + 1) / 2."""
     return mean_outcomes(rollout)
 
 
 def outcome_rewards(rollout: Rollout) -> Rewards:
-    """1 if the final answer is right, else 0, for every message of a pass.
+    """Return the share of right final answers after each message, in [0, 1].
 
-    In a tree, a message has the share of right answers below it.
+    In independent passes: 1 for every message of a pass that ends in a right answer, else 0.
     """
     return {node: (outcome + 1) / 2 for node, outcome in mean_outcomes(rollout).items()}
 
 
 def value_rewards(rollout: Rollout) -> Rewards:
-    """(V(s_{i+1}) + 1) / 2: what V thinks of the state that the message leads to."""
+    """Return (V(s_{i+1}) + 1) / 2, in [0, 1]; s_{i+1} is the state that the message leads to."""
     return {node: (node.V + 1) / 2 for node in rollout.nodes}
 
 
 def value_delta_rewards(rollout: Rollout) -> Rewards:
-    """(V(s_{i+1}) - V(s_i)) / 2: what the message has changed. The last: (z - V(s_i)) / 2.
+    """Return (V(s_{i+1}) - V(s_i)) / 2, in [-1, 1]: how much the message changes V.
 
-    From any state to the end of a pass these sum to (z - V(s_i)) / 2, whatever V is. Siblings
-    share V(s_i), so between them this is `value_rewards` for all agents but the last.
+    After the last message, z = +1 or -1 takes the place of V(s_{i+1}). So the rewards from s_i to
+    the end of a pass sum to (z - V(s_i)) / 2, whatever V is. Siblings share V(s_i), so their
+    differences equal those of `value_rewards`, for all agents but the last.
     """
     rewards = {}
     for node in rollout.nodes:
@@ -330,7 +334,7 @@ REWARDS: dict[str, Callable[[Rollout], Rewards]] = {
     "search": search_rewards,
     "value": value_rewards,
     "value-delta": value_delta_rewards,
-    "random": outcome_rewards,  # shuffled afterwards
+    "random": outcome_rewards,  # Training.train_step shuffles them
 }
 VALUE_REWARDS = ("value", "value-delta")  # those that read V
 
@@ -351,55 +355,55 @@ def returns(rollout: Rollout, rewards: Rewards) -> Rewards:
     return totals
 
 
-# Rewards of an agent that differ by less than this are the same.
+def is_trainable(node: Node, credit: float | None) -> bool:
+    """Return whether a message has a credit and was not cut at its token limit."""
+    return credit is not None and not node.candidate.truncated
+
+
+# Credits of an agent that differ by less than this are the same.
 SMALLEST_SPREAD = 1e-4
 
 
-def advantages(rewards: Rewards, baseline: str) -> dict[Node, float]:
-    """Return (reward - baseline) / spread of each message that is trained on.
+def advantages(credits: Rewards, baseline: str) -> dict[Node, float]:
+    """Return the advantage of each message that is trained on: (credit - baseline) / spread.
 
-    The spread is the standard deviation of all rewards of the agent in the batch, for both
-    baselines. Not trained on, and no part of any mean, are messages that were cut at their limit
-    and messages without a reward. Messages with nothing to compare them with have no advantage: all
-    those of an agent whose rewards are equal, and with "siblings" a message without siblings.
+    The spread is the standard deviation of the credits of the agent's messages in the batch, for
+    both baselines. A message is left out of training and of all means if it was cut at its limit or
+    has no credit. It is not trained on either if there is nothing to compare it with: if the
+    credits of its agent are all equal or, with "siblings", if it has no siblings.
 
     Args:
-        baseline: "agent", the mean reward of the agent's messages in the batch (MAPPA: agents see
-            different inputs, so there is no group by question), or "siblings", the mean reward of
+        baseline: "agent", the mean credit of the agent's messages in the batch (MAPPA: agents see
+            different inputs, so there is no group by question), or "siblings", the mean credit of
             the candidates of the same state: an agent is not rewarded for an easy question or for
             the luck of others.
     """
     # 1. The groups: all messages of an agent, and the candidates of a state.
-    rewards_of_agent, rewards_of_state = defaultdict(list), defaultdict(list)
-    for node, reward in rewards.items():
-        if has_credit(node, reward):
-            rewards_of_agent[node.message.agent].append(reward)
-            rewards_of_state[node.parent].append(reward)
+    credits_of_agent, credits_of_state = defaultdict(list), defaultdict(list)
+    for node, credit in credits.items():
+        if is_trainable(node, credit):
+            credits_of_agent[node.message.agent].append(credit)
+            credits_of_state[node.parent].append(credit)
 
     # 2. Their means and spreads.
     spread_of_agent, mean_of_agent, mean_of_state = {}, {}, {}
-    for agent, group in rewards_of_agent.items():
+    for agent, group in credits_of_agent.items():
         mean_of_agent[agent] = statistics.fmean(group)
         spread_of_agent[agent] = statistics.pstdev(group)
-    for state, group in rewards_of_state.items():
+    for state, group in credits_of_state.items():
         mean_of_state[state] = statistics.fmean(group)
 
     # 3. Compare each message with its group.
     result = {}
-    for node, reward in rewards.items():
-        if not has_credit(node, reward):
+    for node, credit in credits.items():
+        if not is_trainable(node, credit):
             continue
         agent = node.message.agent
-        has_siblings = len(rewards_of_state[node.parent]) > 1
+        has_siblings = len(credits_of_state[node.parent]) > 1
         if spread_of_agent[agent] <= SMALLEST_SPREAD:
             continue
         if baseline == "agent":
-            result[node] = (reward - mean_of_agent[agent]) / spread_of_agent[agent]
+            result[node] = (credit - mean_of_agent[agent]) / spread_of_agent[agent]
         elif has_siblings:
-            result[node] = (reward - mean_of_state[node.parent]) / spread_of_agent[agent]
+            result[node] = (credit - mean_of_state[node.parent]) / spread_of_agent[agent]
     return result
-
-
-def has_credit(node: Node, reward: float | None) -> bool:
-    """Return whether a message was finished and has a reward."""
-    return reward is not None and not node.candidate.truncated

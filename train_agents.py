@@ -30,7 +30,6 @@ from adapters import AgentAdapters, adapter_names
 from checkpoints import checkpoint_fingerprint
 from diagnosis import agents_signatures, with_warnings
 from generate_rollouts import (
-    Edge,
     Node,
     add_training_problems_arguments,
     load_training_problems,
@@ -47,7 +46,7 @@ from rewards import (
     Rewards,
     Rollout,
     advantages,
-    has_credit,
+    is_trainable,
     mean_outcomes,
     mix_with_outcome,
     read_values,
@@ -109,8 +108,11 @@ class DistinctMessage:
         return len(self.token_ids) * len(self.advantages)
 
 
-def make_rows(rollouts: list[Rollout], advantage_of: dict[Node, float]) -> list[DistinctMessage]:
-    rows: dict[Any, DistinctMessage] = {}
+def distinct_messages(
+    rollouts: list[Rollout], advantage_of: dict[Node, float]
+) -> list[DistinctMessage]:
+    """Group the samples that have an advantage by (agent, prompt, message), in order."""
+    messages: dict[Any, DistinctMessage] = {}
     for rollout in rollouts:
         for node in rollout.nodes:
             if node not in advantage_of:
@@ -118,13 +120,13 @@ def make_rows(rollouts: list[Rollout], advantage_of: dict[Node, float]) -> list[
             agent = node.message.agent
             prompt_ids, token_ids = rollout.tokens[node.path]
             key = (agent, tuple(prompt_ids), tuple(token_ids))
-            row = rows.setdefault(key, DistinctMessage(agent, prompt_ids, token_ids))
-            row.advantages.append(advantage_of[node])
-    return list(rows.values())
+            message = messages.setdefault(key, DistinctMessage(agent, prompt_ids, token_ids))
+            message.advantages.append(advantage_of[node])
+    return list(messages.values())
 
 
 class Learner:
-    """Makes messages with a positive advantage more likely, and others less.
+    """Makes messages with a positive advantage more likely, and those with a negative one less.
 
     The objective is PPO's clipped one per token, with a penalty on the KL divergence from the
     reference policy (the base, without adapters), as in MAPPA. The log-probabilities before the
@@ -163,23 +165,25 @@ class Learner:
         self.token_cost = token_cost_for(self.model.config)
         self.optimizer = torch.optim.AdamW(adapters.parameters().values(), lr=lr, weight_decay=0.0)
 
-    def update(self, rows: list[DistinctMessage], rng) -> dict[str, float]:
-        """Train one epoch on the rows. Returns the mean KL and the share of clipped tokens."""
+    def update(self, messages: list[DistinctMessage], rng) -> dict[str, float]:
+        """Train one epoch on the messages. Returns the mean KL and the share of clipped tokens."""
         # 1. Log-probabilities before the update, and those of the reference.
         with torch.no_grad():
-            for batch in self._batches(rows):
-                for index, logprobs in self.message_logprobs(rows, batch).items():
-                    rows[index].old_logprobs = logprobs.clone()
+            for batch in self._batches(messages):
+                for index, logprobs in self.message_logprobs(messages, batch).items():
+                    messages[index].old_logprobs = logprobs.clone()
                 with self.adapters.off():
-                    for index, logprobs in self.message_logprobs(rows, batch).items():
-                        rows[index].reference_logprobs = logprobs.clone()
+                    for index, logprobs in self.message_logprobs(messages, batch).items():
+                        messages[index].reference_logprobs = logprobs.clone()
 
         # 2. One epoch. Every token of every sample has the same weight.
-        num_tokens = max(1, sum(row.num_tokens for row in rows))
+        num_tokens = max(1, sum(message.num_tokens for message in messages))
         kl, num_clipped = 0.0, 0
-        for minibatch in self._minibatches(rows, rng):
+        for minibatch in self._minibatches(messages, rng):
             for batch in self._batches(minibatch):
                 loss, batch_kl, batch_clipped = self.loss(minibatch, batch)
+                # Divided by the mean number of tokens of a minibatch, not by its own number: every
+                # token of every sample has the same weight.
                 (loss * self.num_minibatches / num_tokens).backward()
                 kl += batch_kl
                 num_clipped += batch_clipped
@@ -189,43 +193,49 @@ class Learner:
             self.optimizer.zero_grad()
         return {"kl": kl / num_tokens, "clip_share": num_clipped / num_tokens}
 
-    def _minibatches(self, rows: list[DistinctMessage], rng) -> list[list[DistinctMessage]]:
+    def _minibatches(self, messages: list[DistinctMessage], rng) -> list[list[DistinctMessage]]:
         """Distribute the prompts. Messages of one share a minibatch, so that it is read once."""
-        rows_of_prompt = defaultdict(list)
-        for row in rows:
-            rows_of_prompt[row.agent, tuple(row.prompt_ids)].append(row)
-        prompts = rng.sample(list(rows_of_prompt), len(rows_of_prompt))
+        messages_of_prompt = defaultdict(list)
+        for message in messages:
+            messages_of_prompt[message.agent, tuple(message.prompt_ids)].append(message)
+        prompts = rng.sample(list(messages_of_prompt), len(messages_of_prompt))
         minibatches = [[] for _ in range(self.num_minibatches)]
         for index, prompt in enumerate(prompts):
-            minibatches[index % self.num_minibatches] += rows_of_prompt[prompt]
+            minibatches[index % self.num_minibatches] += messages_of_prompt[prompt]
         return minibatches
 
     def loss(
-        self, rows: list[DistinctMessage], batch: list[PackedRow]
+        self, messages: list[DistinctMessage], batch: list[PackedRow]
     ) -> tuple[torch.Tensor, float, int]:
-        """Return the summed loss of all samples' tokens in a batch, their KL, how many are clipped.
+        """Return the summed loss of a batch, its summed KL, and how many tokens were clipped.
 
-        The KL of a token is estimated, and penalised, as r - log r - 1 with r = reference / policy,
-        which is never negative.
+        Per token of a sample with advantage A, with ratio = pi / pi_old and r = pi_ref / pi:
+
+            loss = -min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A) + kl_coef * (r - log r - 1)
+
+        The last factor estimates KL(pi || pi_ref) and is never negative. A token is counted as
+        clipped if the clipped term is the smaller one.
         """
         total = torch.zeros((), device=self.model.device)
         total_kl, num_clipped = 0.0, 0
-        for index, logprobs in self.message_logprobs(rows, batch).items():
-            row = rows[index]
-            log_r = row.reference_logprobs - logprobs  # [tokens]
+        for index, logprobs in self.message_logprobs(messages, batch).items():
+            message = messages[index]
+            log_r = message.reference_logprobs - logprobs  # [tokens]
             kl = log_r.exp() - log_r - 1
-            ratio = (logprobs - row.old_logprobs).exp()
+            ratio = (logprobs - message.old_logprobs).exp()
             clipped_ratio = ratio.clamp(1 - self.clip, 1 + self.clip)
-            advantage = torch.tensor(row.advantages, device=ratio.device)[:, None]  # [samples, 1]
+            advantage = torch.tensor(message.advantages, device=ratio.device)[
+                :, None
+            ]  # [samples, 1]
             gain, clipped_gain = ratio * advantage, clipped_ratio * advantage
             losses = self.kl_coef * kl - torch.minimum(gain, clipped_gain)  # [samples, tokens]
             total = total + losses.sum()
-            total_kl += len(row.advantages) * kl.sum().item()
+            total_kl += len(message.advantages) * kl.sum().item()
             num_clipped += (clipped_gain < gain).sum().item()
         return total, total_kl, num_clipped
 
     def message_logprobs(
-        self, rows: list[DistinctMessage], batch: list[PackedRow]
+        self, messages: list[DistinctMessage], batch: list[PackedRow]
     ) -> dict[int, torch.Tensor]:
         """Return log pi of each token of each message in a batch.
 
@@ -233,12 +243,12 @@ class Learner:
             batch: packed rows of messages of one adapter (`_batches`). Prompts are read once.
 
         Returns:
-            Index of a row -> float32 [tokens of the message].
+            Index of a message -> float32 [tokens of the message].
         """
         # 1. A token is predicted by the one before it on its path.
-        predicted_by: dict[int, tuple[int, list[int]]] = {}  # row -> (packed row, columns)
+        predicted_by: dict[int, tuple[int, list[int]]] = {}  # message -> (packed row, columns)
         for index, (packed_index, columns) in sequence_columns(batch).items():
-            start = len(rows[index].prompt_ids) - 1
+            start = len(messages[index].prompt_ids) - 1
             predicted_by[index] = (packed_index, columns[start:-1])
         # Logits of other columns are not needed, and would take memory.
         kept = sorted(set().union(*(columns for _, columns in predicted_by.values())))
@@ -247,7 +257,7 @@ class Learner:
         # 2. Read, and look up each token.
         device = self.model.device
         any_index = next(iter(predicted_by))
-        self.adapters.use(rows[any_index].agent)
+        self.adapters.use(messages[any_index].agent)
         inputs = collate(batch, self.pad_id, device)
         logits = self.model(**inputs, logits_to_keep=torch.tensor(kept, device=device)).logits
         logits = logits.float() / self.temperature  # [packed rows, kept columns, vocabulary]
@@ -255,17 +265,17 @@ class Learner:
         logprobs = {}
         for index, (packed_index, columns) in predicted_by.items():
             places = torch.tensor([kept_index[column] for column in columns], device=device)
-            tokens = torch.tensor(rows[index].token_ids, device=device)
+            tokens = torch.tensor(messages[index].token_ids, device=device)
             chosen = logits[packed_index, places, tokens]
             logprobs[index] = chosen - log_total[packed_index, places]
         return logprobs
 
-    def _batches(self, rows: list[DistinctMessage]) -> list[list[PackedRow]]:
-        """Pack rows into batches of one adapter each; those that share prompts stay together."""
+    def _batches(self, messages: list[DistinctMessage]) -> list[list[PackedRow]]:
+        """Pack messages into batches of one adapter each; those of one prompt stay together."""
         indices_of_adapter = defaultdict(list)
-        for index, row in enumerate(rows):
-            indices_of_adapter[self.adapters.name_for(row.agent)].append(index)
-        sequences = [row.prompt_ids + row.token_ids for row in rows]
+        for index, message in enumerate(messages):
+            indices_of_adapter[self.adapters.name_for(message.agent)].append(index)
+        sequences = [message.prompt_ids + message.token_ids for message in messages]
         batches = []
         for indices in indices_of_adapter.values():
             batches += packed_batches(
@@ -310,20 +320,9 @@ def _measure_agent(entries: list[tuple[Problem, Node, float | None]]) -> dict:
     if has_value:
         report["value"] = statistics.fmean((node.V + 1) / 2 for node in nodes)
     if is_graded and has_value:
-        edges = []
-        for problem, node, outcome in entries:
-            edge = Edge(
-                problem_id=problem.id,
-                split=problem.split,
-                node=0,  # not read by problem_aucs
-                parent=0,
-                agent=node.message.agent,
-                state=node.state,
-                y=outcome,
-                visits=1,
-            )
-            edges.append(edge)
-        aucs = problem_aucs(edges, [node.V for node in nodes])
+        problem_ids = [problem.id for problem, _, _ in entries]
+        outcomes = [outcome for _, _, outcome in entries]
+        aucs = problem_aucs(problem_ids, outcomes, [node.V for node in nodes])
         report["value_auc"] = statistics.fmean(aucs) if aucs else None
     return report
 
@@ -429,20 +428,22 @@ class Training:
         )
         self.read_values(rollouts)
 
-        # 2. From rewards to advantages.
+        # 2. Reward: of the message alone. Credit: after --credit, --outcome-share and shuffling.
+        #    Advantage: the credit compared with the baseline.
         rewards: Rewards = {}
         credits: Rewards = {}
         for rollout in rollouts:
-            of_rollout = self.reward(rollout)
-            rewards |= of_rollout
+            rollout_rewards = self.reward(rollout)
+            rollout_credits = rollout_rewards
             if args.credit == "return":
-                of_rollout = returns(rollout, of_rollout)
+                rollout_credits = returns(rollout, rollout_credits)
             if args.outcome_share > 0:
-                of_rollout = mix_with_outcome(rollout, of_rollout, args.outcome_share)
-            credits |= of_rollout
+                rollout_credits = mix_with_outcome(rollout, rollout_credits, args.outcome_share)
+            rewards |= rollout_rewards
+            credits |= rollout_credits
         if args.reward == "random":
             credits = shuffle_within_agents(credits, rng)
-        if not any(has_credit(node, credit) for node, credit in credits.items()):
+        if not any(is_trainable(node, credit) for node, credit in credits.items()):
             raise InputError(
                 "no message of this step can be trained on: all were cut at their limit or have no "
                 "reward; raise --max-new-tokens, or take another --reward"
@@ -450,14 +451,14 @@ class Training:
         advantage_of = advantages(credits, args.baseline)
 
         # 3. Update the adapters.
-        rows = make_rows(rollouts, advantage_of)
-        statistics_of_update = self.learner.update(rows, rng)
+        messages = distinct_messages(rollouts, advantage_of)
+        statistics_of_update = self.learner.update(messages, rng)
         self.num_messages += len(rewards)
         record = {
             "step": self.step,
             "messages": self.num_messages,
             "trained_on": len(advantage_of),
-            "distinct": len(rows),
+            "distinct": len(messages),
             "cut": sum(node.candidate.truncated for node in rewards),
             "without_reward": sum(reward is None for reward in rewards.values()),
             "reward": mean_rewards(rewards),
@@ -549,7 +550,8 @@ def parse_args(argv=None):
         "--reward",
         choices=(*REWARDS, "coach"),
         default="value",
-        help="of each message: V, its change, Q of the tree, a coach, or the final answer",
+        help="of each message: V, its change, Q of the tree, the final answer, a coach, or random: "
+        "final answers shuffled among the messages of each agent, a control",
     )
     add_value_argument(parser)
     parser.add_argument(

@@ -32,7 +32,7 @@ from rewards import (
 from runs import InputError, seeded
 from tables import training_line, training_table
 from tasks import Problem, load_problems
-from train_agents import DistinctMessage, Learner, Training, make_rows
+from train_agents import DistinctMessage, Learner, Training, distinct_messages
 
 # ---- Pieces --------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ def rollouts(shared):
 
 def rows_of(rollouts, advantage=1.0):
     nodes = [node for rollout in rollouts for node in rollout.nodes]
-    return make_rows(rollouts, dict.fromkeys(nodes, advantage))
+    return distinct_messages(rollouts, dict.fromkeys(nodes, advantage))
 
 
 def in_one_batch(learner, rows):
@@ -266,8 +266,8 @@ def test_equal_messages_are_read_once_and_weighted(learner, rollouts):
 def test_rows_are_distinct_messages_of_distinct_prompts(rollouts):
     nodes = [node for rollout in rollouts for node in rollout.nodes]
     doubled = copy.copy(rollouts[0])
-    rows = make_rows([*rollouts, doubled], {node: 1.0 for node in nodes})
-    alone = make_rows(rollouts, {node: 1.0 for node in nodes})
+    rows = distinct_messages([*rollouts, doubled], {node: 1.0 for node in nodes})
+    alone = distinct_messages(rollouts, {node: 1.0 for node in nodes})
     assert len(rows) == len(alone) <= len(nodes)
     samples = sum(len(row.advantages) for row in rows)
     assert samples == len(nodes) + len(rollouts[0].nodes)
@@ -361,9 +361,9 @@ def test_masked_messages_move_nothing(shared, rollouts):
     candidate = cut.candidate
     cut.candidate = candidate._replace(truncated=True)
     try:
-        with_cut = make_rows([rollout], advantages(rewards, "agent"))
+        with_cut = distinct_messages([rollout], advantages(rewards, "agent"))
         del rewards[cut]
-        without = make_rows([rollout], advantages(rewards, "agent"))
+        without = distinct_messages([rollout], advantages(rewards, "agent"))
     finally:
         cut.candidate = candidate
     assert [vars(row) for row in with_cut] == [vars(row) for row in without]

@@ -22,7 +22,7 @@ from mas import CHAIN, DEBATE, MAS
 from rewards import advantages
 from runs import HERE, InputError, read_config, read_jsonl, seeded
 from tasks import load_problems
-from train_agents import Training, make_rows
+from train_agents import Training, distinct_messages
 
 # ---- It learns -----------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def test_a_planted_reward_is_learnt():
             for node in rollout.nodes:
                 rewards[node] = float(node.message.text.startswith("Facts: total"))
         shares.append(sum(rewards.values()) / len(rewards))
-        rows = make_rows(rollouts, advantages(rewards, "siblings"))
+        rows = distinct_messages(rollouts, advantages(rewards, "siblings"))
         learner.update(rows, seeded(step))
     assert shares[0] < 0.5
     assert shares[-1] > 0.85
