@@ -62,9 +62,9 @@ class AgentAdapters:
         self.names = names
 
     @classmethod
-    def add(cls, model: nn.Module, mas: MAS, *, kind: str, rank: int) -> "AgentAdapters":
-        """Add new adapters, which change nothing yet. kind: "shared" or "per-agent"."""
-        names = adapter_names(mas, kind)
+    def add(cls, model: nn.Module, mas: MAS, *, sharing: str, rank: int) -> "AgentAdapters":
+        """Add new adapters, which change nothing yet. sharing: see `adapter_names`."""
+        names = adapter_names(mas, sharing)
         peft_model = get_peft_model(model, lora_config(rank), adapter_name=names[0])
         for name in names[1:]:
             peft_model.add_adapter(name, lora_config(rank))
@@ -194,9 +194,12 @@ def _refuse_other_agents(folder: Path, graph: dict, mas: MAS) -> None:
         )
 
 
-def adapter_names(mas: MAS, kind: str) -> list[str]:
-    """Return the names of the adapters of a graph. kind: "shared" or "per-agent"."""
-    if kind == "shared":
+def adapter_names(mas: MAS, sharing: str) -> list[str]:
+    """Return the names of the adapters of a graph.
+
+    sharing: "shared", one adapter for all agents, or "per-agent", one for each.
+    """
+    if sharing == "shared":
         return [SHARED]
     return [_name_of_own(agent.name) for agent in mas.agents]
 

@@ -70,14 +70,14 @@ _SECOND_OPTION = re.compile(
     [\s)\]]* (?:,|/|\bor\b|\band\b) \s*
     (?:options?|choice)? \s*
     \(?[A-Z]\)? \s*
-    (?:[.,;)\]}]|$)
+    (?:[.,;)\]}]|$|\b(?:and|or|are|both)\b)
     """,
     re.IGNORECASE | re.VERBOSE,
 )
 
 # " or ", " + ", ", ": the text between two numbers that are not one answer
 _BETWEEN_TWO_ANSWERS = re.compile(
-    r"\s* (?:[-+*^×,]|\\times|\\cdot|\bor\b|\band\b|\bto\b) \s* (?:or\b\s*)? \{?",
+    r"\s* %? \s* (?:[-+^×,]|\*\*?|\\times|\\cdot|\bor\b|\band\b|\bto\b) \s* (?:or\b\s*)? \{?",
     re.VERBOSE,
 )
 
@@ -148,8 +148,10 @@ def _canonical_number(text: str) -> str | None:
         chosen, pair = numbers[-1], numbers[-2:]
     if len(pair) == 2:
         between = text[pair[0].end : pair[1].start]
-        if _BETWEEN_TWO_ANSWERS.fullmatch(between):
-            return None
+        # In "2 + 3" the operator is the sign of the second number.
+        for text_between in (between, between + pair[1].sign):
+            if _BETWEEN_TWO_ANSWERS.fullmatch(text_between):
+                return None
     return str(chosen.value)
 
 
@@ -347,7 +349,8 @@ _TRAILING_UNIT = re.compile(
 
 class _Number(NamedTuple):
     value: Fraction
-    start: int  # its place in the text
+    sign: str  # as it is written, perhaps ""
+    start: int  # its place in the text, with its sign
     end: int
 
 
@@ -364,7 +367,7 @@ def find_numbers(text: str) -> list[_Number]:
         value = _absolute_value(match)
         if match["sign"] == "-" and not _is_subtraction(text, match):
             value = -value
-        numbers.append(_Number(value, match.start(), match.end()))
+        numbers.append(_Number(value, match["sign"] or "", match.start(), match.end()))
     return numbers
 
 
@@ -685,16 +688,17 @@ class MathVerify:
     def _equal(self, a: str, b: str) -> bool:
         """Return whether two LaTeX answers are equal; False if either cannot be parsed."""
         with self.lock:
-            if self.process is None:
+            if self.process is None or self.process.poll() is not None:
                 self._start()
-            reply = self._ask(a, b)
+            reply, timed_out = self._ask(a, b)
             if reply:
                 return json.loads(reply)
 
             # No reply: the process was killed by the timer, or it failed.
-            if self.process.wait() != -signal.SIGKILL:
-                raise RuntimeError(f"math-verify failed on {a!r} and {b!r}")
-            self.process = None
+            exit_code = self.process.wait()
+            if not timed_out:
+                reason = ", perhaps out of memory" if exit_code == -signal.SIGKILL else ""
+                raise RuntimeError(f"math-verify failed on {a!r} and {b!r}{reason}")
             self.timeouts += 1
             print(
                 f"comparing {a[:80]!r} with {b[:80]!r} took more than {self.SECONDS:g} s; "
@@ -713,15 +717,21 @@ class MathVerify:
         )
         self.process.stdout.readline()  # "ready": loading sympy takes seconds and is not timed
 
-    def _ask(self, a: str, b: str) -> str:
-        """Return the reply of the process as JSON; "" if it ended without one."""
-        timer = threading.Timer(self.SECONDS, self.process.kill)
+    def _ask(self, a: str, b: str) -> tuple[str, bool]:
+        """Return the reply (JSON, or "" for none), and whether the timer stopped the process."""
+        timed_out = threading.Event()
+
+        def stop():
+            timed_out.set()
+            self.process.kill()
+
+        timer = threading.Timer(self.SECONDS, stop)
         timer.daemon = True
         self.process.stdin.write(json.dumps([a, b]) + "\n")
         self.process.stdin.flush()
         timer.start()
         try:
-            return self.process.stdout.readline()
+            return self.process.stdout.readline(), timed_out.is_set()
         finally:
             timer.cancel()
 

@@ -169,7 +169,9 @@ def sample_tokens(
 
 
 class SplitTokens(NamedTuple):
-    """The most likely tokens of every row after the filters one by one, and the others together.
+    """The tokens of every row after the filters, split in two groups.
+
+    The NUM_LIKELY most likely tokens are kept one by one, all others as one log-sum-exp.
 
     Attributes:
         token_ids: [rows, tokens], in any order.
@@ -185,10 +187,10 @@ class SplitTokens(NamedTuple):
 
 
 def _split_tokens(logits: torch.Tensor, **filters) -> SplitTokens:
-    """Split the tokens of every row into likely ones and others."""
+    """Split the tokens of every row, `_rows_at_once` rows at a time."""
     parts = []
     for part in logits.split(_rows_at_once(logits)):
-        parts.append(_split_at_once(part.float(), **filters))
+        parts.append(_split_rows(part.float(), **filters))
     return SplitTokens(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -202,8 +204,8 @@ def _rows_at_once(logits: torch.Tensor) -> int:
     return max(1, entries_at_once // logits.shape[-1])
 
 
-def _split_at_once(logits: torch.Tensor, **filters) -> SplitTokens:
-    """Split the tokens of every row. logits: float32 [rows, vocabulary]."""
+def _split_rows(logits: torch.Tensor, **filters) -> SplitTokens:
+    """Split the tokens of these rows. logits: float32 [rows, vocabulary]."""
     num_rows, vocabulary = logits.shape
     normalizers = logits.logsumexp(-1)
     filtered = filter_logits(logits, **filters)
@@ -236,10 +238,10 @@ def _smallest_in_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     """Return the probability [rows, 1] of the least likely token in the nucleus.
 
     The nucleus is the most likely tokens that together reach `top_p`. It is searched among the
-    1,024 most likely tokens first: sorting a whole vocabulary can cost as much as the model.
+    NUM_LIKELY most likely tokens first: sorting a whole vocabulary can cost as much as the model.
     """
     vocabulary = probs.shape[-1]
-    top = probs.topk(min(1024, vocabulary)).values
+    top = probs.topk(min(NUM_LIKELY, vocabulary)).values
     if not bool((top.sum(-1) >= top_p).all()):
         top = probs.topk(vocabulary).values
     mass_before = top.cumsum(-1) - top
@@ -349,7 +351,7 @@ class CacheRows:
         token_ids, mask = pad_left(prompts, pad_id)
         self.width = token_ids.shape[1]
         self.lengths = mask.sum(-1).to(model.device)
-        self.can_grow = self.can_grow_for(model)
+        self.is_resizable = self.is_resizable_for(model)
         self.cache = DynamicCache(config=model.config)
         self.cache.layers = [
             PreallocatedLayer() if type(layer) is DynamicLayer else layer
@@ -358,8 +360,11 @@ class CacheRows:
         self._forward(token_ids.to(model.device))
 
     @staticmethod
-    def can_grow_for(model: PreTrainedModel) -> bool:
-        """Whether prompts can be added: layers with windows or states have no columns to align."""
+    def is_resizable_for(model: PreTrainedModel) -> bool:
+        """Return whether rows can be added and padding columns dropped.
+
+        Layers with sliding windows or recurrent states do not keep one column per token.
+        """
         layers = DynamicCache(config=model.config).layers
         return all(type(layer) is DynamicLayer for layer in layers)
 
@@ -384,7 +389,7 @@ class CacheRows:
         parents, newest = distinct // vocabulary, distinct % vocabulary
         some_differ = len(distinct) > len(parents.unique())
         enough_have_ended = len(distinct) < self.SHARE_WORTH_KEEPING * num_rows
-        is_too_wide = self.can_grow and self.width >= max_width
+        is_too_wide = self.is_resizable and self.width >= max_width
         if some_differ or enough_have_ended or is_too_wide:
             self._select(parents)
             return new_row_of_message, newest
@@ -394,7 +399,7 @@ class CacheRows:
     def _select(self, rows: torch.Tensor) -> None:
         """Keep, reorder or repeat rows, without columns that are padding in all of them."""
         self.lengths = self.lengths[rows]
-        if not self.can_grow:
+        if not self.is_resizable:
             self.cache.batch_select_indices(rows)
             return
         first_column = self.width - int(self.lengths.max())
@@ -443,8 +448,8 @@ class CacheRows:
 # ---- The decoder ---------------------------------------------------------------------------------
 
 
-class Started(NamedTuple):
-    """Messages of one prompt that are started together, as indices."""
+class PromptMessages(NamedTuple):
+    """A prompt and those of its messages that are started together, as indices."""
 
     prompt: int
     messages: list[int]
@@ -455,9 +460,8 @@ class MessageQueue:
 
     Args:
         prompts, repeats, limits, batch_tokens: see `Decoder.decode`.
-        can_grow: whether the cache can drop columns that are padding in all rows, see
-            `CacheRows.can_grow_for`. If not, it can need the longest prompt and the largest limit,
-            even of different messages.
+        is_resizable: see `CacheRows.is_resizable_for`. If padding columns cannot be dropped, the
+            cache can need the longest prompt and the largest limit, even of different messages.
 
     Attributes:
         max_width: columns of the cache that the live messages can need.
@@ -470,19 +474,19 @@ class MessageQueue:
         limits: list[int],
         batch_tokens: int | None,
         *,
-        can_grow: bool,
+        is_resizable: bool,
     ):
         self.batch_tokens = sys.maxsize if batch_tokens is None else batch_tokens
-        self.can_grow = can_grow
+        self.is_resizable = is_resizable
         self.max_width = 1
         self.sizes: list[tuple[int, int]] = []  # per message: (length of its prompt, token limit)
-        self.waiting: deque[Started] = deque()
+        self.waiting: deque[PromptMessages] = deque()
         for prompt, num in enumerate(repeats):
             first = len(self.sizes)
-            self.waiting.append(Started(prompt, list(range(first, first + num))))
+            self.waiting.append(PromptMessages(prompt, list(range(first, first + num))))
             self.sizes += [(len(prompts[prompt]), limit) for limit in limits[first : first + num]]
 
-    def take(self, live: list[int]) -> list[Started]:
+    def take(self, live: list[int]) -> list[PromptMessages]:
         """Return what is started beside the live messages; at least one message if none is live.
 
         The messages of one prompt stay together unless they need more than a whole batch.
@@ -496,10 +500,10 @@ class MessageQueue:
                 break
             room = max(1, room)
             self.waiting.popleft()
-            taken.append(Started(prompt, messages[:room]))
+            taken.append(PromptMessages(prompt, messages[:room]))
             together += messages[:room]
             if messages[room:]:
-                self.waiting.appendleft(Started(prompt, messages[room:]))
+                self.waiting.appendleft(PromptMessages(prompt, messages[room:]))
                 break
         self.max_width = self._columns(together)
         return taken
@@ -507,7 +511,7 @@ class MessageQueue:
     def _columns(self, messages: list[int]) -> int:
         """Return how many columns a row of the cache can take with these messages."""
         sizes = [self.sizes[index] for index in messages]
-        if self.can_grow:
+        if self.is_resizable:
             return max((prompt + limit for prompt, limit in sizes), default=1)
         return max(prompt for prompt, _ in sizes) + max(limit for _, limit in sizes)
 
@@ -618,8 +622,8 @@ class Decoder:
             (token ids, log-probabilities) per message.
         """
         device = self.model.device
-        can_grow = CacheRows.can_grow_for(self.model)
-        queue = MessageQueue(prompts, repeats, limits, batch_tokens, can_grow=can_grow)
+        is_resizable = CacheRows.is_resizable_for(self.model)
+        queue = MessageQueue(prompts, repeats, limits, batch_tokens, is_resizable=is_resizable)
         drafts = Drafts(limits, device)
         keys = torch.tensor(keys, device=device)
         greedy = torch.tensor(greedy, device=device)
@@ -634,7 +638,7 @@ class Decoder:
 
             # 1. Start further prompts if there is room. All messages of one begin in its row.
             started = []
-            if rows is None or (can_grow and queue.has_room(len(live))):
+            if rows is None or (is_resizable and queue.has_room(len(live))):
                 started = queue.take(live.tolist())
             if started:
                 new_prompts = [prompts[part.prompt] for part in started]

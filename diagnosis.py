@@ -224,7 +224,8 @@ def answer_signatures(records: dict[str, list[dict]], comparisons: list[dict]) -
             if tree is None or not is_guided_mcts(method):
                 continue
             ends = [leaves[-1] for leaves in tree["simulations"]]
-            num_possible += min(len(ends), most_final_states(method))
+            most = most_final_states(method, num_turns=len(record["transcript"]))
+            num_possible += min(len(ends), most)
             num_terminals += len(set(ends))
             for node in tree["nodes"]:
                 if "outcome" in node:
@@ -278,12 +279,16 @@ def is_guided_mcts(method: str) -> bool:
     return method.startswith("mcts-") and ("-value" in method or "-outcome" in method)
 
 
-def most_final_states(method: str) -> float:
-    """Return how many final states a tree can have: 8 for the method "mcts-64x1.8.1.1-value"."""
+def most_final_states(method: str, *, num_turns: int) -> int:
+    """Return how many final states a tree can have: 8 for the method "mcts-64x1.8.1.1-value".
+
+    num_turns: how many agents speak, if the name has one number of candidates for all of them.
+    """
     _, _, candidates = method.split("-")[1].partition("x")
-    if "." not in candidates:
-        return math.inf  # the same number for all agents, however many these are
-    return math.prod(int(num) for num in candidates.split("."))
+    counts = [int(num) for num in candidates.split(".")]
+    if len(counts) == 1:
+        counts *= num_turns
+    return math.prod(counts)
 
 
 # ---- Stage 5: the agents -------------------------------------------------------------------------

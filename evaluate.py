@@ -18,7 +18,7 @@ from answers import MATH_VERIFY
 from compare import compare_runs, read_groups, write_curves
 from diagnosis import answer_signatures, warning_text
 from extraction import extract_answer
-from generate_rollouts import Node, run
+from generate_rollouts import Node, run_searches
 from mas import MAS, load_graph
 from metrics import paired, wilson
 from pictures import plot_accuracy
@@ -75,7 +75,7 @@ def answer_record(
 ) -> dict:
     """Return the record of one answer. leaf: the terminal node whose answer is given.
 
-    keep_tree: of a search, for report.py.
+    keep_tree: whether to include the tree of a search; report.py shows it.
     """
     answer = extract_answer(leaf.message.text, problem.answer_type)
     transcript = []
@@ -102,7 +102,7 @@ def answer_record(
 
 
 def graded_tree(problem: Problem, leaf: Node) -> dict | None:
-    """Return the tree of a search (`search_tree`), and of each final answer whether it is right."""
+    """Return the tree of a search (`search_tree`), with a verdict on every final answer."""
     tree = search_tree(leaf, problem.answer_type)
     if tree is None:
         return None
@@ -157,7 +157,7 @@ def evaluate_method(
         report_to(progress, handlers)
         kept_trees = {problem.id for problem in problems[: args.num_trees]}
         with progress:
-            for problem, leaf, cost in run(
+            for problem, leaf, cost in run_searches(
                 searches, handlers, max_active=args.max_active, progress=progress
             ):
                 keep_tree = problem.id in kept_trees
@@ -270,8 +270,10 @@ def opponents(
 ) -> list[tuple[Method, str]]:
     """Return the methods that a method is compared with, and why.
 
-    Every method meets greedy, and the nearest vote. A search meets best-of-N by the same scorer:
-    the nearest, and all that cost more. It also meets itself with another scorer or lambda.
+    A vote is compared with greedy; every other method with greedy and with the nearest vote
+    (`_nearest_in_calls`). A search is also compared with best-of-N by the same scorer, the nearest
+    and all that need more calls; with the same search by likelihood or by chance; and with itself
+    at lambda = 0.
     """
     if method.algorithm == "greedy":
         return []
@@ -384,8 +386,8 @@ def parse_args(argv=None):
         nargs="+",
         metavar="RUN",
         default=None,
-        help="only print these runs side by side, from their records; NAME=RUN,RUN are runs of one "
-        "kind; of a single kind, compare the methods",
+        help="only compare finished runs, from their records; NAME=RUN,RUN is a group of runs that "
+        "differ in their seed alone; of a single group, the methods are compared",
     )
     parser.add_argument(
         "--curves",

@@ -8,8 +8,8 @@ target for V at next(s, a). No value model is involved.
     accelerate launch --num_processes 4 generate_rollouts.py    # the same trees, by four processes
 
 A search is a plain sequential generator: it knows one problem and no model, yields requests, and is
-resumed with replies. `run` advances hundreds of searches together and answers their requests in
-batches.
+resumed with replies. `run_searches` advances hundreds of searches together and answers their
+requests in batches.
 """
 
 import math
@@ -67,9 +67,12 @@ class Node:
         children: None until the node is expanded.
         N: number of visits of the edge.
         W: sum of the values backed up through the edge.
-        V: score of the state in [-1, 1], by the scorer of a search (stage 3); None if not scored.
-        outcome: the ORM's score of a terminal state; None if it was not asked.
-        reward: the value that a terminal state backs up.
+        V: score of the state in [-1, 1], by the scorer of a search (stage 3) or by V (stage 5);
+            None if it was not scored.
+        outcome: the ORM's score of a terminal state; None if the ORM was not asked.
+        reward: value of a terminal state. By the gold answer, +1 or -1 (stages 1 and 5); in MCTS
+            the terminal value that is backed up, in SBS its V. None if not terminal, or not
+            reached by MCTS.
         simulations: at the root, the terminal nodes that each simulation has backed up, its own
             last. The search can be replayed from them.
     """
@@ -162,8 +165,9 @@ def label_tree(
 ) -> Generator[Sample, list[list[Candidate]], Node]:
     """Run MAS-MCTS on one problem (Algorithm 1) and return the root of its tree.
 
-    Departs from the paper: the siblings of a fresh terminal state are sampled already, so each of
-    them is graded and backed up once. No other search sees the gold answer.
+    Departs from the paper: duplicate messages are merged (`expand`); a fresh child is picked
+    uniformly; the siblings of a fresh terminal state have been sampled anyway, so each of them is
+    graded and backed up once. No other search sees the gold answer.
 
     Args:
         num_candidates: C per agent.
@@ -174,22 +178,28 @@ def label_tree(
         graded_siblings = []
         node = root
         while not mas.is_terminal(node.state):
-            if node.children is not None:
-                node = select(node, c_uct)  # Eq. 2
-                continue
-            num = num_candidates[mas.turn_index(node.state)]
-            [candidates] = yield Sample([node], num)
-            children = expand(mas, node, candidates)
-            node = rng.choice(children)  # uniform among the fresh children
-            for child in children:
-                if mas.is_terminal(child.state):
-                    child.reward = grade(problem, child)
+            if node.children is None:
+                num = num_candidates[mas.turn_index(node.state)]
+                [candidates] = yield Sample([node], num)
+                children = expand(mas, node, candidates)
+                node = rng.choice(children)  # uniform among the fresh children
+                for child in grade_terminals(problem, mas, children):
                     if child is not node:
                         backup(child, child.reward)
                         graded_siblings.append(child)
+            else:
+                node = select(node, c_uct)  # Eq. 2
         backup(node, node.reward)
         root.simulations.append([*graded_siblings, node])
     return root
+
+
+def grade_terminals(problem: Problem, mas: MAS, nodes: list[Node]) -> list[Node]:
+    """Grade those nodes that are terminal, and return them."""
+    terminals = [node for node in nodes if mas.is_terminal(node.state)]
+    for node in terminals:
+        node.reward = grade(problem, node)
+    return terminals
 
 
 def grade(problem: Problem, leaf: Node) -> float:
@@ -209,18 +219,7 @@ class ActiveSearch:
     request: Any = None  # the pending request
 
 
-def expected_work_of_tree(num_simulations: int, num_candidates: tuple[int, ...]) -> Work:
-    """Estimate how many prompts and messages a tree search needs.
-
-    The first simulation expands once per agent. Each later one adds about one message, because most
-    of its path exists already.
-    """
-    later_messages = num_simulations - 1
-    prompts = len(num_candidates) + later_messages / num_candidates[-1]
-    return Work(prompts, sum(num_candidates) + later_messages)
-
-
-def run(
+def run_searches(
     searches: Iterable[tuple[Problem, Generator]],
     handlers: dict[type, Handler],
     *,
@@ -305,14 +304,7 @@ def tree_fields(root: Node, answer_type: str, chosen: Node | None = None) -> dic
     while stack:
         node = stack.pop()
         index_of[node] = len(nodes)
-        parent = index_of.get(node.parent)
-        nodes.append({"parent": parent} | _message_fields(node) | {"N": node.N, "W": node.W})
-        for name in ("V", "outcome", "reward"):
-            if getattr(node, name) is not None:
-                nodes[-1][name] = getattr(node, name)
-        if node.reward is not None:
-            answer = extract_answer(node.message.text, answer_type)
-            nodes[-1] |= {"answer": answer.value, "rung": answer.rung}
+        nodes.append(_node_record(node, index_of.get(node.parent), answer_type))
         stack += reversed(node.children or [])
     simulations = []
     for leaves in root.simulations:
@@ -323,9 +315,21 @@ def tree_fields(root: Node, answer_type: str, chosen: Node | None = None) -> dic
     return fields
 
 
+def _node_record(node: Node, parent_index: int | None, answer_type: str) -> dict:
+    record = {"parent": parent_index}
+    if node.parent is not None:
+        record |= _message_fields(node)
+    record |= {"N": node.N, "W": node.W}
+    for name in ("V", "outcome", "reward"):
+        if getattr(node, name) is not None:
+            record[name] = getattr(node, name)
+    if node.reward is not None:  # a final answer
+        answer = extract_answer(node.message.text, answer_type)
+        record |= {"answer": answer.value, "rung": answer.rung}
+    return record
+
+
 def _message_fields(node: Node) -> dict:
-    if node.parent is None:
-        return {}
     return {
         "agent": node.message.agent,
         "message": node.message.text,
@@ -528,11 +532,22 @@ def label_problems(
         policy.on_batch = progress.sampled
         searches = make_searches(todo, mas, num_candidates, args)
         with progress:
-            for problem, root, cost in run(
+            for problem, root, cost in run_searches(
                 searches, {Sample: policy}, max_active=args.max_active, progress=progress
             ):
                 append_jsonl(file, tree_record(problem, root, cost))
         print(describe_messages(policy))
+
+
+def expected_work_of_tree(num_simulations: int, num_candidates: tuple[int, ...]) -> Work:
+    """Estimate how many prompts and messages a tree search needs.
+
+    The first simulation expands once per agent. Each later one adds about one message, because most
+    of its path exists already.
+    """
+    later_messages = num_simulations - 1
+    prompts = len(num_candidates) + later_messages / num_candidates[-1]
+    return Work(prompts, sum(num_candidates) + later_messages)
 
 
 def make_searches(

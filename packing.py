@@ -17,7 +17,10 @@ import torch
 
 
 def token_batches(lengths: list[int], order: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut `order` into batches whose padded size, rows x longest, is at most `batch_tokens`."""
+    """Cut `order` into batches whose padded size, rows x longest, is at most `batch_tokens`.
+
+    A sequence that is longer is a batch of its own. order: indices into `lengths`.
+    """
     batch = []
     longest = 0
     for index in order:
@@ -55,15 +58,15 @@ class PackedRow:
     def width(self) -> int:
         return len(self.ids)
 
-    def add(self, index: int, sequence: list[int], shared: int, neighbour: list[int]) -> None:
-        """Add a sequence that shares its first `shared` tokens with the columns `neighbour`."""
+    def add(self, index: int, sequence: list[int], shared: int, previous: list[int]) -> None:
+        """Add a sequence whose first `shared` tokens are those of the columns `previous`."""
         start = len(self.ids)
         self.ids += sequence[shared:]
         self.depths += range(shared, len(sequence))
         if len(self.ids) > start:
-            parent = neighbour[shared - 1] if shared else None
+            parent = previous[shared - 1] if shared else None
             self.branches.append((parent, start, len(self.ids)))
-        self.columns[index] = neighbour[:shared] + list(range(start, len(self.ids)))
+        self.columns[index] = previous[:shared] + list(range(start, len(self.ids)))
 
 
 def token_cost_for(config) -> float | None:
@@ -119,7 +122,9 @@ def pack(
 ) -> list[PackedRow]:
     """Distribute sequences over rows, so that reading them costs little.
 
-    In alphabetical order, a sequence shares most with its neighbours.
+    Sequences are taken in the lexicographic order of their token ids, in which each one shares its
+    longest prefix with the one before or after it. A sequence joins the current row unless that
+    would become wider than pays (`best_width`).
 
     Args:
         token_cost: see `token_cost_for`. With None every sequence has a row of its own.
@@ -130,7 +135,7 @@ def pack(
         indices = range(len(sequences))
     rows: list[PackedRow] = []
     previous: list[int] = []
-    neighbour: list[int] = []  # the columns of the previous sequence
+    previous_columns: list[int] = []
     for index in sorted(indices, key=sequences.__getitem__):
         sequence = sequences[index]
         shared = shared_prefix(previous, sequence)
@@ -140,8 +145,8 @@ def pack(
         if not rows or rows[-1].width + len(sequence) - shared > limit:
             rows.append(PackedRow([], [], [], {}))
             shared = 0
-        rows[-1].add(index, sequence, shared, neighbour)
-        previous, neighbour = sequence, rows[-1].columns[index]
+        rows[-1].add(index, sequence, shared, previous_columns)
+        previous, previous_columns = sequence, rows[-1].columns[index]
     return rows
 
 
@@ -213,9 +218,11 @@ def collate(
 ) -> dict[str, torch.Tensor | bool]:
     """Return the arguments of a model's forward for a batch of rows, padded on the right.
 
-    input_ids, position_ids: [rows, width]; attention_mask: bool [rows, 1, width, width], True where
-    a column (third dimension) sees another one. Padding sees itself, as attention to nothing is not
-    a number. Without shared prefixes there is no mask: a causal model does not see what follows.
+    input_ids: int64 [rows, width]. If a row has branches, also position_ids: int64 [rows, width],
+    and attention_mask: bool [rows, 1, width, width], True where a column (third dimension) attends
+    to another (fourth). A padding column attends to itself: a softmax over nothing would be NaN.
+    Without branches, positions and mask are the model's own: a causal model does not see padding on
+    its right.
     """
     width = max(row.width for row in rows)
     is_packed = any(len(row.branches) > 1 for row in rows)

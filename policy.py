@@ -3,9 +3,10 @@
 All agents share one causal language model; their roles differ by system prompt. A search asks for
 messages with a `Sample` request, and `Policy` answers many such requests in one batch.
 
-A message is a function of (seed, problem, path in the tree, candidate index), not of the batch it
-is sampled in. One problem alone, a resumed run and another batch size give the same text, up to
-floating-point rounding: no difference was seen in float32, few in bfloat16 (README, "Limits").
+Given the model, its sampling settings and the prompt, a message is a function of (seed, problem,
+path in the tree, candidate index), not of the batch it is sampled in. One problem alone, a resumed
+run and another batch size give the same text, up to floating-point rounding: no difference was seen
+in float32, few in bfloat16 (README, "Limits").
 Messages are kept in a journal (journal.py) and never generated twice.
 """
 
@@ -86,13 +87,19 @@ class Sample(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Ask for a value in [-1, 1] of each node's state: V, or another scorer in its place."""
+    """Ask for the value of each node's state, by V or another scorer.
+
+    Reply: a float in [-1, 1] per node.
+    """
 
     nodes: list
 
 
 class Outcome(NamedTuple):
-    """Ask for the outcome model's value in [-1, 1] of each node's state, which is terminal."""
+    """Ask for the value of each terminal node's state, by the outcome model (ORM).
+
+    Reply: a float in [-1, 1] per node.
+    """
 
     nodes: list
 
@@ -177,15 +184,15 @@ class PromptJob:
         )
 
 
-class Part(NamedTuple):
-    """Messages of one job that are not known yet."""
+class PendingMessages(NamedTuple):
+    """Messages of one job that have to be generated."""
 
     job: PromptJob
     candidate_indices: list[int]
 
-    def without_finished(self) -> "Part":
+    def without_finished(self) -> "PendingMessages":
         indices = [index for index in self.candidate_indices if index not in self.job.candidates]
-        return Part(self.job, indices)
+        return PendingMessages(self.job, indices)
 
 
 class Policy:
@@ -245,17 +252,21 @@ class Policy:
         jobs = self._make_jobs(requests)
         self._check_context(jobs)
 
-        # 2. Look up the messages that were generated before.
-        parts = [Part(job, self._load_from_journal(job)) for job in jobs]
+        # 2. Look up the messages that were generated before. The others are pending.
+        pending = []
+        for job in jobs:
+            missing = self._load_from_journal(job)
+            if missing:
+                pending.append(PendingMessages(job, missing))
 
-        # 3. Decode the others, the longest first: memory runs out early or never.
-        parts = [part for part in parts if part.candidate_indices]
-        parts.sort(key=lambda part: -part.job.row_tokens)
-        parts_of_adapter = defaultdict(list)
-        for part in parts:
-            parts_of_adapter[self._adapter_of(part.job)].append(part)
-        for parts_of_one in parts_of_adapter.values():
-            self._sample(parts_of_one)
+        # 3. Decode these, the longest first: memory runs out early or never. Messages that are
+        #    decoded together have the same adapter.
+        pending.sort(key=lambda messages: -messages.job.row_tokens)
+        pending_of_adapter = defaultdict(list)
+        for messages in pending:
+            pending_of_adapter[self._adapter_of(messages.job)].append(messages)
+        for pending_of_one in pending_of_adapter.values():
+            self._sample(pending_of_one)
 
         # 4. Jobs are in the order of the requests' nodes.
         replies: list[tuple[list, Cost]] = [([], Cost()) for _ in requests]
@@ -319,27 +330,27 @@ class Policy:
     def _adapter_of(self, job: PromptJob) -> str:
         return "" if self.adapters is None else self.adapters.name_for(job.agent)
 
-    def _sample(self, parts: list[Part]) -> None:
-        """Sample all messages of these parts, of one adapter. Out of memory lowers batch_tokens."""
+    def _sample(self, pending: list[PendingMessages]) -> None:
+        """Sample messages of one adapter. Running out of memory lowers batch_tokens."""
         speaking = nullcontext()
         if self.adapters is not None:
-            speaking = self.adapters.merged(parts[0].job.agent)
+            speaking = self.adapters.merged(pending[0].job.agent)
         with speaking:
-            while parts:
+            while pending:
                 try:
-                    self._decode(parts)
+                    self._decode(pending)
                 except torch.OutOfMemoryError:
-                    parts = [part.without_finished() for part in parts]
-                    parts = [part for part in parts if part.candidate_indices]
-                    self._halve_batch_tokens(parts)
+                    pending = [messages.without_finished() for messages in pending]
+                    pending = [messages for messages in pending if messages.candidate_indices]
+                    self._halve_batch_tokens(pending)
                 else:
                     return
 
-    def _decode(self, parts: list[Part]) -> None:
-        """Decode all messages of these parts; write each down when it has ended."""
+    def _decode(self, pending: list[PendingMessages]) -> None:
+        """Decode messages; write each down when it has ended."""
         # 1. Each message has its own key, from which its noise follows.
         places, limits, greedy, keys = [], [], [], []
-        for job, candidate_indices in parts:
+        for job, candidate_indices in pending:
             for candidate_index in candidate_indices:
                 keys.append(message_key(self.seed, job.problem_id, job.path, candidate_index))
                 limits.append(job.max_new_tokens)
@@ -357,8 +368,8 @@ class Policy:
             self.on_batch(int(len(job.candidates) == job.num_messages), 1)
 
         self.decoder.decode(
-            [job.prompt_ids for job, _ in parts],
-            [len(candidate_indices) for _, candidate_indices in parts],
+            [job.prompt_ids for job, _ in pending],
+            [len(candidate_indices) for _, candidate_indices in pending],
             limits,
             keys,
             greedy,
@@ -379,10 +390,10 @@ class Policy:
         entry = place | {"agent": job.agent} | message | {"seconds": seconds}
         self.journal.add(job.key(candidate_index), entry)
 
-    def _halve_batch_tokens(self, parts: list[Part]) -> None:
+    def _halve_batch_tokens(self, pending: list[PendingMessages]) -> None:
         """Lower the batch size after running out of memory. Raises InputError if it cannot help."""
-        longest = max(part.job.row_tokens for part in parts)
-        num_messages = sum(len(candidate_indices) for _, candidate_indices in parts)
+        longest = max(messages.job.row_tokens for messages in pending)
+        num_messages = sum(len(candidate_indices) for _, candidate_indices in pending)
         batch_tokens = min(self.batch_tokens, num_messages * longest)
         if batch_tokens < 2 * longest:
             raise InputError(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import ChatFormat, load_pretrained
 from decoding import CacheRows
-from generate_rollouts import Node, grade, make_child, make_root, run
+from generate_rollouts import Node, grade, make_child, make_root, run_searches
 from mas import MAS
 from packing import token_batches
 from policy import Policy, Sample
@@ -109,7 +109,7 @@ def sample_rollouts(
     policy.on_batch, policy.on_message = progress.sampled, keep_tokens
     rollouts = []
     with progress:
-        for problem, root, _ in run(
+        for problem, root, _ in run_searches(
             searches, {Sample: policy}, max_active=max_active, progress=progress
         ):
             nodes = descendants(root)

@@ -40,7 +40,7 @@ from generate_rollouts import (
     expected_work_of_tree,
     make_child,
     make_root,
-    run,
+    run_searches,
     select,
     tree_fields,
 )
@@ -164,7 +164,7 @@ def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, 
         for node, value in zip(fresh, values, strict=True):
             node.V = value
             if mas.is_terminal(node.state):
-                node.reward = value
+                node.reward = value  # marks a final answer: `tree_fields` records it
 
         # 3. Keep the best. The sort is stable: ties go to finished transcripts, then to the first.
         beams = sorted(finished + fresh, key=lambda node: -node.V)[:beam_width]
@@ -212,8 +212,8 @@ def mcts(
 
     Differs from `label_tree` in four places: a new child starts with a virtual visit; Eq. 2, not
     chance, picks among new children; siblings of a terminal state are not backed up; a terminal
-    state is worth a mix of V and the ORM instead of the reward. Every simulation runs to a terminal
-    state.
+    state is worth (1 - lam) * V + lam * ORM instead of the reward. Every simulation runs to a
+    terminal state.
 
     Args:
         num_candidates: C per agent.
@@ -233,10 +233,10 @@ def mcts(
                     child.N, child.W = 1, value  # virtual visit: N = 1, W = V(child)
             node = select(node, c_uct)  # Eq. 2
         if node.reward is None:
-            if lam > 0:
+            node.reward = node.V
+            if lam > 0:  # lambda mixing
                 [node.outcome] = yield Outcome([node])
-            # The terminal value, lambda mixing.
-            node.reward = (1 - lam) * node.V + lam * (node.outcome or 0.0)
+                node.reward = (1 - lam) * node.V + lam * node.outcome
         backup(node, node.reward)
         root.simulations.append([node])
     return decide(root, mas)
@@ -505,7 +505,7 @@ def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
 def make_handlers(
     method: Method, scorers: dict[str, Handler], policy: Policy
 ) -> dict[type, Handler]:
-    """Return the handlers of a method's requests, cheapest first (see `run`)."""
+    """Return the handlers of a method's requests, cheapest first (see `run_searches`)."""
     handlers: dict[type, Handler] = {}
     if method.scorer:
         handlers[Score] = scorers[method.scorer]
@@ -618,7 +618,7 @@ def main(args) -> None:
     handlers = make_handlers(method, scorers, policy)
     report_to(progress, handlers)
     with progress, journal_of(policy, args):
-        [(_, leaf, cost)] = run(searches, handlers, max_active=1, progress=progress)
+        [(_, leaf, cost)] = run_searches(searches, handlers, max_active=1, progress=progress)
 
     # 3. Show everything.
     print_solution(problem, method, leaf, cost)

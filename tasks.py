@@ -6,8 +6,10 @@ from the Hugging Face hub or, with `--data`, from a file in a similar format (se
 The embedded families have their own splits; "heldout" and "test" have one problem for each set of
 numbers. The splits of public data depend on the questions alone, never on a seed, on the size of a
 run, on the ids of the problems or on their order in the file:
-  - "test" is the test split of the hub, or the whole file if a file is given;
-  - one in eight of the others, by a hash of its question, is "heldout"; the rest is "train".
+  - "test" is the test split of the hub. With a file it is the whole file: evaluate on another file
+    than you train on;
+  - "heldout" is one in eight of the hub's train split, or of the file, by a hash of the question;
+    "train" is the rest.
 Problems come in an order that is fixed by a second hash, so that the first `num` are a fair sample
 of a file that is sorted by subject. Problems without an id get one from the hash of their question.
 A question that occurs twice counts once. If its answers differ, a file is refused, and the question
@@ -436,7 +438,7 @@ def _option_letter(answer, choices: list, place: str) -> str:
         return gold
     if gold in texts and not isinstance(answer, int):
         return letters[texts.index(gold)]
-    if gold.isdigit() and int(gold) < len(letters):
+    if gold.isdecimal() and int(gold) < len(letters):
         return letters[int(gold)]
     raise InputError(
         f"{place}: the answer {gold!r} is none of the options; "
@@ -496,6 +498,5 @@ def _load_dataset(flag: str, *args, **options) -> list[dict]:
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
-        raise InputError(
-            f"{flag}: cannot be loaded ({reason}); if you are offline, give --data FILE"
-        ) from None
+        remedy = "; if you are offline, give --data FILE" if flag.startswith("--task") else ""
+        raise InputError(f"{flag}: cannot be loaded ({reason}){remedy}") from None

@@ -224,9 +224,7 @@ class Learner:
             kl = log_r.exp() - log_r - 1
             ratio = (logprobs - message.old_logprobs).exp()
             clipped_ratio = ratio.clamp(1 - self.clip, 1 + self.clip)
-            advantage = torch.tensor(message.advantages, device=ratio.device)[
-                :, None
-            ]  # [samples, 1]
+            advantage = torch.tensor(message.advantages, device=ratio.device)[:, None]
             gain, clipped_gain = ratio * advantage, clipped_ratio * advantage
             losses = self.kl_coef * kl - torch.minimum(gain, clipped_gain)  # [samples, tokens]
             total = total + losses.sum()
@@ -632,7 +630,7 @@ def main(args) -> None:
     if policy.adapters is None:
         torch.manual_seed(args.seed)
         policy.adapters = AgentAdapters.add(
-            policy.decoder.model, mas, kind=args.adapters, rank=args.lora_rank
+            policy.decoder.model, mas, sharing=args.adapters, rank=args.lora_rank
         )
     else:
         check_start(args, policy.adapters, mas)

@@ -86,26 +86,27 @@ def make_rows(paths: list[list[Edge]], model: ValueModel) -> list[Row]:
     """
     rows = []
     for path in paths:
-        if not path:
-            continue
-        parts = [path] if model.view == "full" else [[edge] for edge in path]
-        for edges in parts:
-            ids, ends = model.encode(edges[-1].state)
-            if model.view == "full":
-                # Segment 0 is the question, segment i the i-th message.
-                positions = [ends[len(edge.state.messages)] for edge in edges]
-            else:
-                positions = [ends[-1]]
-            row = Row(
-                ids,
-                positions,
-                targets=[edge.y for edge in edges],
-                groups=[(edge.problem_id, edge.agent) for edge in edges],
-                visits=[edge.visits for edge in edges],
-                weights=[1.0] * len(edges),
-            )
-            rows.append(row)
+        if path and model.view == "full":
+            ids, ends = model.encode(path[-1].state)
+            # Segment 0 is the question, segment i the i-th message.
+            positions = [ends[len(edge.state.messages)] for edge in path]
+            rows.append(_make_row(path, ids, positions))
+        elif model.view == "local":
+            for edge in path:
+                ids, ends = model.encode(edge.state)
+                rows.append(_make_row([edge], ids, [ends[-1]]))
     return rows
+
+
+def _make_row(edges: list[Edge], ids: list[int], positions: list[int]) -> Row:
+    return Row(
+        ids,
+        positions,
+        targets=[edge.y for edge in edges],
+        groups=[(edge.problem_id, edge.agent) for edge in edges],
+        visits=[edge.visits for edge in edges],
+        weights=[1.0] * len(edges),
+    )
 
 
 def training_rows(paths: list[list[Edge]], model: ValueModel, label_weights: str) -> list[Row]:
@@ -229,7 +230,10 @@ def training_loss(
 ) -> torch.Tensor:
     """Return the weighted sum of the losses of the labels in a batch; for `rank`, of the pairs.
 
-    It is a sum, because a mean would make a label count more in a smaller batch.
+    It is a sum, because a mean would make a label count more in a smaller batch. With e = V - y, in
+    tanh space (section 4.2), the Huber loss of a label is
+
+        e^2 / 2 if |e| <= delta, else delta * (|e| - delta / 2).
 
     Args:
         outputs: [n, outputs of the head].
@@ -239,7 +243,7 @@ def training_loss(
     """
     if model.loss == "rank":
         return ranking_loss(outputs[:, 0], targets, groups)
-    if model.loss == "huber":  # section 4.2: Huber in tanh space
+    if model.loss == "huber":
         values = model.value(outputs)
         losses = nn.functional.huber_loss(values, targets, delta=huber_delta, reduction="none")
     elif model.loss == "mse":

@@ -31,6 +31,7 @@ from packing import (
     num_distinct_tokens,
     pack,
     packed_batches,
+    sequence_columns,
     sequences_of,
     token_cost_for,
 )
@@ -63,9 +64,9 @@ class Row:
 def label_places(batch: list[PackedRow], rows: list[Row]) -> list[tuple[int, int]]:
     """Return (packed row, column) of every label of the rows of a batch, as in `sequences_of`."""
     places = []
-    for number, packed_row in enumerate(batch):
-        for index, columns in packed_row.columns.items():
-            places += [(number, columns[position]) for position in rows[index].positions]
+    for index, (packed_index, columns) in sequence_columns(batch).items():
+        for position in rows[index].positions:
+            places.append((packed_index, columns[position]))
     return places
 
 
@@ -169,13 +170,14 @@ class ValueModel(nn.Module):
         while batches:
             batch = batches.pop()  # the widest first: memory runs out at once or never
             try:
-                batch_values = iter(self(batch, label_places(batch, rows)).tolist())
+                batch_values = self(batch, label_places(batch, rows)).cpu()
             except torch.OutOfMemoryError:
                 batches += self._split(batch, sequences)
                 continue
-            indices = sequences_of(batch)
-            for index in indices:
-                values[index] = [next(batch_values) for _ in rows[index].positions]
+            indices = sequences_of(batch)  # in the order of `label_places`
+            sizes = [len(rows[index].positions) for index in indices]
+            for index, row_values in zip(indices, batch_values.split(sizes), strict=True):
+                values[index] = row_values.tolist()
             self.on_rows(len(indices))
         return values
 

@@ -41,7 +41,7 @@ from decoding import (
     message_key,
     sample_tokens,
 )
-from generate_rollouts import make_searches, run, tree_record
+from generate_rollouts import make_searches, run_searches, tree_record
 from mas import CHAIN, counts_per_agent
 from packing import pack, sequences_of
 from policy import Policy, Sample, make_policy
@@ -73,7 +73,7 @@ class UnfilledDecoder(Decoder):
     """Decodes batch after batch, each until its longest message has ended."""
 
     def decode(self, *batch, **options):
-        with mock.patch.object(CacheRows, "can_grow_for", staticmethod(lambda _: False)):
+        with mock.patch.object(CacheRows, "is_resizable_for", staticmethod(lambda _: False)):
             return super().decode(*batch, **options)
 
 
@@ -218,7 +218,7 @@ def label(policy: Policy, problems: list, args, *, max_active: int) -> Measureme
     progress = SearchProgress(len(problems), Work(1, 1), description="", shown=False)
     trees = {}
     start = time.perf_counter()
-    for problem, root, cost in run(
+    for problem, root, cost in run_searches(
         searches, {Sample: policy}, max_active=max_active, progress=progress
     ):
         trees[problem.id] = without_logprobs(tree_record(problem, root, cost)["nodes"])

@@ -37,11 +37,11 @@ from train_agents import DistinctMessage, Learner, Training, distinct_messages
 # ---- Pieces --------------------------------------------------------------------------------------
 
 
-def trained_policy(kind="shared"):
+def trained_policy(sharing="shared"):
     """Return the tiny agents with new adapters, which change nothing yet."""
     policy = make_tiny_policy(CHAIN)
     torch.manual_seed(0)
-    policy.adapters = AgentAdapters.add(policy.decoder.model, CHAIN, kind=kind, rank=8)
+    policy.adapters = AgentAdapters.add(policy.decoder.model, CHAIN, sharing=sharing, rank=8)
     return policy
 
 
@@ -570,7 +570,7 @@ def test_a_merged_adapter_speaks_as_beside_the_base_which_does_not_move(make_mod
     model = make_model()
     base = dict(model.named_parameters())
     before = {name: weight.detach().clone() for name, weight in base.items()}
-    adapters = AgentAdapters.add(model, CHAIN, kind="per-agent", rank=4)
+    adapters = AgentAdapters.add(model, CHAIN, sharing="per-agent", rank=4)
     torch.manual_seed(1)
     for weight in adapters.parameters().values():
         weight.data = 0.1 * torch.randn_like(weight)

@@ -92,6 +92,20 @@ NUMBERS = [  # (message, the number that is read from it)
     ("Final answer: Between 5, 6 and 7", None),
     ("Final answer: 5, 6", None),
     ("Final answer: 5 or 6 or 7", None),
+    ("Final answer: 2 + 3", None),
+    ("Final answer: 12 - 15", None),
+    ("Final answer: -3 - 4", None),
+    ("Final answer: 12-15 apples", None),
+    ("Final answer: $5–$6", None),
+    ("Final answer: 10%-20%", None),
+    ("Final answer: 10% to 20%", None),
+    ("Final answer: 1/2-3/4", None),
+    ("Final answer: 2**3", None),
+    ("Final answer: from 5 to -3", None),
+    ("Final answer: 16 - 3 = 13", "13"),
+    ("Final answer: 16-3=13", "13"),
+    ("Final answer: -3", "-3"),
+    ("Final answer: 3 (5 - 2)", "3"),
     ("Final answer: 5 (five) or 6 (six)", None),
     ("Final answer: 2^3", None),
     (r"\boxed{2 \times 3}", None),
@@ -142,6 +156,10 @@ LETTERS = [  # (message, the letter that is read from it)
     ("#### Step B", None),
     # two letters
     ("Final answer: C or D", None),
+    ("Final answer: A, B and C", None),
+    ("Final answer: B and C are both right", None),
+    ("Final answer: A or B, both hold", None),
+    ("Final answer: C, a fair choice", "C"),
     ("Final answer: C/D", None),
     ("Final answer: Option C and Option D", None),
     (r"\boxed{A, B}", None),
@@ -332,6 +350,12 @@ LADDER = [  # (message, answer type, the answer, the rung on which it is read)
     ("5 + 8 = 13", "number", "13", "number"),
     ("I do not know", "number", None, "none"),
     ("5 + 8 = 13", "math", None, "none"),
+    ("I get \\boxed{9} rather than \\boxed{7}.", "number", "9", "box"),
+    ("\\boxed{9}. The \\boxed{7} is not correct.", "number", "9", "box"),
+    ("\\boxed{7}\nThe answer is given in step 3.", "number", "7", "box"),
+    ("The answer equals 5, by rule 3.", "number", "5", "sentence"),
+    ("Final answer: 2 billion", "number", "2000000000", "told"),
+    ("Final answer: –7", "number", "-7", "told"),
 ]
 
 
@@ -633,6 +657,9 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     (r"\text{(C)}", r"\text{(C) hyperbola}", True),
     (r"\text{(C)}", r"\text{(D) circle}", False),
     (r"\text{(C) hyperbola}", r"\text{(C) circle}", False),
+    (r"5\text{ cubic cm}", r"5\text{ cm}^3", True),
+    (r"5\text{ cubic feet}", r"5\text{ square feet}", False),
+    (r"5\text{ square units}", r"5\text{ units}", False),
 ]
 
 
@@ -689,6 +716,26 @@ def test_a_comparison_that_fails_is_an_error_that_names_the_pair(monkeypatch):
     monkeypatch.setattr(MathVerify, "PROGRAM", "print('ready', flush=True); input(); exit(1)")
     with pytest.raises(RuntimeError, match="math-verify failed on 'x' and 'y'"):
         MathVerify().equal("x", "y")
+
+
+def test_math_verify_is_started_again_after_it_has_ended(monkeypatch):
+    """Killed by somebody else it has not run out of time: nothing may count as unequal."""
+    math_verify = MathVerify()
+    monkeypatch.setattr(MathVerify, "PROGRAM", "print('ready', flush=True); input(); exit(1)")
+    with pytest.raises(RuntimeError, match="math-verify failed on 'x' and 'y'$"):
+        math_verify.equal("x", "y")
+    dying = "import os; print('ready', flush=True); input(); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(MathVerify, "PROGRAM", dying)
+    with pytest.raises(RuntimeError, match="failed on 'x' and 'y', perhaps out of memory"):
+        math_verify.equal("x", "y")
+    answering = "print('ready', flush=True)\nwhile input(): print('true', flush=True)"
+    monkeypatch.setattr(MathVerify, "PROGRAM", answering)
+    assert math_verify.equal("x", "y")
+    math_verify.process.kill()
+    math_verify.process.wait()
+    assert math_verify.equal("x", "z")
+    assert math_verify.timeouts == 0
+    math_verify.process.kill()
 
 
 def test_symbolic_answers_are_compared_from_any_thread():

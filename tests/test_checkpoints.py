@@ -7,6 +7,7 @@ chat template. The tokenizer is that of the tiny agents with the family's specia
 import datetime
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,14 @@ from transformers.utils import chat_template_utils
 
 import generate_rollouts
 from adapters import add_lora
-from checkpoints import ChatFormat, resolve_dtype, without_reasoning
+from checkpoints import (
+    ChatFormat,
+    checkpoint_fingerprint,
+    end_of_message_ids,
+    load_pretrained,
+    resolve_dtype,
+    without_reasoning,
+)
 from decoding import Decoder, message_key
 from generate_rollouts import make_root
 from mas import CHAIN, State
@@ -499,6 +507,13 @@ def test_messages_that_share_rows_equal_messages_decoded_one_by_one(policy):
     assert len(prompts) < len(first_two) < num
 
 
+@pytest.mark.parametrize("named, ids", [(None, {2}), (5, {2, 5}), ([5, 7], {2, 5, 7})])
+def test_a_message_ends_as_the_tokenizer_or_the_checkpoint_says(named, ids):
+    """Gemma's tokenizer names <eos>, its checkpoint <end_of_turn> as well."""
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=named))
+    assert end_of_message_ids(model, SimpleNamespace(eos_token_id=2)) == ids
+
+
 # ---- V on every family ---------------------------------------------------------------------------
 
 
@@ -561,3 +576,55 @@ def test_lora_adapts_every_linear_layer_of_every_family(value_model):
     value_model.outputs(batch, [(0, ends[-1])]).sum().backward()
     for name, parameter in value_model.trained_parameters().items():
         assert parameter.grad.abs().sum() > 0, name
+
+
+# ---- Loading and fingerprints --------------------------------------------------------------------
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(monkeypatch):
+    """As that of Llama 3."""
+    backend = AutoTokenizer.from_pretrained(AGENTS).backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    monkeypatch.setattr("checkpoints.AutoTokenizer.from_pretrained", lambda name: tokenizer)
+    _, loaded = load_pretrained(
+        "--model", AGENTS, AutoModelForCausalLM, quantize=False, device="cpu", dtype="float32"
+    )
+    assert loaded.pad_token_id == loaded.eos_token_id == 2
+
+
+class NeedsBitsandbytes:
+    @staticmethod
+    def from_pretrained(name, **options):
+        raise ImportError("no bitsandbytes")
+
+
+@pytest.mark.parametrize(
+    "flag, remedy",
+    [("--backbone", "give --no-quantize"), ("--model", "leave out --quantize-policy")],
+)
+def test_without_bitsandbytes_the_error_names_the_flag_that_does_without(flag, remedy):
+    with pytest.raises(InputError, match=f"{flag} .*; install it, or {remedy}$"):
+        load_pretrained(
+            flag, AGENTS, NeedsBitsandbytes, quantize=True, device="cpu", dtype="float32"
+        )
+
+
+def test_the_fingerprint_of_a_checkpoint_is_of_all_its_bytes(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(40 << 20))
+    before = checkpoint_fingerprint(str(tmp_path), None)
+    with open(path, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"1")
+    assert checkpoint_fingerprint(str(tmp_path), None) != before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model-00001-of-00002.safetensors", "pytorch_model.bin", "config.json", "chat_template.jinja"]
+    + ["tokenizer.model", "merges.txt"],
+)
+def test_every_file_that_decides_what_a_checkpoint_computes_counts(tmp_path, name):
+    before = checkpoint_fingerprint(str(tmp_path), None)
+    (tmp_path / name).write_text("x")
+    assert checkpoint_fingerprint(str(tmp_path), None) != before

@@ -333,6 +333,18 @@ def test_the_methods_of_a_single_group_are_compared_over_its_runs(tmp_path):
     assert "| vote-4 | greedy: greedy |" not in two_groups
 
 
+def test_methods_of_a_group_are_compared_on_the_problems_that_both_have_answered(tmp_path):
+    """More problems were asked of the vote: of p1 to p4 it wins p2."""
+    for run in "01":
+        write_records(tmp_path / run / "eval" / "greedy.jsonl", make_records(right=[1])[:4])
+        write_records(tmp_path / run / "eval" / "vote-4.jsonl", make_records(right=[1, 2, 5]))
+        pair = {"method": "vote-4", "against": "greedy", "why": "greedy"}
+        summary = json.dumps({"comparisons": [pair]})
+        (tmp_path / run / "eval" / "summary.json").write_text(summary)
+    table = compare_runs(read_groups([f"a={tmp_path / '0'},{tmp_path / '1'}"]))
+    assert "| vote-4 | greedy: greedy | +25.0 |" in table
+
+
 # ---- The training of the agents ------------------------------------------------------------------
 
 

@@ -748,12 +748,12 @@ def started(queue, live=()):
     return [index for part in queue.take(list(live)) for index in part.messages]
 
 
-def make_queue(batch_tokens, sizes_of_prompts, *, can_grow=True):
+def make_queue(batch_tokens, sizes_of_prompts, *, is_resizable=True):
     """Make a queue of prompts of ten tokens: a list of the limits of its messages for each."""
     prompts = [[1] * 10] * len(sizes_of_prompts)
     limits = [limit for limits in sizes_of_prompts for limit in limits]
     repeats = list(map(len, sizes_of_prompts))
-    return MessageQueue(prompts, repeats, limits, batch_tokens, can_grow=can_grow)
+    return MessageQueue(prompts, repeats, limits, batch_tokens, is_resizable=is_resizable)
 
 
 def test_a_batch_holds_as_many_messages_as_its_tokens_allow():
@@ -856,10 +856,10 @@ def test_padding_is_zero_because_attention_multiplies_it():
 def test_without_alignment_the_longest_prompt_and_the_largest_limit_count():
     """They can belong to different messages: 8 + 20 columns, where 18 and 22 are used."""
     prompts = [[1] * 8, [1] * 2]
-    for can_grow, num_together in ((True, 2), (False, 1)):
-        queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 22, can_grow=can_grow)
+    for is_resizable, num_together in ((True, 2), (False, 1)):
+        queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 22, is_resizable=is_resizable)
         assert len(started(queue)) == num_together
-    queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 28, can_grow=False)
+    queue = MessageQueue(prompts, [1, 1], [10, 20], 2 * 28, is_resizable=False)
     assert started(queue) == [0, 1]
     assert queue.max_width == 28
 
@@ -893,8 +893,8 @@ def test_the_cache_stays_within_its_limit(request, monkeypatch, model_name, num_
 
 
 def test_a_cache_with_windows_is_not_added_to(model_with_windows, small_model):
-    assert not CacheRows.can_grow_for(model_with_windows)
-    assert CacheRows.can_grow_for(small_model)
+    assert not CacheRows.is_resizable_for(model_with_windows)
+    assert CacheRows.is_resizable_for(small_model)
     decoder = make_decoder(model_with_windows)
     num = 7
     arguments = ([PROMPT] * num, [1] * num, [9] * num, list(range(num)), [False] * num)

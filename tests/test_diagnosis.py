@@ -5,6 +5,7 @@ import math
 import pytest
 
 from diagnosis import (
+    Signature,
     agents_signatures,
     answer_signatures,
     blame,
@@ -92,6 +93,11 @@ def test_cut_messages_are_flagged(num_cut, is_flagged):
 
 def test_no_trees_have_no_signature():
     assert not triggered(label_signatures([], AGENTS, [3, 3]))
+
+
+@pytest.mark.parametrize("demand", ["at most", "at least"])
+def test_a_nan_is_always_on_the_wrong_side(demand):
+    assert Signature("t", "m", math.nan, demand, 0.1, "r").is_triggered
 
 
 # ---- V -------------------------------------------------------------------------------------------
@@ -207,7 +213,8 @@ BELOW_POLICY = "V guides worse than the policy's likelihood"
 
 def answer_of(*, rung="told", num_cut=0, tree=None):
     truncated = {"Solver": num_cut} if num_cut else {}
-    return {"rung": rung, "agent_calls": 4, "truncated": truncated, "tree": tree}
+    record = {"rung": rung, "agent_calls": 4, "truncated": truncated, "tree": tree}
+    return record | {"transcript": [{}] * 4}
 
 
 @pytest.mark.parametrize("rung, is_weak", [("number", True), ("none", True), ("box", False)])
@@ -243,6 +250,10 @@ def test_simulations_that_end_in_few_states_are_flagged():
     plans = {"nodes": [], "simulations": [[number % 2] for number in range(40)]}
     signatures = answer_signatures({"mcts-40x1.8.1.1-value": [answer_of(tree=plans)]}, [])
     assert number_of(signatures, FEW_ANSWERS) == 2 / 8 and not triggered(signatures)
+    # Three candidates of a single agent cannot either.
+    alone = answer_of(tree={"nodes": [], "simulations": [[1], [2], [3]] + [[3]] * 37})
+    signatures = answer_signatures({"mcts-40x3-value": [alone | {"transcript": [{}]}]}, [])
+    assert number_of(signatures, FEW_ANSWERS) == 1 and not triggered(signatures)
     # One guided by the ORM is held to the same.
     signatures = answer_signatures({"mcts-6x3-outcome": [answer_of(tree=stuck)]}, [])
     assert triggered(signatures) == {FEW_ANSWERS}
@@ -257,9 +268,10 @@ def test_simulations_that_end_in_few_states_are_flagged():
 
 
 def test_most_final_states_of_a_method():
-    assert most_final_states("mcts-64x1.8.2.1-value-lam0.5") == 16
-    assert most_final_states("mcts-64x3-value") == math.inf
-    assert most_final_states("mcts-64-value") == math.inf
+    assert most_final_states("mcts-64x1.8.2.1-value-lam0.5", num_turns=4) == 16
+    assert most_final_states("mcts-64x3-value", num_turns=4) == 81
+    assert most_final_states("mcts-64x3-value", num_turns=1) == 3
+    assert most_final_states("mcts-64x1-value", num_turns=4) == 1
 
 
 def scored(*pairs):

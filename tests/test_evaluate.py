@@ -14,7 +14,7 @@ from generate_rollouts import make_child, make_root
 from mas import CHAIN
 from policy import Candidate, Cost, Policy
 from runs import InputError, Work, is_mine, read_jsonl
-from search import parse_method
+from search import Method, parse_method
 from tasks import Problem
 
 PROBLEMS = ["p1", "p2", "p3", "p4", "p5"]
@@ -515,6 +515,33 @@ def test_two_processes_share_the_problems(evaluation, monkeypatch):
     assert all(ids_of_rank)
     assert sorted(ids_of_rank[0] + ids_of_rank[1]) == names
     assert not evaluation.path().exists()
+
+
+def test_a_search_has_the_c_of_the_flags(evaluation, monkeypatch):
+    given = []
+    start = Method.search
+
+    def recorded(self, problem, mas, *, c_uct):
+        given.append(c_uct)
+        return start(self, problem, mas, c_uct=c_uct)
+
+    monkeypatch.setattr(Method, "search", recorded)
+    evaluation.args.c_uct = 0.25
+    evaluation.answer(["p1"])
+    assert given == [0.25]
+
+
+def test_the_trees_of_the_first_problems_are_kept_also_after_a_kill(evaluation):
+    """--num-trees 1: of p1, although p2 is the first of those that are left."""
+
+    def score(requests):
+        return [([0.0] * len(request.nodes), Cost()) for _, request in requests]
+
+    name = "mcts-4x2-policy"
+    evaluation.answer(["p1"], name, scorers={"policy": score})
+    evaluation.answer(["p1", "p2", "p3"], name, scorers={"policy": score})
+    records = read_jsonl(evaluation.path(name))
+    assert [record["tree"] is not None for record in records] == [True, False, False]
 
 
 # ---- Which methods and which weights -------------------------------------------------------------

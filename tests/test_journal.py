@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from conftest import NoProgress, make_tiny_policy
 
-from generate_rollouts import expand, make_root, parse_args, run
+from generate_rollouts import expand, make_root, parse_args, run_searches
 from journal import Journal
 from mas import CHAIN, MAS
 from policy import Sample, journal_of
@@ -95,6 +95,18 @@ def test_a_damaged_line_and_a_folder_that_cannot_be_written_are_named(tmp_path):
     blocked.write_text("")
     with pytest.raises(InputError, match="file: messages cannot be kept here .*--messages"):
         Journal(blocked, SETTINGS)
+
+
+def test_a_line_that_another_process_has_not_ended_is_left_alone(tmp_path):
+    settings = {"model": "m"}
+    with Journal(tmp_path, settings) as first, Journal(tmp_path, settings) as second:
+        first.add("a", {"text": "x"})
+        second.add("b", {"text": "y"})
+    content = second.path.read_bytes()
+    second.path.write_bytes(content + content[:-3])
+    with Journal(tmp_path, settings) as later:
+        assert [later.find(key)["text"] for key in "ab"] == ["x", "y"]
+    assert second.path.read_bytes() == content + content[:-3]
 
 
 # ---- The policy and its journal ------------------------------------------------------------------
@@ -278,7 +290,9 @@ def answers_of(name, policy):
     searches = [(problem, method.search(problem, CHAIN, c_uct=1.0)) for problem in PROBLEMS[:2]]
     handlers = make_handlers(method, {"random": RandomScorer(seed=0)}, policy)
     answers = {}
-    for problem, leaf, cost in run(searches, handlers, max_active=8, progress=NoProgress()):
+    for problem, leaf, cost in run_searches(
+        searches, handlers, max_active=8, progress=NoProgress()
+    ):
         answers[problem.id] = (leaf.state, replace(cost, seconds=0))
     return answers
 

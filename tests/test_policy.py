@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 import decoding
 import generate_rollouts
 from decoding import MessageQueue, gumbel_noise, message_key
-from generate_rollouts import expand, label_tree, make_root, run, tree_record
+from generate_rollouts import expand, label_tree, make_root, run_searches, tree_record
 from policy import Candidate, Cost, Sample, make_policy, policy_settings, search_settings
 from runs import InputError, seeded
 from tasks import Problem, load_problems
@@ -270,7 +270,7 @@ def comparable_trees(chain, policy, problems, max_active):
         )
         searches.append((problem, search))
     trees = {}
-    for problem, root, cost in run(
+    for problem, root, cost in run_searches(
         searches, {Sample: policy}, max_active=max_active, progress=NoProgress()
     ):
         nodes = tree_record(problem, root, cost)["nodes"]
@@ -468,6 +468,39 @@ def test_quantized_agents_have_nf4_weights(chain):
         if name == "model.layers.0.self_attn.q_proj"
     ]
     assert type(unquantized) is torch.nn.Linear
+
+
+def test_the_variables_of_the_template_reach_it(chain):
+    policy = make_tiny_policy(chain, chat_template_kwargs='{"enable_thinking": false}')
+    assert policy.chat_format.template_kwargs == {"enable_thinking": False}
+
+
+def test_a_launched_process_loads_the_agents_on_its_own_gpu(chain, monkeypatch):
+    asked = []
+
+    def load(*args, device, **options):
+        asked.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("policy.load_pretrained", load)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(KeyboardInterrupt):
+        make_tiny_policy(chain, device="cuda")
+    assert asked == ["cuda:3"]
+
+
+def test_messages_of_another_sampler_are_others(chain, monkeypatch):
+    before = settings_with(chain)
+    monkeypatch.setattr("policy.SAMPLER", "another")
+    after = settings_with(chain)
+    assert {key for key in before if before[key] != after[key]} == {"sampler"}
+
+
+def test_the_number_of_threads_is_that_of_omp_num_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert generate_rollouts.parse_args([]).num_threads == 7
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert generate_rollouts.parse_args([]).num_threads <= 2
 
 
 # ---- Costs and progress --------------------------------------------------------------------------

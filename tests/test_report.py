@@ -9,10 +9,11 @@ import pytest
 from conftest import NoProgress, ScriptedPolicy, dom_of
 
 import report
-from generate_rollouts import label_tree, run, tree_fields, tree_record
+import search
+from generate_rollouts import label_tree, run_searches, tree_fields, tree_record
 from mas import CHAIN
 from policy import Cost, Sample, Score
-from runs import InputError, seeded
+from runs import InputError, read_jsonl, seeded
 from search import mcts, path_to, sbs, search_tree
 from tasks import Problem
 
@@ -49,7 +50,9 @@ def searched():
         PROBLEM.question, CHAIN, num_simulations=20, num_candidates=(2, 3, 1, 2), c_uct=0.8, lam=0.0
     )
     handlers = {Score: score_by_path, Sample: ScriptedPolicy(say)}
-    [(_, leaf, _)] = run([(PROBLEM, search)], handlers, max_active=1, progress=NoProgress())
+    [(_, leaf, _)] = run_searches(
+        [(PROBLEM, search)], handlers, max_active=1, progress=NoProgress()
+    )
     root = path_to(leaf)[0].parent
     record = {"id": "p", "question": PROBLEM.question, "gold": "4"}
     return json.loads(json.dumps(record | search_tree(leaf, "number"))), root, leaf
@@ -67,7 +70,9 @@ def labelled():
         rng=seeded("labels"),
     )
     handlers = {Sample: ScriptedPolicy(say)}
-    [(_, root, cost)] = run([(PROBLEM, tree)], handlers, max_active=1, progress=NoProgress())
+    [(_, root, cost)] = run_searches(
+        [(PROBLEM, tree)], handlers, max_active=1, progress=NoProgress()
+    )
     return json.loads(json.dumps(tree_record(PROBLEM, root, cost)))
 
 
@@ -143,7 +148,9 @@ def test_beams_have_answers_at_their_final_states_only():
     """Four agents: two beams of two candidates; V is the value of a final answer."""
     search = sbs(PROBLEM.question, CHAIN, beam_width=2, num_candidates=(2, 2, 2, 2))
     handlers = {Score: score_by_path, Sample: ScriptedPolicy(say)}
-    [(_, leaf, _)] = run([(PROBLEM, search)], handlers, max_active=1, progress=NoProgress())
+    [(_, leaf, _)] = run_searches(
+        [(PROBLEM, search)], handlers, max_active=1, progress=NoProgress()
+    )
     tree = search_tree(leaf, "number")
     finals = [node for node in tree["nodes"][1:] if node["agent"] == "Verifier"]
     assert len(finals) == 2  # the same answer of both candidates is one
@@ -230,6 +237,13 @@ def test_the_numbers_on_the_page_are_those_of_the_replay(kind, request, tmp_path
     assert "What the Reader saw" in dom and "Simulation 4 chooses here by Eq. 2" in dom
 
 
+def test_the_summary_of_a_labelled_tree_counts_its_right_answers():
+    nodes = [{"parent": None}, {"reward": 1.0}, {"reward": -1.0}, {"reward": -1.0}]
+    record = {"nodes": nodes, "simulations": [[1], [2, 3]]}
+    expected = "3 messages, 2 simulations; 1 of 3 final answers are right."
+    assert report.tree_summary(record, None) == expected
+
+
 # ---- The script ----------------------------------------------------------------------------------
 
 
@@ -280,3 +294,16 @@ def test_what_cannot_be_shown_is_named(finished_run, argv, message):
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(InputError, match="no config.json here"):
         call("tree", tmp_path, "p")
+
+
+def test_a_search_keeps_its_messages_and_its_page_says_its_c(tmp_path, capsys):
+    """And it has the candidates of the flag: 2 + 2 + 2 + 2 messages, and at most one more."""
+    flags = ["--run", tmp_path, "--method", "mcts-2-random", "--num-candidates", 2]
+    flags += ["--c-uct", 0.25, "--html", tmp_path / "t.html", "--max-new-tokens", 128]
+    flags += ["--device", "cpu", "--num-threads", 1]
+    search.main(search.parse_args([str(flag) for flag in flags]))
+    assert "mcts-2x2-random: " in capsys.readouterr().out
+    [journal] = (tmp_path / "messages").glob("*.jsonl")
+    assert len(read_jsonl(journal)) >= 8
+    page = data_of((tmp_path / "t.html").read_text())
+    assert (page["c_uct"], len(page["simulations"])) == (0.25, 2)

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 from urllib.parse import unquote
 
@@ -515,3 +516,11 @@ def test_epochs_show_loss_error_and_ranking(panels_of):
     assert loss.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 0.25]]
     assert error.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.6]]
     assert ranking.lines[0].get_xydata().tolist() == [[2, 0.75]]
+
+
+def test_a_v_that_diverged_has_a_picture_without_points(tmp_path, figures):
+    edges = [{"V": math.nan, "y": 1.0}, {"V": 0.5, "y": 1.0}]
+    plot_reliability({"Planner": edges}, tmp_path / "p.png")
+    [panel] = figures[-1].axes
+    assert panel.get_title() == "Planner, 2 states"
+    assert panel.collections[0].get_offsets().tolist() == [[0.5, 1.0]]

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -30,6 +31,7 @@ from runs import (
     seeded,
     shard_path,
     without_shard,
+    write_config,
     write_line,
 )
 
@@ -533,6 +535,21 @@ def test_a_shard_leads_back_to_its_file(tmp_path, monkeypatch):
     assert without_shard(path) == path
 
 
+def test_shards_of_a_method_whose_name_begins_alike_are_not_read(tmp_path, monkeypatch):
+    become_process(monkeypatch, 0, 2)
+    for name in ("vote-1", "vote-16"):
+        with open_to_append(shard_path(tmp_path / f"{name}.jsonl")) as file:
+            append_jsonl(file, {"id": "p", "method": name})
+    assert read_records(tmp_path / "vote-1.jsonl") == {"p": {"id": "p", "method": "vote-1"}}
+
+
+def test_records_are_sorted_by_id_whoever_has_written_them(tmp_path):
+    """V's settings name the trees in this order, however many processes labelled them."""
+    (tmp_path / "x.jsonl").write_text('{"id": "b"}\n{"id": "d"}\n{"id": "c"}\n')
+    (tmp_path / "x.0of2.jsonl").write_text('{"id": "a"}\n')
+    assert list(read_records(tmp_path / "x.jsonl")) == ["a", "b", "c", "d"]
+
+
 # ---- The run folder ------------------------------------------------------------------------------
 
 
@@ -626,6 +643,43 @@ def test_a_configuration_records_settings_and_provenance(tmp_path):
     assert config["device"].startswith("cpu (CPU, ")
     # Tuples are read back as lists, and are no other configuration.
     open_run(tmp_path, {"counts": (1, 8)}, device="cpu", overwrite=False)
+
+
+def test_a_kill_while_the_configuration_is_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write_config(tmp_path, {"settings": {"seed": 0}})
+
+    def killed(path, text):
+        with open(path, "w") as file:
+            file.write(text[:5])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_config(tmp_path, {"settings": {"seed": 1}})
+    assert read_config(tmp_path) == {"settings": {"seed": 0}}
+
+
+def test_the_command_is_recorded_with_its_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["folder/stage.py", "--seed", "7"])
+    open_run(tmp_path, {}, device="cpu", overwrite=False)
+    assert read_config(tmp_path)["command"] == "python stage.py --seed 7"
+
+
+def test_a_commit_is_dirty_if_the_code_was_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True)
+
+    monkeypatch.setattr(runs, "HERE", tmp_path)
+    (tmp_path / "x.py").write_text("1\n")
+    git("init", "-q")
+    git("add", "x.py")
+    git("commit", "-q", "-m", "first")
+    clean = runs._commit()
+    assert len(clean) == 40
+    (tmp_path / "x.py").write_text("2\n")
+    assert runs._commit() == f"{clean}-dirty"
 
 
 # ---- Randomness ----------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from conftest import NoProgress, ScriptedPolicy, drive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import generate_rollouts
 import search
 from decoding import uniforms
 from extraction import extract_answer
-from generate_rollouts import expand, make_root, run
+from generate_rollouts import expand, make_root, run_searches
 from mas import CHAIN, MAS, SINGLE, Agent
 from policy import Candidate, Cost, Outcome, Sample, Score
 from runs import InputError, ignore
@@ -390,7 +391,7 @@ def solve(name, problem, mas):
     policy = RecordedPolicy(lambda path: f"Final answer: {sum(path)} {path}")
     handlers = make_handlers(method, scorers, policy)
     searches = [(problem, method.search(problem, mas, c_uct=1.0))]
-    [(_, leaf, cost)] = run(searches, handlers, max_active=1, progress=NoProgress())
+    [(_, leaf, cost)] = run_searches(searches, handlers, max_active=1, progress=NoProgress())
     scored = [scorers[model].scored_paths for model in ("value", "outcome")]
     return leaf.path, leaf.state, cost, policy.requests, scored
 
@@ -728,6 +729,12 @@ def test_a_state_is_scored_once_and_every_method_is_charged_for_it(duo):
     assert cost.scored_tokens == 2
 
 
+def test_a_launched_process_loads_v_on_its_own_gpu(chain, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    scorers = load_scorers_of(["mcts-3-value"], chain, tmp_path, monkeypatch, device="cuda")
+    assert scorers["value"].model == ("value", "chain", "cuda:3", "float32")
+
+
 # ---- Methods by name -----------------------------------------------------------------------------
 
 METHODS = [  # name, and its algorithm, scorer, num, num_candidates and lam
@@ -928,3 +935,49 @@ def test_a_page_of_a_method_without_a_tree_is_refused_before_it_searches(monkeyp
     args = search.parse_args(["--method", method, "--html", "tree.html"])
     with pytest.raises(InputError, match=f"--html: {method} has no tree; take an sbs or mcts"):
         search.main(args)
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+
+def test_the_defaults_of_a_search_are_those_of_the_readme():
+    args = generate_rollouts.parse_args([])
+    assert (args.num_simulations, args.num_candidates, args.c_uct) == (40, "3", 1.0)
+    assert (args.temperature, args.top_k, args.top_p) == (1.0, 0, 1.0)
+    assert search.parse_args([]).lam == 0.0
+
+
+@pytest.mark.parametrize("task, kind", [("tiny", "number"), ("math", "math"), ("mmlu", "letter")])
+def test_a_question_of_the_user_has_the_answer_type_of_the_task(task, kind):
+    args = search.parse_args(["--task", task, "--question", " Which? "])
+    expected = Problem("question", "test", "Which?", gold="", answer_type=kind)
+    assert search.choose_problem(args) == expected
+
+
+def test_a_single_search_explores_as_the_flag_says(tmp_path, monkeypatch):
+    given = []
+
+    def stop(self, problem, mas, *, c_uct):
+        given.append(c_uct)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Method, "search", stop)
+    monkeypatch.setattr(search, "make_policy", lambda args, mas: None)
+    flags = ["--run", str(tmp_path), "--method", "mcts-2-random", "--c-uct", "0.25"]
+    with pytest.raises(KeyboardInterrupt):
+        search.main(search.parse_args(flags))
+    assert given == [0.25]
+
+
+@pytest.mark.parametrize("gold, verdict", [("7", "right"), ("8", "wrong")])
+def test_the_verdict_and_the_cost_of_a_search_are_printed(duo, capsys, gold, verdict):
+    problem = Problem("p", "test", "q", gold, "number")
+    method = parse_method("greedy", duo, num_candidates="1", lam=0.0)
+    policy = ScriptedPolicy(lambda path: "Final answer: 7")
+    leaf = drive(method.search(problem, duo, c_uct=1.0), {Sample: policy})
+    cost = Cost(agent_calls=2, prompt_tokens=30, generated_tokens=4, scored_tokens=50, seconds=1.5)
+    search.print_solution(problem, method, leaf, cost)
+    out = capsys.readouterr().out
+    assert f"Answer: 7   (gold {gold}: {verdict})" in out
+    assert "greedy: 2 agent calls, 1.50 s, 0 messages cut" in out
+    assert "tokens: 30 prompt, 4 generated, 50 scored" in out

@@ -6,8 +6,8 @@ from itertools import combinations
 import pytest
 
 from evaluate import DEFAULT_METHODS
-from pictures import family_of, plot_accuracy
-from tables import headline_comparisons, method_table, screen, value_table
+from pictures import family_of, plot_accuracy, plot_learning, plot_training
+from tables import headline_comparisons, method_table, screen, training_table, value_table
 
 TERMINAL_WIDTH = 80
 TERMINAL_HEIGHT = 24
@@ -359,3 +359,62 @@ def test_the_picture_shows_every_method_with_its_interval(draw):
         assert y == pytest.approx(100 * row["em"])
         assert low <= 100 * row["low"]
         assert 100 * row["high"] <= high
+
+
+def test_tokens_are_those_of_prompts_messages_and_scoring(tmp_path, figures):
+    summary = make_summary()
+    plot_accuracy(summary, tmp_path / "p.png", cost="tokens")
+    [axes] = figures[-1].axes
+    for container, row in zip(axes.containers, summary["methods"].values(), strict=True):
+        [(cost, _)] = container.lines[0].get_xydata()
+        assert cost == row["prompt_tokens"] + row["generated_tokens"] + row["scored_tokens"]
+
+
+def test_the_bars_of_the_picture_are_the_intervals(tmp_path, figures):
+    summary = make_summary()
+    plot_accuracy(summary, tmp_path / "p.png")
+    [axes] = figures[-1].axes
+    for container, row in zip(axes.containers, summary["methods"].values(), strict=True):
+        [[(_, low), (_, high)]] = container.lines[2][0].get_segments()
+        assert (low, high) == pytest.approx((100 * row["low"], 100 * row["high"]))
+
+
+def dev_record(step, value, right, auc):
+    """A line of metrics.jsonl in which every number is another one."""
+    agent = {"value": value, "right": right, "value_auc": auc, "tokens": 9.0, "truncated": 0.0}
+    record = {"step": step, "messages": 10 * step, "dev": {"accuracy": right}}
+    record["dev"]["agents"] = {"Planner": agent}
+    return record | {"reward": {"Planner": 0.25}, "kl": 0.125, "clip_share": 0.0625}
+
+
+TRAINING = [dev_record(0, 0.9, 0.4, 0.7), dev_record(1, 0.95, 0.5, 0.6)]
+
+
+def lines_of(panel):
+    return [[tuple(point) for point in line.get_xydata()] for line in panel.lines]
+
+
+def test_the_picture_of_training_has_each_number_in_its_panel(tmp_path, figures):
+    plot_training(TRAINING, 1, tmp_path / "p.png")
+    accuracy, reading, ranking, reward, distance, length = figures[-1].axes
+    assert lines_of(accuracy)[0] == [(0, 40), (1, 50)]
+    assert lines_of(reading)[:2] == [[(0, 0.9), (1, 0.95)], [(0, 0.4), (1, 0.5)]]
+    assert lines_of(ranking)[0] == [(0, 0.7), (1, 0.6)]
+    assert lines_of(reward) == [[(1, 0.25)]]
+    assert lines_of(distance) == [[(1, 0.125)], [(1, 0.0625)]]
+    assert lines_of(length) == [[(0, 9), (1, 9)]]
+
+
+def test_the_picture_of_several_runs_has_their_means_in_its_panels(tmp_path, figures):
+    other = [dev_record(0, 0.9, 0.4, 0.7), dev_record(1, 0.75, 0.7, 0.4)]
+    plot_learning({"a": [TRAINING, other]}, tmp_path / "p.png")
+    accuracy, excess, ranking = figures[-1].axes
+    assert lines_of(accuracy)[2] == [(0, 40), (10, 60)]
+    assert lines_of(excess)[2] == [(0, 0.5), (10, pytest.approx(0.25))]
+    assert lines_of(ranking)[2] == [(0, 0.7), (10, 0.5)]
+
+
+def test_the_table_of_training_tells_v_from_the_truth():
+    before, kept = [line.split() for line in training_table(TRAINING, 1).splitlines()[1:3]]
+    assert before[-6:] == ["Planner", "0.900", "0.400", "0.700", "9.0", "0.0%"]
+    assert kept[-6:] == ["Planner", "0.950", "0.500", "0.600", "9.0", "0.0%"]

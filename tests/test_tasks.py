@@ -138,7 +138,7 @@ def test_options_that_are_no_list_are_refused(choices, type_name):
         tasks.read_row({"question": "Pick", "choices": choices, "answer": "B"}, "d, line 3")
 
 
-@pytest.mark.parametrize("answer", [2, "2", "C", "r"])
+@pytest.mark.parametrize("answer", [2, "2", "C", "r", "²"])
 def test_an_answer_behind_the_last_option_is_refused(answer):
     row = {"question": "Which?", "choices": ["p", "q"], "answer": answer}
     with pytest.raises(InputError) as error:
@@ -464,6 +464,16 @@ def test_torn_or_missing_data_is_named(tmp_path):
         load_problems(task="tiny", data=str(missing), split="test", num=1)
 
 
+def test_a_damaged_file_is_not_blamed_on_the_network(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "bad.parquet"
+    path.write_text("question,answer\nq,1\n")
+    with pytest.raises(InputError, match="bad.parquet: cannot be loaded") as error:
+        load_problems(task="tiny", data=str(path), split="test", num=1)
+    assert "offline" not in str(error.value)
+
+
 def test_parquet_files_are_read_as_the_hub_stores_them(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -520,6 +530,21 @@ def test_the_source_of_problems_is_recorded():
     assert tasks.source("gsm8k", None) == {"task": "gsm8k", "data": None, "hub": hub}
     assert tasks.source("gsm8k", "d.csv") == {"task": "gsm8k", "data": "d.csv", "hub": None}
     assert tasks.source("tiny", None) == {"task": "tiny", "data": None, "hub": None}
+
+
+FILES = {
+    "d.csv": "question,answer\nHow many?,7\n",
+    "d.json": '[{"question": "How many?", "answer": 7}]',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_csv_and_json_are_read_by_their_name(tmp_path, monkeypatch, name):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / name).write_text(FILES[name])
+    [problem] = load_problems(task="tiny", data=str(tmp_path / name), split="test", num=1)
+    assert (problem.question, problem.gold) == ("How many?", "7")
 
 
 # ---- Records of earlier problems -----------------------------------------------------------------

@@ -23,7 +23,7 @@ from generate_rollouts import (
     load_training_problems,
     make_root,
     make_searches,
-    run,
+    run_searches,
     select,
     tree_paths,
     tree_record,
@@ -351,7 +351,7 @@ def label_searches(mas, num_problems, *, num_simulations=12, num_candidates=(2, 
 
 
 def tree_records(chain, max_active):
-    finished = run(
+    finished = run_searches(
         label_searches(chain, 20),
         {Sample: ScriptedByProblem(random_answer)},
         max_active=max_active,
@@ -371,7 +371,7 @@ def test_the_driver_batches_all_waiting_requests_of_one_type(duo):
     """Ten searches of two requests each, four active: 4 and 4, 4 and 4, 2 and 2."""
     policy = ScriptedPolicy(lambda path: "Final answer: 1")
     searches = label_searches(duo, 10, num_candidates=(1, 1), num_simulations=1)
-    list(run(searches, {Sample: policy}, max_active=4, progress=NoProgress()))
+    list(run_searches(searches, {Sample: policy}, max_active=4, progress=NoProgress()))
     assert policy.batches == [4, 4, 4, 4, 2, 2]
 
 
@@ -393,7 +393,7 @@ def test_cheap_requests_are_answered_first(duo):
 
     searches = [(PROBLEM, search(index)) for index in range(6)]
     handlers = {Score: handler("score"), Sample: handler("sample")}
-    list(run(searches, handlers, max_active=6, progress=NoProgress()))
+    list(run_searches(searches, handlers, max_active=6, progress=NoProgress()))
     assert order == [("score", 3), ("sample", 6)]
 
 
@@ -409,7 +409,7 @@ def test_costs_go_to_the_search_that_caused_them():
     for num_requests in (1, 3):
         problem = Problem(str(num_requests), "train", "", "", "")
         searches.append((problem, search(num_requests)))
-    finished = run(searches, {Sample: handler}, max_active=9, progress=NoProgress())
+    finished = run_searches(searches, {Sample: handler}, max_active=9, progress=NoProgress())
     costs = {problem.id: cost for problem, _, cost in finished}
     assert costs.keys() == {"1", "3"}
     assert (costs["1"].agent_calls, costs["1"].seconds) == (1, 0.5)
@@ -423,7 +423,7 @@ def test_trees_do_not_depend_on_how_many_are_active(max_active, num_problems):
         searches = label_searches(CHAIN, num_problems, num_simulations=4)
         policy = ScriptedByProblem(random_answer)
         found = {}
-        for problem, root, cost in run(
+        for problem, root, cost in run_searches(
             searches, {Sample: policy}, max_active=max_active, progress=NoProgress()
         ):
             found[problem.id] = tree_record(problem, root, cost)
@@ -438,7 +438,7 @@ def test_a_handler_that_forgets_a_search_is_a_programming_error(duo):
     searches = label_searches(duo, 2, num_candidates=(1, 1))
     handlers = {Sample: lambda requests: policy(requests[:1])}
     with pytest.raises(ValueError, match="shorter"):
-        list(run(searches, handlers, max_active=2, progress=NoProgress()))
+        list(run_searches(searches, handlers, max_active=2, progress=NoProgress()))
 
 
 class RecordedProgress(NoProgress):
@@ -455,7 +455,7 @@ class RecordedProgress(NoProgress):
 def test_progress_is_given_the_messages_of_each_finished_search(chain, max_active):
     progress = RecordedProgress()
     policy = ScriptedByProblem(random_answer)
-    finished = run(
+    finished = run_searches(
         label_searches(chain, 10), {Sample: policy}, max_active=max_active, progress=progress
     )
     agent_calls = [cost.agent_calls for _, _, cost in finished]
@@ -477,7 +477,9 @@ def test_a_tree_record_holds_all_that_is_needed_to_label_again(chain):
 
     policy = ScriptedPolicy(text_of)
     searches = label_searches(chain, 1)
-    [(problem, root, cost)] = run(searches, {Sample: policy}, max_active=1, progress=NoProgress())
+    [(problem, root, cost)] = run_searches(
+        searches, {Sample: policy}, max_active=1, progress=NoProgress()
+    )
     record = json.loads(json.dumps(tree_record(problem, root, cost)))
 
     nodes = record["nodes"]
@@ -506,7 +508,7 @@ def finished_tree(mas, problem, say, *, num_candidates, num_simulations=4):
         rng=First(),
     )
     policy = ScriptedPolicy(say)
-    [(_, root, cost)] = run(
+    [(_, root, cost)] = run_searches(
         [(problem, search)], {Sample: policy}, max_active=1, progress=NoProgress()
     )
     return tree_record(problem, root, cost)
@@ -646,7 +648,7 @@ def test_each_problem_is_searched_with_the_settings_of_the_flags(chain):
 
     def records_of(searches):
         records = []
-        for problem, root, cost in run(
+        for problem, root, cost in run_searches(
             searches,
             {Sample: ScriptedByProblem(random_answer)},
             max_active=9,

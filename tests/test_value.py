@@ -25,7 +25,7 @@ import value
 from adapters import add_lora, lora_config
 from checkpoints import load_pretrained
 from decoding import uniforms
-from generate_rollouts import Edge, Sample, label_tree, run, tree_paths, tree_record
+from generate_rollouts import Edge, Sample, label_tree, run_searches, tree_paths, tree_record
 from mas import CHAIN, SINGLE, State
 from packing import collate, num_distinct_tokens, pack, packed_batches, sequences_of
 from runs import (
@@ -111,7 +111,9 @@ def scripted_trees():
         searches.append((problem, search))
     handlers = {Sample: RandomPolicy()}
     records = []
-    for problem, root, cost in run(searches, handlers, max_active=99, progress=NoProgress()):
+    for problem, root, cost in run_searches(
+        searches, handlers, max_active=99, progress=NoProgress()
+    ):
         records.append(tree_record(problem, root, cost))
     return records
 
