@@ -17,7 +17,9 @@ are random, and every message has the same length.
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 from unittest import mock
 
@@ -47,7 +49,7 @@ from packing import pack, sequences_of
 from policy import Policy, Sample, make_policy
 from runs import HERE, Parser, SearchProgress, Work, cli, positive_float, positive_int
 from tasks import load_problems
-from train_value import training_loss
+from train_value import peak_memory, training_loss
 from value import Row, ValueModel, label_places, load_backbone
 
 # ---- Decoders that lack a feature ----------------------------------------------------------------
@@ -218,17 +220,45 @@ def label(policy: Policy, problems: list, args, *, max_active: int) -> Measureme
     progress = SearchProgress(len(problems), Work(1, 1), description="", shown=False)
     trees = {}
     start = time.perf_counter()
-    for problem, root, cost in run_searches(
-        searches, {Sample: policy}, max_active=max_active, progress=progress
-    ):
-        trees[problem.id] = without_logprobs(tree_record(problem, root, cost)["nodes"])
+    with decoding_time(policy.decoder) as decoding:
+        for problem, root, cost in run_searches(
+            searches, {Sample: policy}, max_active=max_active, progress=progress
+        ):
+            trees[problem.id] = without_logprobs(tree_record(problem, root, cost)["nodes"])
     seconds = time.perf_counter() - start
 
     shares = {}
     for activity, seconds_after in policy.decoder.seconds.items():
         shares[activity] = (seconds_after - seconds_before[activity]) / seconds
-    shares["tokenizer, driver and tree"] = 1 - sum(shares.values())
+    shares["rest of the decoder"] = decoding.total() / seconds - sum(shares.values())
+    shares["tokenizer, driver and tree"] = 1 - decoding.total() / seconds
     return Measurement(60 * len(problems) / seconds, trees, shares)
+
+
+@contextmanager
+def decoding_time(decoder: Decoder):
+    """Count the seconds in `decode`, without those of what it calls for each message."""
+    seconds = Counter()
+    decode = decoder.decode
+
+    def timed(activity, sign, function):
+        def call(*args, **options):
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                seconds[activity] += sign * (time.perf_counter() - start)
+
+        return call
+
+    def timed_decode(*args, on_message, **options):
+        return decode(*args, on_message=timed("on_message", -1, on_message), **options)
+
+    decoder.decode = timed("decode", 1, timed_decode)
+    try:
+        yield seconds
+    finally:
+        decoder.decode = decode
 
 
 def without_logprobs(nodes: list[dict]) -> list[dict]:
@@ -276,14 +306,15 @@ def measure_trees(args) -> None:
 
 
 def measure_scaling(args) -> None:
-    """Label more and more problems together."""
+    """Label more and more problems together. The peak memory is that of the process so far."""
     labelling_args = make_labelling_args(args.num_threads)
     policy = make_labelling_policy(Decoder, labelling_args)
     for num in (50, 200, 800):
         measured = label(policy, load_training_problems(num), labelling_args, max_active=num)
         milliseconds = 60_000 / measured.trees_per_minute
         print(
-            f"{num:4d} problems: {milliseconds:6.1f} ms per problem   {measured.show_shares()}",
+            f"{num:4d} problems: {milliseconds:6.1f} ms per problem, peak {peak_memory('cpu')}   "
+            f"{measured.show_shares()}",
             flush=True,
         )
 
@@ -373,12 +404,6 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(device: str) -> str:
-    if not on_gpu(device):
-        return ""
-    return f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-
-
 def measure_decoding(model: PreTrainedModel, args) -> None:
     """Compare our decoder with `generate` per node, and with the bandwidth of the memory."""
     prompt = torch.randint(10, model.config.vocab_size, (args.prompt,)).tolist()
@@ -405,7 +430,7 @@ def measure_decoding(model: PreTrainedModel, args) -> None:
         print(
             f"engine, {num_rows:5d} rows:         {rate:9.0f} tokens/s, "
             f"{rate / rate_per_node:5.1f} times per-node generate, sampling takes {sampling:.1%}"
-            f"{share}{peak_memory(args.device)}",
+            f"{share}, peak {peak_memory(args.device)}",
             flush=True,
         )
 
@@ -519,8 +544,8 @@ def measure_training_step(model: ValueModel, rows: list[Row], args) -> None:
 
     tokens_per_second = len(rows) * args.state_tokens / seconds_of(step, args.device)
     print(
-        f"QLoRA step, rank {args.lora_rank}: {tokens_per_second:7.0f} tokens/s"
-        f"{peak_memory(args.device)}"
+        f"QLoRA step, rank {args.lora_rank}: {tokens_per_second:7.0f} tokens/s, "
+        f"peak {peak_memory(args.device)}"
     )
 
 
