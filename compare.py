@@ -120,7 +120,8 @@ def _finished_config(folder: Path) -> dict:
 def _compare_agents(groups: list[Group]) -> str:
     """Return a table of the agents on held-out problems: before, when best (kept), at the end.
 
-    `V - truth` is how much better V thinks the agents are than they are.
+    `V - truth` is how much V overrates the agent that it overrates most; `AUC of V` is the mean of
+    all agents.
     """
     header = ["agents", "runs", "reward", "messages", "held-out %", "V - truth", "AUC of V"]
     rows = []

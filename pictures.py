@@ -374,7 +374,8 @@ def plot_learning(records_of_group: dict[str, list[list[dict]]], file: Path | Bi
     """
     pyplot = _load_pyplot()
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 5), layout="constrained")
-    titles = ("right answers, one sample, %", "mean V minus truth, worst agent", "AUC of V there")
+    measures = ["right answers, one sample, %", "V minus truth, worst agent"]
+    measures.append("AUC of V, mean of agents")
     for index, (name, records_of_run) in enumerate(records_of_group.items()):
         style = {"color": COLOURS[index % len(COLOURS)]}
         style["linestyle"] = "-" if index < len(COLOURS) else "--"
@@ -384,8 +385,8 @@ def plot_learning(records_of_group: dict[str, list[list[dict]]], file: Path | Bi
                 for curve in curves:
                     _plot_known(panel, *curve, linewidth=0.6, alpha=0.6, **style)
             _plot_known(panel, *_mean_curve(curves), label=name, linewidth=2, **style)
-    for panel, title in zip(axes, titles, strict=True):
-        panel.set(title=f"held-out: {title}", xlabel="messages trained on")
+    for panel, measure in zip(axes, measures, strict=True):
+        panel.set(title=f"held-out: {measure}", xlabel="messages trained on")
         panel.grid(alpha=0.3)
     axes[1].axhline(0, color=COLOURS[7], linestyle=":")
     axes[2].axhline(0.5, color=COLOURS[7], linestyle=":")

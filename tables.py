@@ -188,15 +188,16 @@ def training_table(records: list[dict], best_step: int) -> str:
 
 
 def reading_of_v(dev: dict) -> tuple[float | None, float | None]:
-    """Return how much better than the truth V thinks the agents are, and its AUC.
+    """Return how much V overrates the agent that it overrates most, and its mean AUC of all agents.
 
-    Both of the agent that V overrates most; None without V. dev: of a line of metrics.jsonl.
+    None without V. dev: of a line of metrics.jsonl.
     """
     agents = [row for row in dev["agents"].values() if row["value"] is not None]
     if not agents:
         return None, None
-    worst = max(agents, key=lambda row: row["value"] - row["right"])
-    return worst["value"] - worst["right"], worst["value_auc"]
+    aucs = [row["value_auc"] for row in agents if row["value_auc"] is not None]
+    largest_excess = max(row["value"] - row["right"] for row in agents)
+    return largest_excess, statistics.fmean(aucs) if aucs else None
 
 
 # ---- Methods: the screen at the end of an evaluation ---------------------------------------------
