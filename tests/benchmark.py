@@ -35,7 +35,7 @@ from transformers import (
 )
 
 import generate_rollouts
-from adapters import add_lora
+from adapters import AgentAdapters, add_lora
 from decoding import (
     CacheRows,
     Decoder,
@@ -598,6 +598,27 @@ def measure_lengths(args) -> None:
     )
 
 
+# ---- Finetuned agents ----------------------------------------------------------------------------
+
+
+def measure_adapters(args) -> None:
+    """Decode by agents with an adapter: beside the weights of the base, and merged into them."""
+    torch.set_num_threads(args.num_threads)
+    model = random_agents(args)
+    adapters = AgentAdapters.add(model, CHAIN, sharing="shared", rank=args.lora_rank)
+    prompt = torch.randint(10, model.config.vocab_size, (args.prompt,)).tolist()
+    print(f"{args.shape} shape, LoRA of rank {args.lora_rank}, {args.prompt} + {args.new} tokens")
+    for num_rows in args.rows:
+        beside = seconds_of_decoder(model, prompt, num_rows, args)
+        with adapters.merged("Reader"):
+            merged = seconds_of_decoder(model, prompt, num_rows, args)
+        print(
+            f"{num_rows:5d} rows: {beside:6.2f} s beside, {merged:6.2f} s merged, "
+            f"{beside / merged:.2f} times faster",
+            flush=True,
+        )
+
+
 # ---- What V reads --------------------------------------------------------------------------------
 
 
@@ -663,6 +684,7 @@ BENCHMARKS = {
     "scaling": measure_scaling,
     "engine": measure_engine,
     "lengths": measure_lengths,
+    "adapters": measure_adapters,
     "packing": measure_packing,
 }
 
@@ -683,7 +705,7 @@ def parse_args(argv=None):
     add("--candidates", type=positive_int, default=8, help="packing: messages of one state")
     add("--states", type=positive_int, default=256, help="engine: states to score")
     add("--state-tokens", type=positive_int, default=1024, help="engine: tokens of a state")
-    add("--lora-rank", type=positive_int, default=256, help="engine: rank of LoRA")
+    add("--lora-rank", type=positive_int, default=256, help="engine and adapters: rank of LoRA")
     add("--bandwidth", type=positive_float, help="engine: of the memory, GB/s; shows the share")
     add("--tflops", type=positive_float, help="engine: of the device; shows the share")
     return parser.parse_args(argv)
