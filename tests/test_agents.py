@@ -995,3 +995,139 @@ def test_the_v_that_rewards_or_is_logged_is_recorded(monkeypatch, reward):
     assert settings["value"]["fingerprint"] == "0"
     assert settings_of(monkeypatch, *flags, fingerprint="1") != settings
     assert settings_of(monkeypatch, *flags, value_model=None)["value"] is None
+
+
+# ---- Wrong programs that passed all other tests --------------------------------------------------
+
+
+def settings_of_training(monkeypatch, *flags, num_candidates=(1, 8, 1, 1)):
+    def fingerprint(name, model):
+        return f"{name} {model}"
+
+    monkeypatch.setattr(train_agents, "checkpoint_fingerprint", fingerprint)
+    training = SimpleNamespace(
+        policy=SimpleNamespace(settings={}, mas=CHAIN),
+        train_problems=[],
+        dev_problems=[],
+        num_candidates=num_candidates,
+        value_model=None,
+        reward=SimpleNamespace(model="weights of the coach"),
+    )
+    return train_agents.training_settings(train_agents.parse_args(list(flags)), training)
+
+
+def test_the_coach_and_the_shape_of_the_rollouts_are_recorded(monkeypatch):
+    """Else a run that is resumed with others would go on as if nothing had changed."""
+    settings = settings_of_training(monkeypatch, "--reward", "coach", "--coach", "c")
+    assert settings["coach"] == {"name": "c", "fingerprint": "c weights of the coach"}
+    assert tuple(settings["num_candidates"]) == (1, 8, 1, 1)
+    assert settings["graph"] == asdict(CHAIN)
+    other = settings_of_training(monkeypatch, num_candidates=(1, 4, 1, 1))
+    assert other != settings_of_training(monkeypatch)
+
+
+def test_the_policy_is_computed_in_float32_on_a_model_in_bfloat16():
+    """In bfloat16 a ratio near 1 would have steps of 1/128, and log-probabilities of 1/16."""
+    policy = make_tiny_policy(CHAIN, dtype="bfloat16")
+    policy.adapters = AgentAdapters.add(policy.decoder.model, CHAIN, sharing="shared", rank=4)
+    learner = make_learner(policy)
+    row = DistinctMessage("Reader", list(range(10, 30)), list(range(40, 50)), [1.0])
+    batch = pack([row.prompt_ids + row.token_ids], token_cost=None, max_width=99)
+    logprobs = learner.message_logprobs([row], batch)[0]
+    ids = torch.tensor([row.prompt_ids + row.token_ids])
+    logits = learner.model(input_ids=ids).logits[0, 19:-1]
+    assert logits.dtype == torch.bfloat16 and logprobs.dtype == torch.float32
+    expected = logits.float().log_softmax(-1).gather(-1, ids[0, 20:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
+
+
+def test_every_adapter_is_float32_on_a_model_in_bfloat16():
+    policy = make_tiny_policy(CHAIN, dtype="bfloat16")
+    adapters = AgentAdapters.add(policy.decoder.model, CHAIN, sharing="per-agent", rank=4)
+    assert {parameter.dtype for parameter in adapters.parameters().values()} == {torch.float32}
+
+
+def test_a_step_asks_for_what_its_flags_say(monkeypatch):
+    """As many searches together, and as large batches of V."""
+    asked, read = [], []
+
+    def sample(problems, policy, *, max_active, **options):
+        asked.append(max_active)
+        return scripted_rollouts(problems)
+
+    def values(rollouts, model, *, batch_tokens):
+        read.append((model, batch_tokens))
+
+    monkeypatch.setattr(train_agents, "sample_rollouts", sample)
+    monkeypatch.setattr(train_agents, "read_values", values)
+    flags = ["--max-active", "77", "--batch-tokens", "555", "--train-batch-tokens", "44"]
+    training = scripted_training(REWARDS["value"], *flags)
+    training.value_model = "V"
+    training.train_step()
+    training.measure_dev()
+    assert asked == [77, 77]
+    assert read == [("V", 555)] * 2
+
+
+def scripted_training(reward, *flags):
+    adapters = SimpleNamespace(weights=dict)
+    statistics = {"kl": 0.0, "clip_share": 0.0}
+    return Training(
+        args=train_agents.parse_args(list(flags)),
+        policy=SimpleNamespace(mas=CHAIN),
+        learner=SimpleNamespace(adapters=adapters, update=lambda rows, rng: statistics),
+        train_problems=problems_of(num=1),
+        dev_problems=problems_of("heldout", 1),
+        num_candidates=(2, 2, 1, 1),
+        num_agents=4,
+        value_model=None,
+        reward=reward,
+    )
+
+
+def test_the_line_of_a_step_counts_its_messages(monkeypatch):
+    """Two of 14 messages are cut, three others have no reward, two of the others are equal."""
+    [rollout] = scripted_rollouts(problems_of(num=1))
+    nodes = rollout.nodes  # 2 of the Reader, and 4 of each of the others
+    for node in nodes[:2]:
+        node.candidate = node.candidate._replace(truncated=True)
+    rollout.tokens[nodes[-1].path] = rollout.tokens[nodes[-2].path]
+    rewards_of = {node: float(index) for index, node in enumerate(nodes)}
+    rewards_of |= dict.fromkeys(nodes[2:5])
+    monkeypatch.setattr(train_agents, "sample_rollouts", lambda *args, **options: [rollout])
+    training = scripted_training(lambda rollout: rewards_of)
+    record, _ = training.train_step()
+    assert record["step"] == 1 and record["messages"] == 14
+    assert (record["cut"], record["without_reward"]) == (2, 3)
+    assert record["trained_on"] == 8  # of one Planner's message there is nothing to compare with
+    assert record["distinct"] == 7
+    expected = {"Reader": 0.5, "Planner": 5.0, "Solver": 7.5, "Verifier": 11.5}
+    assert record["reward"] == expected
+
+
+def folder_of_adapters(folder, *, sharing, quantize_policy):
+    """Write finished adapters of the tiny agents, as stage 5 does."""
+    policy = trained_policy(sharing)
+    policy.adapters.save(folder)
+    settings = {"adapters": sharing, "graph": asdict(CHAIN), "quantize_policy": quantize_policy}
+    settings["model"] = policy.settings["model"]
+    (folder / "config.json").write_text(json.dumps({"settings": settings, "finished": True}))
+    return settings
+
+
+def test_an_adapter_without_weights_is_named(tmp_path):
+    """Whichever of them it is. peft would look for them on the hub."""
+    base = folder_of_adapters(tmp_path, sharing="per-agent", quantize_policy=False)
+    (tmp_path / "adapter" / "agent_Solver" / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="adapter/agent_Solver has no weights; restore them"):
+        AgentAdapters.load(torch.nn.Identity(), CHAIN, tmp_path, base)
+
+
+@pytest.mark.parametrize("was_quantized, remedy", [(True, "give"), (False, "leave out")])
+def test_adapters_are_used_on_the_weights_they_were_trained_on(tmp_path, was_quantized, remedy):
+    settings = {"adapters": "shared", "model": {"fingerprint": "f"}}
+    config = {"settings": settings | {"quantize_policy": was_quantized}, "finished": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = settings | {"quantize_policy": not was_quantized}
+    with pytest.raises(InputError, match=f"other weights of the model; {remedy} --quantize-policy"):
+        AgentAdapters.load(torch.nn.Identity(), CHAIN, tmp_path, base)

@@ -974,3 +974,37 @@ def test_rows_of_messages_that_have_ended_are_given_to_others(small_model, monke
     assert sum(live_rows) >= 4 * 29 + 36 * 2
     assert len(live_rows) < 60  # batch after batch: 4 x 29 + 2
     assert max(live_rows) <= 8
+
+
+# ---- Wrong programs that passed all other tests --------------------------------------------------
+
+
+def test_messages_are_sampled_without_a_graph_of_gradients(small_model, monkeypatch):
+    """Which would keep the activations and the caches of all steps."""
+    modes = []
+    forward = small_model.forward
+
+    def look(**options):
+        modes.append(torch.is_grad_enabled())
+        return forward(**options)
+
+    monkeypatch.setattr(small_model, "forward", look)
+    make_decoder(small_model).decode([PROMPT], [2], [4, 4], [0, 1], [False, False])
+    assert modes and not any(modes)
+
+
+def test_as_many_rows_are_sampled_at_once_as_fit_into_two_million_entries(monkeypatch):
+    """One by one would take a kernel launch each; all together, memory of their size."""
+    parts = []
+    original = decoding._split_rows
+
+    def look(logits, **filters):
+        parts.append(len(logits))
+        return original(logits, **filters)
+
+    monkeypatch.setattr(decoding, "_split_rows", look)
+    logits = torch.zeros(1500, 2000)
+    decoding._split_tokens(logits, temperature=1.0, top_k=0, top_p=1.0)
+    assert parts == [1048, 452]
+    assert decoding._rows_at_once(torch.empty(1, 200_000, device="meta")) == 2**26 // 200_000
+    assert decoding._rows_at_once(torch.empty(1, 2**22)) == 1

@@ -7,6 +7,7 @@ import pytest
 
 from extraction import extract_answer
 from mas import (
+    CHAIN,
     GRAPHS,
     MAS,
     Agent,
@@ -341,3 +342,49 @@ def test_bad_counts_per_agent_are_refused(chain, spec):
 def test_a_count_for_an_agent_that_is_not_there_names_it(chain):
     with pytest.raises(InputError, match="no agent Plumber in graph chain; it has Reader, Planner"):
         counts_per_agent(chain, "Plumber=2", "--num-candidates")
+
+
+# ---- Wrong programs that passed all other tests --------------------------------------------------
+
+
+EDGES = {
+    "chain": {"Reader": "Q", "Planner": "Q Reader", "Solver": "Planner", "Verifier": "Q Solver"},
+    "single": {"Solver": "Q"},
+    "debate": {"First": "Q", "Second": "Q First", "Judge": "Q First Second"},
+    "constraints": {"Extractor": "Q", "Builder": "Q Extractor", "Checker": "Q Builder"},
+}
+EDGES["refine"] = EDGES["chain"] | {"Refiner": "Q Planner Solver Verifier"}
+LIMITS = {  # tokens of a message
+    "chain": [256, 256, 512, 256],
+    "single": [512],
+    "debate": [256, 256, 256],
+    "constraints": [384, 512, 256],
+    "refine": [256, 256, 512, 256, 512],
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_edges_of_the_named_graphs(name):
+    """Graphs are recorded with every run: another edge is another multi-agent system."""
+    graph = GRAPHS[name]
+    assert {agent.name: " ".join(agent.sees) for agent in graph.agents} == EDGES[name]
+    assert [agent.max_new_tokens for agent in graph.agents] == LIMITS[name]
+    conditions = {agent.name: agent.when for agent in graph.agents if agent.when}
+    expected = {"Refiner": ("Verifier", "check fails")} if name == "refine" else {}
+    assert conditions == expected
+
+
+@pytest.mark.parametrize("view", ["full", "local"])
+def test_the_question_alone_is_read_in_both_views(view):
+    """Stage 5 lets V read the question before anybody has spoken."""
+    assert CHAIN.value_text(State("why?", ()), view) == ("Question: why?",)
+
+
+@pytest.mark.parametrize("name", ["Two words", "a.b", "", "x/y"])
+def test_the_name_of_an_agent_is_one_word(tmp_path, name):
+    """It becomes the name of a folder and of a part of the model."""
+    path = tmp_path / "bad.toml"
+    agent = f'[[agents]]\nname = "{name}"\nsees = ["Q"]\nprompt = "p"\nmax_new_tokens = 1\n'
+    path.write_text(agent)
+    with pytest.raises(InputError, match="should be one word"):
+        load_graph(str(path))

@@ -19,6 +19,7 @@ import decoding
 import generate_rollouts
 from decoding import MessageQueue, gumbel_noise, message_key
 from generate_rollouts import expand, label_tree, make_root, run_searches, tree_record
+from mas import CHAIN
 from policy import Candidate, Cost, Sample, make_policy, policy_settings, search_settings
 from runs import InputError, seeded
 from tasks import Problem, load_problems
@@ -752,3 +753,14 @@ def test_searches_record_where_their_problems_come_from(policy):
     expected = {"task": "gsm8k", "data": "mine.jsonl", "hub": None, "c_uct": 2.0}
     expected |= {"max_new_tokens": 7, "graph": asdict(policy.mas)}
     assert expected.items() <= settings.items()
+
+
+# ---- Wrong programs that passed all other tests --------------------------------------------------
+
+
+def test_a_message_ends_where_the_checkpoint_says(tmp_path):
+    """A chat model may have an end of turn that its tokenizer does not call its end."""
+    agents = shutil.copytree(AGENTS, tmp_path / "agents")
+    GenerationConfig(eos_token_id=[2, 300]).save_pretrained(agents)
+    policy = make_tiny_policy(CHAIN, model=str(agents))
+    assert policy.decoder.eos_ids == {2, 300}

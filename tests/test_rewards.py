@@ -8,6 +8,7 @@ from conftest import (
     AGENTS,
     ScriptedPolicy,
     drive,
+    hint_graph,
     make_tiny_policy,
     sample_tiny_rollouts,
 )
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
+import train_agents
 from generate_rollouts import Node
 from mas import CHAIN, REFINE
 from policy import Candidate, Sample
@@ -500,3 +502,74 @@ def test_a_prompt_that_does_not_fit_into_the_coach_is_refused(coach, chain):
     long = rollout_of(tree_of(chain, (1, 1, 1, 1), say=lambda path: "word " * 2000))
     with pytest.raises(InputError, match="problem p: .* does not fit into the coach"):
         coach(long)
+
+
+# ---- Wrong programs that passed all other tests --------------------------------------------------
+
+
+def test_the_coach_has_the_settings_of_the_flags(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        train_agents, "Coach", lambda *args, **options: made.append((args, options))
+    )
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    flags = ["--reward", "coach", "--coach", "c", "--seed", "7", "--batch-tokens", "99"]
+    flags += ["--chat-template-kwargs", '{"enable_thinking": false}', "--device", "cuda"]
+    flags += ["--dtype", "float32"]
+    train_agents.load_reward(train_agents.parse_args(flags), CHAIN)
+    options = {"seed": 7, "batch_tokens": 99, "template_kwargs": {"enable_thinking": False}}
+    options |= {"quantize": False, "device": "cuda:2", "dtype": "float32"}
+    assert made == [(("c", CHAIN), options)]
+
+
+def test_the_coach_reads_no_more_at_once_than_a_batch(coach, chain, monkeypatch):
+    sizes = []
+
+    def look(prompts):
+        sizes.append(len(prompts) * max(map(len, prompts)))
+        return [0.5] * len(prompts)
+
+    monkeypatch.setattr(coach, "scores", look)
+    rewards_of = coach(rollout_of(tree_of(chain, (2, 1, 1, 1))))
+    assert len(rewards_of) == 8
+    assert len(sizes) > 1 and max(sizes) <= coach.batch_tokens
+
+
+def test_the_coach_reads_without_a_graph_of_gradients(coach, monkeypatch):
+    modes = []
+    forward = coach.model.forward
+
+    def look(**options):
+        modes.append(torch.is_grad_enabled())
+        return forward(**options)
+
+    monkeypatch.setattr(coach.model, "forward", look)
+    coach.scores([[1, 2, 3]])
+    assert modes == [False]
+
+
+@pytest.mark.parametrize("ids_of_9", [[], [5, 6]])
+def test_a_coach_to_whom_a_digit_is_not_one_token_is_refused(monkeypatch, ids_of_9):
+    def tokenizer(text, **options):
+        return {"input_ids": ids_of_9 if text == "9" else [int(text)]}
+
+    tokenizer.pad_token_id = 0
+    loaded = (torch.nn.Identity(), tokenizer)
+    monkeypatch.setattr(rewards, "load_pretrained", lambda *args, **options: loaded)
+    monkeypatch.setattr(rewards, "ChatFormat", lambda *args, **options: None)
+    with pytest.raises(InputError, match="--coach c: the digit 9 is not one of its tokens"):
+        Coach("c", CHAIN, seed=0, batch_tokens=9, template_kwargs={})
+
+
+def test_only_the_first_agents_of_the_schedule_speak_also_after_one_that_is_skipped():
+    """C is the third agent, whether or not B has spoken."""
+    graph = hint_graph()
+
+    def messages(num_agents):
+        policy = ScriptedPolicy(lambda path: "fine" if len(path) == 1 else "word")
+        tree = rewards.sample_tree("q", graph, num_candidates=(1, 2, 2), num_agents=num_agents)
+        root = drive(tree, {Sample: policy})
+        return [node.message.agent for node in rewards.descendants(root)]
+
+    assert messages(2) == ["A"]
+    assert messages(3) == ["A", "C", "C"]

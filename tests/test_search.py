@@ -10,7 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import NoProgress, ScriptedPolicy, drive
+from conftest import NoProgress, ScriptedPolicy, drive, hint_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -981,3 +981,20 @@ def test_the_verdict_and_the_cost_of_a_search_are_printed(duo, capsys, gold, ver
     assert f"Answer: 7   (gold {gold}: {verdict})" in out
     assert "greedy: 2 agent calls, 1.50 s, 0 messages cut" in out
     assert "tokens: 30 prompt, 4 generated, 50 scored" in out
+
+
+# ---- Wrong programs that passed all other tests --------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mcts-1x1.3.4-random", "sbs-9x1.3.4-random"])
+def test_a_search_gives_an_agent_its_own_candidates_also_after_one_that_is_skipped(name):
+    graph = hint_graph()
+    method = search.parse_method(name, graph, num_candidates="1", lam=0.0)
+    policy = ScriptedPolicy(lambda path: "fine" if len(path) == 1 else f"word {path}")
+    problem = Problem("p", "test", "q", "1", "number")
+
+    def scores(requests):
+        return [([0.0] * len(request.nodes), None) for _, request in requests]
+
+    leaf = drive(method.search(problem, graph, c_uct=1.0), {Sample: policy, search.Score: scores})
+    assert len(leaf.parent.children) == 4

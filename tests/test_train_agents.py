@@ -406,3 +406,12 @@ def test_adapters_for_the_agents_of_another_graph_are_refused(copied):
 def test_a_step_in_which_every_message_is_cut_is_refused(tmp_path):
     with pytest.raises(InputError, match="raise --max-new-tokens"):
         run_stage(tmp_path, "--max-new-tokens", "1")
+
+
+def test_training_that_runs_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
+    def no_room(*args, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train_agents, "train", no_room)
+    with pytest.raises(InputError, match="^out of memory; lower --train-batch-tokens or"):
+        run_stage(tmp_path)

@@ -7,9 +7,10 @@ import json
 import math
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
-from conftest import NoProgress, ScriptedPolicy, drive
+from conftest import NoProgress, ScriptedPolicy, drive, hint_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,7 @@ from generate_rollouts import (
     tree_paths,
     tree_record,
 )
-from mas import CHAIN, SINGLE, State
+from mas import CHAIN, GRAPHS, SINGLE, State
 from policy import Candidate, Cost, Sample, Score
 from runs import seeded
 from tasks import Problem
@@ -677,3 +678,71 @@ def test_each_problem_is_searched_with_the_settings_of_the_flags(chain):
         assert records == by_hand(num_simulations, c_uct, seed)
         assert records not in seen, (num_simulations, c_uct, seed)  # every setting counts
         seen.append(records)
+
+
+# ---- Wrong programs that passed all other tests --------------------------------------------------
+
+
+def test_as_many_problems_are_labelled_together_as_the_flag_says(tmp_path, monkeypatch):
+    given = []
+
+    def look(searches, handlers, *, max_active, progress):
+        given.append((max_active, list(handlers)))
+        return iter(())
+
+    monkeypatch.setattr(generate_rollouts, "run_searches", look)
+    problems_to_label = [Problem("p", "train", "q", "1", "number")]
+    policy = SimpleNamespace(settings={}, num_generated=0, num_recalled=0)
+    args = generate_rollouts.parse_args(["--run", str(tmp_path), "--max-active", "77"])
+    path = tmp_path / "trees.jsonl"
+    generate_rollouts.label_problems(problems_to_label, CHAIN, policy, (1, 1, 1, 1), path, args)
+    assert given == [(77, [Sample])]
+
+
+def test_statistics_are_shown_once_every_problem_is_labelled(tmp_path, monkeypatch, capsys):
+    """Of two problems, the second is left to another process."""
+    two = [Problem(name, "train", f"{name}?", "1", "number") for name in "ab"]
+    root = {"parent": None, "N": 1, "W": 1.0}
+    message = {"parent": 0, "agent": "Solver", "message": "Final answer: 1", "N": 1, "W": 1.0}
+    message |= {"tokens": 2, "truncated": False, "reward": 1.0, "answer": "1", "rung": "told"}
+    done = ["a"]
+
+    def label(problems, mas, policy, num_candidates, path, args):
+        lines = []
+        for name in done:
+            record = {"id": name, "split": "train", "question": f"{name}?", "gold": "1"}
+            record |= {"kind": "number", "nodes": [root, message], "simulations": [[1]]}
+            lines.append(json.dumps(record) + "\n")
+        path.write_text("".join(lines))
+
+    policy = SimpleNamespace(mas=GRAPHS["single"], settings={})
+    monkeypatch.setattr(generate_rollouts, "make_policy", lambda args, mas: policy)
+    monkeypatch.setattr(generate_rollouts, "load_training_problems", lambda args: two)
+    monkeypatch.setattr(generate_rollouts, "label_problems", label)
+    args = generate_rollouts.parse_args(["--run", str(tmp_path), "--graph", "single"])
+    generate_rollouts.main(args)
+    out = capsys.readouterr().out
+    assert "1 problems are left to the others" in out and "trees" not in out
+    done.append("b")
+    generate_rollouts.main(args)
+    out = capsys.readouterr().out
+    assert "2 trees, 0 of them with both right and wrong answers" in out and "left" not in out
+
+
+@pytest.mark.parametrize("is_asked, num_last", [(False, 4), (True, 3)])
+def test_an_agent_gets_its_own_number_of_candidates_also_after_one_that_is_skipped(
+    is_asked, num_last
+):
+    first = "help" if is_asked else "fine"
+    search_of = label_tree(
+        Problem("p", "train", "q", "1", "number"),
+        hint_graph(),
+        num_simulations=1,
+        num_candidates=(1, 3, 4),
+        c_uct=1.0,
+        rng=random.Random(0),
+    )
+    policy = ScriptedPolicy(lambda path: first if len(path) == 1 else f"word {path}")
+    root = drive(search_of, {Sample: policy})
+    [a] = root.children
+    assert len(a.children) == num_last

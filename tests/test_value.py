@@ -15,11 +15,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import AGENTS, NoProgress, ScriptedPolicy, exit_code_of, start_in_fork
+from conftest import (
+    AGENTS,
+    NoProgress,
+    ScriptedPolicy,
+    StopError,
+    exit_code_of,
+    start_in_fork,
+    stop,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import evaluate
+import generate_rollouts
+import train_agents
 import train_value
 import value
 from adapters import add_lora, lora_config
@@ -1638,3 +1649,280 @@ def test_a_step_counts_the_terms_of_its_loss(records):
         _, terms = train_value.training_step(model, rows, [batch], 1.0, huber_delta=1.0)
         assert terms == num_terms(rows, loss)
     assert num_terms(rows, "rank") != num_terms(rows, "huber")
+
+
+# ---- Wrong programs that passed all other tests --------------------------------------------------
+
+
+def test_the_training_loop_has_the_settings_of_the_flags(records, tmp_path, monkeypatch):
+    write_labels(tmp_path / "rollouts", records)
+    given = {}
+
+    def look(model, rows, trees, **options):
+        given.update(options | {"model": model, "rows": rows, "trees": trees})
+        raise StopError
+
+    monkeypatch.setattr(train_value, "train", look)
+    flags = ["--no-quantize", "--lora-rank", "2", "--device", "cpu", "--num-threads", "1"]
+    flags += ["--epochs", "5", "--lr", "0.25", "--huber-delta", "0.125", "--seed", "7"]
+    flags += ["--train-batch-tokens", "400", "--label-weights", "visits"]
+    with pytest.raises(StopError):
+        train_value.main(train_value.parse_args(["--run", str(tmp_path), *flags]))
+    model, rows, trees = given.pop("model"), given.pop("rows"), given.pop("trees")
+    assert given.pop("after_epoch") is not None
+    assert given == {
+        "epochs": 5,
+        "lr": 0.25,
+        "batch_tokens": 400,
+        "huber_delta": 0.125,
+        "seed": 7,
+        "checkpoint": tmp_path / "value" / "checkpoint.pt",
+    }
+    assert trees == pack_trees(rows, 400, token_cost=model.token_cost)
+    assert trees != pack_trees(rows, 32768, token_cost=model.token_cost)
+    assert len({weight for row in rows for weight in row.weights}) > 1  # visits
+
+
+def test_the_delta_of_the_huber_loss_reaches_every_step(records, tmp_path, monkeypatch):
+    model = make_model()
+    rows = make_rows(paths_of(records)[:6], model)
+    errors = []
+    for row, values in zip(rows, model.predict(rows, batch_tokens=999), strict=True):
+        errors += [v - target for v, target in zip(values, row.targets, strict=True)]
+    losses = []
+    train_value.train(
+        model,
+        rows,
+        pack_trees(rows, 999, token_cost=model.token_cost),
+        epochs=1,
+        lr=1e-12,
+        batch_tokens=999,
+        huber_delta=0.1,
+        seed=0,
+        checkpoint=tmp_path / "checkpoint.pt",
+        after_epoch=lambda epoch, loss: losses.append(loss),
+    )
+    expected = huber(torch.tensor(errors).abs(), delta=0.1).mean().item()
+    assert losses == [pytest.approx(expected, abs=1e-5)]
+
+
+def test_v_is_in_training_mode_in_every_epoch(records, tmp_path, monkeypatch):
+    """Measuring leaves it in the other mode, in which a GPU keeps all activations."""
+    model = make_model()
+    rows = make_rows(paths_of(records)[:2], model)
+    modes = []
+
+    def look(model, *args, **options):
+        modes.append(model.training and model.backbone.training)
+        return 0.0, 1
+
+    monkeypatch.setattr(train_value, "training_step", look)
+    model.eval()
+    fit(model, rows, tmp_path, epochs=2, after_epoch=lambda epoch, loss: model.eval())
+    assert len(modes) >= 2 and all(modes)
+
+
+def test_only_the_first_process_measures_and_writes_the_checkpoint(
+    records,
+    tmp_path,
+    monkeypatch,
+):
+    """Two processes that write one file at a time can lose it."""
+    model = make_model()
+    rows = make_rows(paths_of(records)[:2], model)
+    monkeypatch.setattr(train_value, "training_step", lambda *args, **options: (0.0, 1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, num_epochs in (("1", 0), ("0", 2)):
+        monkeypatch.setenv("RANK", rank)
+        assert len(fit(model, rows, tmp_path, epochs=2)) == num_epochs
+        assert (tmp_path / "checkpoint.pt").exists() == (rank == "0")
+
+
+@pytest.fixture
+def trained_v(records, tmp_path, monkeypatch):
+    """Run train_value.py without training or saving. Returns what other functions were given."""
+    write_labels(tmp_path / "rollouts", records)
+    seen = SimpleNamespace(run=tmp_path, heldout=[], verified=[])
+
+    def train_nothing(model, rows, trees, *, checkpoint, after_epoch, **options):
+        after_epoch(0, 0.5)
+        checkpoint.touch()
+
+    def fake_values(model, rows, *, batch_tokens):
+        seen.heldout.append(batch_tokens)
+        return [0.0 for row in rows for _ in row.positions]
+
+    def verify(model, folder, states, **options):
+        seen.verified.append((folder, states, options))
+
+    monkeypatch.setattr(train_value, "train", train_nothing)
+    monkeypatch.setattr(train_value, "heldout_values", fake_values)
+    monkeypatch.setattr(ValueModel, "save", lambda self, folder: None)
+    monkeypatch.setattr(train_value, "verify_saved", verify)
+    flags = ["--run", str(tmp_path), "--no-quantize", "--lora-rank", "2", "--num-threads", "1"]
+    flags += ["--device", "cpu", "--dtype", "bfloat16", "--batch-tokens", "777"]
+    train_value.main(train_value.parse_args(flags))
+    return seen
+
+
+def test_v_is_measured_and_verified_as_the_flags_say(trained_v, records):
+    [(folder, states, options)] = trained_v.verified
+    heldout = [record for record in by_id(records) if record["split"] == "heldout"]
+    assert trained_v.heldout == [777]
+    assert folder == trained_v.run / "value"
+    assert states == states_of(heldout)[:64]
+    assert options == {"device": "cpu", "dtype": "bfloat16", "batch_tokens": 777}
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_a_v_lists_the_training_and_the_held_out_problems(trained_v):
+    """evaluate.py refuses to test on either: V was chosen on the held-out ones."""
+    rows = read_jsonl(trained_v.run / "value" / "problems.jsonl")
+    assert sorted((row["id"], row["split"]) for row in rows) == [
+        ("p0", "train"),
+        ("p1", "train"),
+        ("p2", "train"),
+        ("p3", "train"),
+        ("p4", "heldout"),
+        ("p5", "heldout"),
+    ]
+
+
+def test_a_saved_v_is_loaded_as_it_was_trained_on_the_device_and_in_the_type_asked_for(
+    tmp_path, monkeypatch
+):
+    save_with_settings(make_model(), tmp_path / "value", quantize=False, loss="huber")
+    asked = []
+
+    def look(name, **options):
+        asked.append(options)
+        raise StopError
+
+    monkeypatch.setattr(value, "load_backbone", look)
+    with pytest.raises(StopError):
+        ValueModel.load(
+            tmp_path / "value", CHAIN, device="cuda:1", dtype="bfloat16", must_be_finished=False
+        )
+    assert asked == [{"quantize": False, "device": "cuda:1", "dtype": "bfloat16"}]
+
+
+def test_v_is_read_without_a_graph_of_gradients(records, monkeypatch):
+    """Which would keep all activations of all batches."""
+    model = make_model()
+    modes = []
+    original = ValueModel.outputs
+
+    def look(self, *args):
+        modes.append(torch.is_grad_enabled())
+        return original(self, *args)
+
+    monkeypatch.setattr(ValueModel, "outputs", look)
+    model.score(states_of(records)[:2], batch_tokens=999)
+    assert modes and not any(modes)
+
+
+def test_training_that_runs_out_of_memory_says_what_to_lower(records, tmp_path, monkeypatch):
+    def no_room(*args, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train_value, "train", no_room)
+    write_labels(tmp_path / "rollouts", records)
+    flags = ["--run", str(tmp_path), "--no-quantize", "--num-threads", "1", "--device", "cpu"]
+    with pytest.raises(InputError, match="^out of memory; lower --train-batch-tokens or"):
+        train_value.main(train_value.parse_args(flags))
+
+
+def opened_run(monkeypatch, module, argv):
+    """Run a script up to where it opens its run folder. Returns (folder, settings, options)."""
+    opened = []
+
+    def look(folder, settings, **options):
+        opened.append((folder, settings, options))
+        raise StopError
+
+    monkeypatch.setattr(module, "open_run", look)
+    with pytest.raises(StopError):
+        module.main(module.parse_args(argv))
+    return opened[0]
+
+
+@pytest.mark.parametrize(
+    "module", [generate_rollouts, train_value, train_agents, evaluate], ids=lambda m: m.__name__
+)
+def test_every_stage_starts_over_if_it_is_told_to(module, records, tmp_path, monkeypatch):
+    write_labels(tmp_path / "rollouts", records)
+    argv = ["--run", str(tmp_path), "--device", "cpu", "--num-threads", "1"]
+    argv += {train_agents: ["--reward", "outcome"], train_value: ["--no-quantize"]}.get(module, [])
+    argv += ["--methods", "greedy"] if module is evaluate else []
+    for flags, overwrite in (([], False), (["--overwrite"], True)):
+        _, _, options = opened_run(monkeypatch, module, [*argv, *flags])
+        assert options == {"device": "cpu", "overwrite": overwrite}
+
+
+def test_the_shape_of_the_trees_is_recorded(tmp_path, monkeypatch):
+    """Else a run that is resumed with other flags would mix trees of two kinds."""
+    argv = ["--run", str(tmp_path), "--num-simulations", "9", "--num-candidates", "1.8.1.2"]
+    fake = SimpleNamespace(mas=CHAIN, settings={"model": "m"})
+    monkeypatch.setattr(generate_rollouts, "make_policy", lambda args, mas: fake)
+    folder, settings, _ = opened_run(monkeypatch, generate_rollouts, argv)
+    assert folder == tmp_path / "rollouts"
+    assert settings["num_simulations"] == 9
+    assert tuple(settings["num_candidates"]) == (1, 8, 1, 2)
+    assert settings["graph"] == asdict(CHAIN) and settings["model"] == "m"
+
+
+@pytest.mark.parametrize("module", [generate_rollouts, train_value], ids=lambda m: m.__name__)
+def test_a_script_uses_as_many_threads_as_it_is_told(module, records, tmp_path, monkeypatch):
+    """More than there are cores make scripts that run side by side several times slower."""
+    asked = []
+    write_labels(tmp_path / "rollouts", records)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr("policy.load_pretrained", stop)
+    monkeypatch.setattr(value, "load_pretrained", stop)
+    with pytest.raises(StopError):
+        module.main(module.parse_args(["--run", str(tmp_path), "--num-threads", "5"]))
+    assert asked == [5]
+
+
+def test_a_further_process_trains_on_its_own_gpu_and_saves_nothing(
+    records,
+    tmp_path,
+    monkeypatch,
+):
+    """It joins the first one, takes part in every step, and leaves the folder alone."""
+    write_labels(tmp_path / "rollouts", records)
+    calls, loads = [], []
+    original = train_value.load_backbone
+
+    def load_on_cpu(name, *, device, **options):
+        loads.append(device)
+        return original(name, device="cpu", **options)
+
+    monkeypatch.setattr(train_value, "load_backbone", load_on_cpu)
+    monkeypatch.setattr(train_value, "start_data_parallel", lambda device: calls.append(device))
+    monkeypatch.setattr(train_value, "train", lambda *args, **options: calls.append("train"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("leave"))
+    monkeypatch.setattr("runs.provenance", lambda device: {})
+    for name, text in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, text)
+    flags = ["--run", str(tmp_path), "--no-quantize", "--lora-rank", "2", "--num-threads", "1"]
+    train_value.main(train_value.parse_args([*flags, "--device", "cuda", "--dtype", "float32"]))
+    assert loads == ["cuda:1"]
+    assert calls == ["cuda:1", "train", "leave"]
+    assert [path.name for path in (tmp_path / "value").iterdir()] == ["config.json"]
+
+
+def test_the_widest_batch_is_scored_first(records, monkeypatch):
+    """So that memory runs out at once, or never."""
+    model = make_model()
+    sizes = []
+    original = ValueModel.outputs
+
+    def look(self, batch, places):
+        sizes.append(max(row.width for row in batch))
+        return original(self, batch, places)
+
+    monkeypatch.setattr(ValueModel, "outputs", look)
+    model.score(states_of(records[:3]), batch_tokens=150)
+    assert len(set(sizes)) > 2
+    assert sizes == sorted(sizes, reverse=True)
