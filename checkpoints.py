@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -107,6 +108,12 @@ def _keep_weights_unpacked(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Return how many tokens a model can read; no limit for one without trained positions."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def end_of_message_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -23,6 +23,7 @@ except ModuleNotFoundError:  # Python 3.10
 # ---- Agents and states ---------------------------------------------------------------------------
 
 QUESTION = "Q"  # the name of the question among the in-edges of an agent
+QUESTION_SENDER = "Question"  # its name in what agents and V read
 
 # Answer type -> how the last agent is asked to give its answer.
 ANSWER_FORMS = {
@@ -170,7 +171,7 @@ def normalize_words(text: str) -> str:
 
 
 def _with_sender(message: Message) -> str:
-    sender = "Question" if message.agent == QUESTION else message.agent
+    sender = QUESTION_SENDER if message.agent == QUESTION else message.agent
     return f"{sender}: {message.text}"
 
 
@@ -198,7 +199,7 @@ def _fault_of_agent(
 ) -> str | None:
     """Say what is wrong with an agent, given the names before it; None if nothing is."""
     seen = ", ".join(agent.sees)
-    if agent.name == QUESTION:
+    if agent.name in (QUESTION, QUESTION_SENDER):
         return "is the name of the question; give the agent another name"
     if agent.name in earlier:
         return "is the name of two agents; each needs its own name"
@@ -382,8 +383,10 @@ def load_graph(name: str) -> MAS:
         raise InputError(f"--graph {name}: unknown; it is one of {listed}, or a file FILE.toml")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         raise InputError(f"--graph {name}: no such file") from None
+    except OSError as error:
+        raise InputError(f"--graph {name}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--graph {name}: not TOML in UTF-8 ({error})") from None
     tables = table.get("agents")

@@ -30,6 +30,7 @@ from checkpoints import (
     TEMPLATE_DATE,
     ChatFormat,
     checkpoint_fingerprint,
+    context_length,
     end_of_message_ids,
     load_pretrained,
     resolve_dtype,
@@ -298,7 +299,7 @@ class Policy:
         return jobs
 
     def _check_context(self, jobs: list[PromptJob]) -> None:
-        context = self.decoder.model.config.get_text_config().max_position_embeddings
+        context = context_length(self.decoder.model)
         for job in jobs:
             if job.row_tokens > context:
                 raise InputError(

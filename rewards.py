@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints import ChatFormat, load_pretrained
+from checkpoints import ChatFormat, context_length, load_pretrained
 from decoding import CacheRows
 from generate_rollouts import Node, grade, make_child, make_root, run_searches
 from mas import MAS
@@ -282,7 +282,7 @@ class Coach:
         chats = [self.chat(rollout.problem, node) for node in rollout.nodes]
         prompts = self.chat_format.encode(chats)
         lengths = [len(prompt) for prompt in prompts]
-        context = self.model.config.get_text_config().max_position_embeddings
+        context = context_length(self.model)
         if max(lengths) > context:
             raise InputError(
                 f"problem {rollout.problem.id}: a prompt of {max(lengths)} tokens does not fit "

@@ -819,7 +819,7 @@ def report_last_epoch(folder: Path) -> None:
 
 def peak_memory(device: str) -> str:
     if device.startswith("cuda"):
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated on the GPU"
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB allocated on the GPU"
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"{peak / 2**30:.1f} GiB of the process"

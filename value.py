@@ -23,7 +23,12 @@ from tqdm import tqdm
 from transformers import AutoModel
 
 from adapters import load_lora
-from checkpoints import beginning_ids, checkpoint_fingerprint, load_pretrained
+from checkpoints import (
+    beginning_ids,
+    checkpoint_fingerprint,
+    context_length,
+    load_pretrained,
+)
 from mas import MAS, State
 from packing import (
     PackedRow,
@@ -127,7 +132,7 @@ class ValueModel(nn.Module):
         for segment in self.mas.value_text(state, self.view):
             ids += self.segment_ids(segment)
             ends.append(len(ids) - 1)
-        context = self.backbone.config.get_text_config().max_position_embeddings
+        context = context_length(self.backbone)
         if len(ids) > context:
             raise InputError(
                 f"a transcript of {len(ids)} tokens does not fit into the value model's {context}: "

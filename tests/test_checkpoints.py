@@ -17,8 +17,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     GenerationConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 from transformers.utils import chat_template_utils
 
@@ -27,6 +29,7 @@ from adapters import add_lora
 from checkpoints import (
     ChatFormat,
     checkpoint_fingerprint,
+    context_length,
     end_of_message_ids,
     load_pretrained,
     resolve_dtype,
@@ -628,3 +631,9 @@ def test_every_file_that_decides_what_a_checkpoint_computes_counts(tmp_path, nam
     before = checkpoint_fingerprint(str(tmp_path), None)
     (tmp_path / name).write_text("x")
     assert checkpoint_fingerprint(str(tmp_path), None) != before
+
+
+def test_a_model_without_trained_positions_has_no_limit():
+    """Bloom's positions are biases of the attention; its configuration names no limit."""
+    assert context_length(SimpleNamespace(config=Qwen2Config(max_position_embeddings=9))) == 9
+    assert context_length(SimpleNamespace(config=BloomConfig())) > 10**9

@@ -189,6 +189,7 @@ def make_agent(name, *sees, when=None):
 BAD_GRAPHS = [  # agents, and the complaint about them
     ([make_agent("A", "Q"), make_agent("A", "Q")], "A is the name of two agents"),
     ([make_agent("Q", "Q")], "Q is the name of the question"),
+    ([make_agent("Question", "Q")], "Question is the name of the question"),
     ([make_agent("A", "B"), make_agent("B", "Q")], "A sees B, a later agent, which closes a cycle"),
     ([make_agent("A", "Q", "A")], "A sees A, itself"),
     ([make_agent("A", "Q", "Z")], "A sees Z, which is not an agent of this graph; it can see Q"),
@@ -307,6 +308,14 @@ def test_a_bad_graph_file_is_refused_in_one_line(tmp_path, part, mistake, compla
     with pytest.raises(InputError, match=complaint) as error:
         load_graph(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_graph_file_that_is_missing_or_a_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="none.toml: no such file"):
+        load_graph(str(tmp_path / "none.toml"))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(InputError, match="folder.toml: cannot be read .Is a directory"):
+        load_graph(str(tmp_path / "folder.toml"))
 
 
 def test_a_graph_file_in_another_encoding_is_refused(tmp_path):

@@ -1479,7 +1479,8 @@ def test_training_is_described_by_its_sizes():
 def test_peak_memory_is_in_gibibytes(monkeypatch):
     usage = SimpleNamespace(ru_maxrss=5 * 2**19)  # KiB
     monkeypatch.setattr(train_value.resource, "getrusage", lambda who: usage)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7 * 2**29)
+    allocated = {"cuda:0": 0, "cuda:1": 7 * 2**29}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", allocated.__getitem__)
     monkeypatch.setattr(train_value.sys, "platform", "linux")
     assert train_value.peak_memory("cpu") == "2.5 GiB of the process"
     assert train_value.peak_memory("cuda:1") == "3.5 GiB allocated on the GPU"
