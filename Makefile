@@ -139,7 +139,7 @@ train-agents: .venv/.installed
 loop: train-agents
 	$(RUN) generate_rollouts.py --run runs/loop --adapter runs/tiny/agents
 	$(RUN) train_value.py --run runs/loop
-	$(RUN) train_agents.py --run runs/loop --adapter runs/tiny/agents $(FEW_STEPS)
+	$(RUN) train_agents.py --run runs/loop --adapter runs/tiny/agents --seed 2 $(FEW_STEPS)
 	$(RUN) evaluate.py --run runs/loop --adapter runs/loop/agents $(MEASURED)
 	$(RUN) evaluate.py --compare runs/before runs/after runs/loop
 
@@ -188,17 +188,18 @@ runs/5/fresh-%/eval/table.md: runs/5/%/eval/table.md
 	$(RUN) evaluate.py --run runs/5/fresh-$* --adapter runs/5/$*/agents --seed $(SEED) \
 	  $(FEW_METHODS)
 
-# The loop: second and third train the agents of the round before on its fresh V.
+# The loop: second and third train the agents of the round before on its fresh V, four steps each.
+# $(call round,FROM,TO,SEED,NUMBER): a round has other questions than those before it.
 define round
-	$(RUN) train_agents.py --run $(2) --adapter $(1)/agents --seed $(3) $(flags-first) \
+	$(RUN) train_agents.py --run $(2) --adapter $(1)/agents --seed $(4)$(3) $(flags-early) \
 	  --value $(subst /5/,/5/fresh-,$(1))/value
 	$(RUN) evaluate.py --run $(2) --adapter $(2)/agents --seed $(3) \
 	  --value $(subst /5/,/5/fresh-,$(1))/value $(FEW_METHODS)
 endef
-runs/5/second-%/eval/table.md: runs/5/fresh-first-%/eval/table.md
-	$(call round,runs/5/first-$*,runs/5/second-$*,$*)
+runs/5/second-%/eval/table.md: runs/5/fresh-early-%/eval/table.md
+	$(call round,runs/5/early-$*,runs/5/second-$*,$*,2)
 runs/5/third-%/eval/table.md: runs/5/fresh-second-%/eval/table.md
-	$(call round,runs/5/second-$*,runs/5/third-$*,$*)
+	$(call round,runs/5/second-$*,runs/5/third-$*,$*,3)
 
 ALL_CURES := $(CURES) early first fresh-early fresh-first second fresh-second third fresh-searched
 TRAINED := $(CURES) early first second third

@@ -60,6 +60,17 @@ def exit_code_of(child, *, timeout=120) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
+# ---- Scripts that are stopped --------------------------------------------------------------------
+
+
+class StopError(BaseException):
+    """Ends a script once a test has seen what it wanted to see."""
+
+
+def stop(*args, **options):
+    raise StopError
+
+
 # ---- Searches without a model --------------------------------------------------------------------
 
 
@@ -134,6 +145,14 @@ def duo() -> MAS:
     return MAS("duo", (first, second))
 
 
+def hint_graph():
+    """B may be skipped: then the second message is C's, the third agent's."""
+    a = Agent("A", sees=("Q",), prompt="", max_new_tokens=1)
+    b = Agent("B", sees=("A",), prompt="", max_new_tokens=1, when=("A", "help"))
+    c = Agent("C", sees=("Q", "A", "B"), prompt="", max_new_tokens=1)
+    return MAS("hint", (a, b, c))
+
+
 # ---- The tiny agents -----------------------------------------------------------------------------
 
 
@@ -202,22 +221,3 @@ def dom_of(page, tmp_path, fragment="", *, width=1200):
     command += [f"--window-size={width},900"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}{fragment}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-# ---- Scripts that are stopped, and an agent that may be skipped ----------------------------------
-
-
-class StopError(BaseException):
-    """Ends a script once a test has seen what it wanted to see."""
-
-
-def stop(*args, **options):
-    raise StopError
-
-
-def hint_graph():
-    """B may be skipped: then the second message is C's, the third agent's."""
-    a = Agent("A", sees=("Q",), prompt="", max_new_tokens=1)
-    b = Agent("B", sees=("A",), prompt="", max_new_tokens=1, when=("A", "help"))
-    c = Agent("C", sees=("Q", "A", "B"), prompt="", max_new_tokens=1)
-    return MAS("hint", (a, b, c))

@@ -45,6 +45,15 @@ def trained_policy(sharing="shared"):
     return policy
 
 
+def write_adapters(policy, folder, *, sharing):
+    """Write finished adapters of the tiny agents, as stage 5 does. Returns their settings."""
+    policy.adapters.save(folder)
+    settings = {"adapters": sharing, "graph": asdict(CHAIN), "quantize_policy": False}
+    settings["model"] = policy.settings["model"]
+    (folder / "config.json").write_text(json.dumps({"settings": settings, "finished": True}))
+    return settings
+
+
 def make_learner(policy, **changes):
     settings = {"temperature": 1.0, "lr": 1e-3, "clip": 0.2, "kl_coef": 0.01}
     settings |= {"num_minibatches": 1, "batch_tokens": 4096} | changes
@@ -178,6 +187,21 @@ def test_what_is_read_at_once_is_no_larger_than_a_batch(learner):
     learner.update(rows, seeded(0))
     hook.remove()
     assert max(sizes) <= 600
+
+
+def test_the_policy_is_computed_in_float32_on_a_model_in_bfloat16():
+    """In bfloat16 a ratio near 1 would have steps of 1/128, and log-probabilities of 1/16."""
+    policy = make_tiny_policy(CHAIN, dtype="bfloat16")
+    policy.adapters = AgentAdapters.add(policy.decoder.model, CHAIN, sharing="shared", rank=4)
+    learner = make_learner(policy)
+    row = DistinctMessage("Reader", list(range(10, 30)), list(range(40, 50)), [1.0])
+    batch = pack([row.prompt_ids + row.token_ids], token_cost=None, max_width=99)
+    logprobs = learner.message_logprobs([row], batch)[0]
+    ids = torch.tensor([row.prompt_ids + row.token_ids])
+    logits = learner.model(input_ids=ids).logits[0, 19:-1]
+    assert logits.dtype == torch.bfloat16 and logprobs.dtype == torch.float32
+    expected = logits.float().log_softmax(-1).gather(-1, ids[0, 20:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
 
 
 # ---- The loss by hand ----------------------------------------------------------------------------
@@ -442,13 +466,9 @@ def test_every_agent_is_read_with_its_own_adapter_also_in_one_step(rollouts, tmp
     for index, row in enumerate(rows):
         torch.testing.assert_close(row.old_logprobs, expected[index], atol=1e-3, rtol=1e-4)
 
-    policy.adapters.save(tmp_path)
+    write_adapters(policy, tmp_path, sharing="per-agent")
     names = sorted(path.name for path in (tmp_path / "adapter").iterdir() if path.is_dir())
     assert names == ["agent_Planner", "agent_Reader", "agent_Solver", "agent_Verifier"]
-    settings = {"adapters": "per-agent", "graph": asdict(CHAIN)}
-    settings |= {"model": policy.settings["model"], "quantize_policy": False}
-    config = {"settings": settings, "finished": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = make_tiny_policy(CHAIN, adapter=tmp_path)
     for index, row in enumerate(rows):
         [logprobs] = message_logprobs(make_learner(loaded), [row])
@@ -627,6 +647,12 @@ def test_the_reference_is_the_model_with_its_adapters_off(learner, rollouts):
         torch.testing.assert_close(row.reference_logprobs, logprobs, atol=1e-4, rtol=0)
 
 
+def test_every_adapter_is_float32_on_a_model_in_bfloat16():
+    policy = make_tiny_policy(CHAIN, dtype="bfloat16")
+    adapters = AgentAdapters.add(policy.decoder.model, CHAIN, sharing="per-agent", rank=4)
+    assert {parameter.dtype for parameter in adapters.parameters().values()} == {torch.float32}
+
+
 # ---- A step: which numbers reach the update ------------------------------------------------------
 
 
@@ -649,6 +675,25 @@ def scripted_rollouts(problems):
     return rollouts
 
 
+def scripted_training(reward, *flags, **changes):
+    """Return a Training whose update does nothing, and whose rollouts have two Planners each."""
+    statistics = {"kl": 0.0, "clip_share": 0.0}
+    pieces = {
+        "args": train_agents.parse_args(list(flags)),
+        "policy": SimpleNamespace(mas=CHAIN),
+        "learner": SimpleNamespace(
+            adapters=SimpleNamespace(weights=dict), update=lambda rows, rng: statistics
+        ),
+        "train_problems": problems_of(num=1),
+        "dev_problems": problems_of("heldout", 1),
+        "num_candidates": (2, 2, 1, 1),
+        "num_agents": 4,
+        "value_model": None,
+        "reward": reward,
+    }
+    return Training(**pieces | changes)
+
+
 def step_with(monkeypatch, *flags, reward="value"):
     """Take a scripted step. Returns its rollouts, its records, and the rows of the update."""
     updates = []
@@ -657,16 +702,11 @@ def step_with(monkeypatch, *flags, reward="value"):
         updates.append(rows)
         return {"kl": 0.0, "clip_share": 0.0}
 
-    training = Training(
-        args=train_agents.parse_args(["--reward", reward, *flags]),
-        policy=SimpleNamespace(mas=CHAIN),
+    training = scripted_training(
+        REWARDS[reward],
+        *["--reward", reward, *flags],
         learner=SimpleNamespace(update=update),
         train_problems=problems_of(num=3),
-        dev_problems=[],
-        num_candidates=(2, 2, 1, 1),
-        num_agents=4,
-        value_model=None,
-        reward=REWARDS[reward],
     )
     kept = []
 
@@ -840,6 +880,28 @@ def test_the_learner_has_the_settings_of_the_flags(shared):
     assert learner.pad_id == shared.decoder.pad_id
 
 
+def test_a_step_asks_for_what_its_flags_say(monkeypatch):
+    """As many searches together, and as large batches of V."""
+    asked, read = [], []
+
+    def sample(problems, policy, *, max_active, **options):
+        asked.append(max_active)
+        return scripted_rollouts(problems)
+
+    def values(rollouts, model, *, batch_tokens):
+        read.append((model, batch_tokens))
+
+    monkeypatch.setattr(train_agents, "sample_rollouts", sample)
+    monkeypatch.setattr(train_agents, "read_values", values)
+    flags = ["--max-active", "77", "--batch-tokens", "555", "--train-batch-tokens", "44"]
+    training = scripted_training(REWARDS["value"], *flags)
+    training.value_model = "V"
+    training.train_step()
+    training.measure_dev()
+    assert asked == [77, 77]
+    assert read == [("V", 555)] * 2
+
+
 # ---- What is logged ------------------------------------------------------------------------------
 
 
@@ -902,6 +964,26 @@ def test_the_picture_shows_agents_that_speak_only_sometimes(tmp_path):
     assert "before, step 0" in table and "kept, step 1" in table and "75.0 %" in table
 
 
+def test_the_line_of_a_step_counts_its_messages(monkeypatch):
+    """Two of 14 messages are cut, three others have no reward, two of the others are equal."""
+    [rollout] = scripted_rollouts(problems_of(num=1))
+    nodes = rollout.nodes  # 2 of the Reader, and 4 of each of the others
+    for node in nodes[:2]:
+        node.candidate = node.candidate._replace(truncated=True)
+    rollout.tokens[nodes[-1].path] = rollout.tokens[nodes[-2].path]
+    rewards_of = {node: float(index) for index, node in enumerate(nodes)}
+    rewards_of |= dict.fromkeys(nodes[2:5])
+    monkeypatch.setattr(train_agents, "sample_rollouts", lambda *args, **options: [rollout])
+    training = scripted_training(lambda rollout: rewards_of)
+    record, _ = training.train_step()
+    assert record["step"] == 1 and record["messages"] == 14
+    assert (record["cut"], record["without_reward"]) == (2, 3)
+    assert record["trained_on"] == 8  # of one Planner's message there is nothing to compare with
+    assert record["distinct"] == 7
+    expected = {"Reader": 0.5, "Planner": 5.0, "Solver": 7.5, "Verifier": 11.5}
+    assert record["reward"] == expected
+
+
 # ---- Choosing the adapters -----------------------------------------------------------------------
 
 
@@ -909,17 +991,7 @@ def training_with(monkeypatch, accuracies):
     """Return a Training whose accuracy on held-out problems is given, and whose agents change."""
     weights = iter(range(100))
     adapters = SimpleNamespace(weights=lambda: {"w": next(weights)})
-    training = Training(
-        args=train_agents.parse_args([]),
-        policy=SimpleNamespace(mas=CHAIN),
-        learner=SimpleNamespace(adapters=adapters),
-        train_problems=[],
-        dev_problems=problems_of("heldout", 1),
-        num_candidates=(1, 1, 1, 1),
-        num_agents=4,
-        value_model=None,
-        reward=None,
-    )
+    training = scripted_training(None, learner=SimpleNamespace(adapters=adapters))
     given = iter(accuracies)
     monkeypatch.setattr(train_agents, "sample_rollouts", lambda *args, **kwargs: [])
     monkeypatch.setattr(train_agents, "accuracy", lambda rollouts: next(given))
@@ -961,14 +1033,21 @@ def test_the_defaults_are_those_of_the_readme_and_of_mappa():
     assert (args.adapters, args.kl_coef, args.clip) == ("shared", 0.01, 0.2)
 
 
-def settings_of(monkeypatch, *flags, fingerprint="0", value_model="V"):
+def settings_of(monkeypatch, *flags, fingerprint="0", value_model="V", num_candidates=(1, 8, 1, 1)):
+    """Return the recorded settings. The fingerprint of a coach tells its name and its weights."""
+
+    def fingerprint_of_coach(name, model):
+        return f"{name} {model}"
+
     monkeypatch.setattr(train_agents, "weights_fingerprint", lambda folder: fingerprint)
+    monkeypatch.setattr(train_agents, "checkpoint_fingerprint", fingerprint_of_coach)
     training = SimpleNamespace(
         policy=SimpleNamespace(settings={}, mas=CHAIN),
         train_problems=problems_of(num=2),
         dev_problems=problems_of("heldout", 1),
-        num_candidates=(1, 8, 1, 1),
+        num_candidates=num_candidates,
         value_model=value_model,
+        reward=SimpleNamespace(model="weights of the coach"),
     )
     return train_agents.training_settings(train_agents.parse_args(list(flags)), training)
 
@@ -997,127 +1076,22 @@ def test_the_v_that_rewards_or_is_logged_is_recorded(monkeypatch, reward):
     assert settings_of(monkeypatch, *flags, value_model=None)["value"] is None
 
 
-# ---- Wrong programs that passed all other tests --------------------------------------------------
-
-
-def settings_of_training(monkeypatch, *flags, num_candidates=(1, 8, 1, 1)):
-    def fingerprint(name, model):
-        return f"{name} {model}"
-
-    monkeypatch.setattr(train_agents, "checkpoint_fingerprint", fingerprint)
-    training = SimpleNamespace(
-        policy=SimpleNamespace(settings={}, mas=CHAIN),
-        train_problems=[],
-        dev_problems=[],
-        num_candidates=num_candidates,
-        value_model=None,
-        reward=SimpleNamespace(model="weights of the coach"),
-    )
-    return train_agents.training_settings(train_agents.parse_args(list(flags)), training)
-
-
 def test_the_coach_and_the_shape_of_the_rollouts_are_recorded(monkeypatch):
     """Else a run that is resumed with others would go on as if nothing had changed."""
-    settings = settings_of_training(monkeypatch, "--reward", "coach", "--coach", "c")
+    settings = settings_of(monkeypatch, "--reward", "coach", "--coach", "c")
     assert settings["coach"] == {"name": "c", "fingerprint": "c weights of the coach"}
     assert tuple(settings["num_candidates"]) == (1, 8, 1, 1)
     assert settings["graph"] == asdict(CHAIN)
-    other = settings_of_training(monkeypatch, num_candidates=(1, 4, 1, 1))
-    assert other != settings_of_training(monkeypatch)
+    other = settings_of(monkeypatch, num_candidates=(1, 4, 1, 1))
+    assert other != settings_of(monkeypatch)
 
 
-def test_the_policy_is_computed_in_float32_on_a_model_in_bfloat16():
-    """In bfloat16 a ratio near 1 would have steps of 1/128, and log-probabilities of 1/16."""
-    policy = make_tiny_policy(CHAIN, dtype="bfloat16")
-    policy.adapters = AgentAdapters.add(policy.decoder.model, CHAIN, sharing="shared", rank=4)
-    learner = make_learner(policy)
-    row = DistinctMessage("Reader", list(range(10, 30)), list(range(40, 50)), [1.0])
-    batch = pack([row.prompt_ids + row.token_ids], token_cost=None, max_width=99)
-    logprobs = learner.message_logprobs([row], batch)[0]
-    ids = torch.tensor([row.prompt_ids + row.token_ids])
-    logits = learner.model(input_ids=ids).logits[0, 19:-1]
-    assert logits.dtype == torch.bfloat16 and logprobs.dtype == torch.float32
-    expected = logits.float().log_softmax(-1).gather(-1, ids[0, 20:, None])[:, 0]
-    torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
-
-
-def test_every_adapter_is_float32_on_a_model_in_bfloat16():
-    policy = make_tiny_policy(CHAIN, dtype="bfloat16")
-    adapters = AgentAdapters.add(policy.decoder.model, CHAIN, sharing="per-agent", rank=4)
-    assert {parameter.dtype for parameter in adapters.parameters().values()} == {torch.float32}
-
-
-def test_a_step_asks_for_what_its_flags_say(monkeypatch):
-    """As many searches together, and as large batches of V."""
-    asked, read = [], []
-
-    def sample(problems, policy, *, max_active, **options):
-        asked.append(max_active)
-        return scripted_rollouts(problems)
-
-    def values(rollouts, model, *, batch_tokens):
-        read.append((model, batch_tokens))
-
-    monkeypatch.setattr(train_agents, "sample_rollouts", sample)
-    monkeypatch.setattr(train_agents, "read_values", values)
-    flags = ["--max-active", "77", "--batch-tokens", "555", "--train-batch-tokens", "44"]
-    training = scripted_training(REWARDS["value"], *flags)
-    training.value_model = "V"
-    training.train_step()
-    training.measure_dev()
-    assert asked == [77, 77]
-    assert read == [("V", 555)] * 2
-
-
-def scripted_training(reward, *flags):
-    adapters = SimpleNamespace(weights=dict)
-    statistics = {"kl": 0.0, "clip_share": 0.0}
-    return Training(
-        args=train_agents.parse_args(list(flags)),
-        policy=SimpleNamespace(mas=CHAIN),
-        learner=SimpleNamespace(adapters=adapters, update=lambda rows, rng: statistics),
-        train_problems=problems_of(num=1),
-        dev_problems=problems_of("heldout", 1),
-        num_candidates=(2, 2, 1, 1),
-        num_agents=4,
-        value_model=None,
-        reward=reward,
-    )
-
-
-def test_the_line_of_a_step_counts_its_messages(monkeypatch):
-    """Two of 14 messages are cut, three others have no reward, two of the others are equal."""
-    [rollout] = scripted_rollouts(problems_of(num=1))
-    nodes = rollout.nodes  # 2 of the Reader, and 4 of each of the others
-    for node in nodes[:2]:
-        node.candidate = node.candidate._replace(truncated=True)
-    rollout.tokens[nodes[-1].path] = rollout.tokens[nodes[-2].path]
-    rewards_of = {node: float(index) for index, node in enumerate(nodes)}
-    rewards_of |= dict.fromkeys(nodes[2:5])
-    monkeypatch.setattr(train_agents, "sample_rollouts", lambda *args, **options: [rollout])
-    training = scripted_training(lambda rollout: rewards_of)
-    record, _ = training.train_step()
-    assert record["step"] == 1 and record["messages"] == 14
-    assert (record["cut"], record["without_reward"]) == (2, 3)
-    assert record["trained_on"] == 8  # of one Planner's message there is nothing to compare with
-    assert record["distinct"] == 7
-    expected = {"Reader": 0.5, "Planner": 5.0, "Solver": 7.5, "Verifier": 11.5}
-    assert record["reward"] == expected
-
-
-def folder_of_adapters(folder, *, sharing, quantize_policy):
-    """Write finished adapters of the tiny agents, as stage 5 does."""
-    policy = trained_policy(sharing)
-    policy.adapters.save(folder)
-    settings = {"adapters": sharing, "graph": asdict(CHAIN), "quantize_policy": quantize_policy}
-    settings["model"] = policy.settings["model"]
-    (folder / "config.json").write_text(json.dumps({"settings": settings, "finished": True}))
-    return settings
+# ---- Loading adapters ----------------------------------------------------------------------------
 
 
 def test_an_adapter_without_weights_is_named(tmp_path):
     """Whichever of them it is. peft would look for them on the hub."""
-    base = folder_of_adapters(tmp_path, sharing="per-agent", quantize_policy=False)
+    base = write_adapters(trained_policy("per-agent"), tmp_path, sharing="per-agent")
     (tmp_path / "adapter" / "agent_Solver" / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="adapter/agent_Solver has no weights; restore them"):
         AgentAdapters.load(torch.nn.Identity(), CHAIN, tmp_path, base)

@@ -976,7 +976,7 @@ def test_rows_of_messages_that_have_ended_are_given_to_others(small_model, monke
     assert max(live_rows) <= 8
 
 
-# ---- Wrong programs that passed all other tests --------------------------------------------------
+# ---- Memory --------------------------------------------------------------------------------------
 
 
 def test_messages_are_sampled_without_a_graph_of_gradients(small_model, monkeypatch):

@@ -146,6 +146,23 @@ def test_the_same_flag_means_the_same_in_every_script(monkeypatch):
     assert ambiguous == {"--rollouts"}
 
 
+def test_the_defaults_are_those_with_which_the_results_were_made():
+    """RESULTS.md names flags only where they differ from these."""
+    args = generate_rollouts.parse_args([])
+    assert (args.run, args.task, args.graph, args.seed) == ("runs/tiny", "tiny", "chain", 0)
+    assert (args.num_train, args.num_heldout) == (300, 45)
+    assert (args.max_new_tokens, args.max_active, args.batch_tokens) == (192, 512, 32768)
+    assert not args.quantize_policy and args.adapter is None and args.data is None
+    args = train_value.parse_args([])
+    assert (args.target, args.view, args.loss, args.label_weights) == (
+        *("search", "full", "huber", "equal"),
+    )
+    args = train_agents.parse_args([])
+    assert (args.num_steps, args.num_questions, args.num_minibatches) == (10, 64, 4)
+    assert (args.policy_lr, args.lora_rank, args.train_batch_tokens) == (1e-3, 16, 2048)
+    assert (args.num_dev_passes, args.dev_every) == (4, 2)
+
+
 # ---- Documents -----------------------------------------------------------------------------------
 
 
@@ -204,23 +221,3 @@ def test_no_line_is_longer_than_100_columns(path):
 
 def test_the_readme_fits_an_hour():
     assert (HERE / "README.md").stat().st_size <= 15_000
-
-
-# ---- Wrong programs that passed all other tests --------------------------------------------------
-
-
-def test_the_defaults_are_those_with_which_the_results_were_made():
-    """RESULTS.md names flags only where they differ from these."""
-    args = generate_rollouts.parse_args([])
-    assert (args.run, args.task, args.graph, args.seed) == ("runs/tiny", "tiny", "chain", 0)
-    assert (args.num_train, args.num_heldout) == (300, 45)
-    assert (args.max_new_tokens, args.max_active, args.batch_tokens) == (192, 512, 32768)
-    assert not args.quantize_policy and args.adapter is None and args.data is None
-    args = train_value.parse_args([])
-    assert (args.target, args.view, args.loss, args.label_weights) == (
-        *("search", "full", "huber", "equal"),
-    )
-    args = train_agents.parse_args([])
-    assert (args.num_steps, args.num_questions, args.num_minibatches) == (10, 64, 4)
-    assert (args.policy_lr, args.lora_rank, args.train_batch_tokens) == (1e-3, 16, 2048)
-    assert (args.num_dev_passes, args.dev_every) == (4, 2)

@@ -127,6 +127,12 @@ def test_value_text_labels_senders_and_local_shows_what_the_speaker_saw(chain):
     )
 
 
+@pytest.mark.parametrize("view", ["full", "local"])
+def test_the_question_alone_is_read_in_both_views(view):
+    """Stage 5 lets V read the question before anybody has spoken."""
+    assert CHAIN.value_text(State("why?", ()), view) == ("Question: why?",)
+
+
 # ---- Agents with a condition ---------------------------------------------------------------------
 
 VERDICTS = [  # message of the Verifier, and whether the Refiner then speaks
@@ -223,6 +229,16 @@ def test_an_agent_that_nobody_sees_may_be_the_last_to_speak():
     MAS("good", (make_agent("A", "Q"), waiting))
     with pytest.raises(InputError, match="nobody sees A"):
         MAS("bad", (make_agent("A", "Q"), waiting, make_agent("C", "Q")))
+
+
+@pytest.mark.parametrize("name", ["Two words", "a.b", "", "x/y"])
+def test_the_name_of_an_agent_is_one_word(tmp_path, name):
+    """It becomes the name of a folder and of a part of the model."""
+    path = tmp_path / "bad.toml"
+    agent = f'[[agents]]\nname = "{name}"\nsees = ["Q"]\nprompt = "p"\nmax_new_tokens = 1\n'
+    path.write_text(agent)
+    with pytest.raises(InputError, match="should be one word"):
+        load_graph(str(path))
 
 
 # ---- Graphs by name and from files ---------------------------------------------------------------
@@ -325,37 +341,6 @@ def test_a_graph_file_in_another_encoding_is_refused(tmp_path):
         load_graph(str(path))
 
 
-# ---- Counts per agent ----------------------------------------------------------------------------
-
-COUNTS = [  # as a flag gives them, and per agent of the chain
-    ("3", (3, 3, 3, 3)),
-    ("1.8.1.2", (1, 8, 1, 2)),
-    ("Planner=6,Reader=2", (2, 6, 1, 1)),
-]
-
-
-@pytest.mark.parametrize("spec, counts", COUNTS)
-def test_counts_per_agent(chain, spec, counts):
-    assert counts_per_agent(chain, spec, "C") == counts
-
-
-BAD_COUNTS = ["0", "-1", "1.2", "x", "Plumber=2", "1.0.1.1", "Reader=", "Reader=2,Reader=3", ""]
-
-
-@pytest.mark.parametrize("spec", BAD_COUNTS)
-def test_bad_counts_per_agent_are_refused(chain, spec):
-    with pytest.raises(InputError, match=f"--num-candidates {spec}: "):
-        counts_per_agent(chain, spec, "--num-candidates")
-
-
-def test_a_count_for_an_agent_that_is_not_there_names_it(chain):
-    with pytest.raises(InputError, match="no agent Plumber in graph chain; it has Reader, Planner"):
-        counts_per_agent(chain, "Plumber=2", "--num-candidates")
-
-
-# ---- Wrong programs that passed all other tests --------------------------------------------------
-
-
 EDGES = {
     "chain": {"Reader": "Q", "Planner": "Q Reader", "Solver": "Planner", "Verifier": "Q Solver"},
     "single": {"Solver": "Q"},
@@ -383,17 +368,29 @@ def test_the_edges_of_the_named_graphs(name):
     assert conditions == expected
 
 
-@pytest.mark.parametrize("view", ["full", "local"])
-def test_the_question_alone_is_read_in_both_views(view):
-    """Stage 5 lets V read the question before anybody has spoken."""
-    assert CHAIN.value_text(State("why?", ()), view) == ("Question: why?",)
+# ---- Counts per agent ----------------------------------------------------------------------------
+
+COUNTS = [  # as a flag gives them, and per agent of the chain
+    ("3", (3, 3, 3, 3)),
+    ("1.8.1.2", (1, 8, 1, 2)),
+    ("Planner=6,Reader=2", (2, 6, 1, 1)),
+]
 
 
-@pytest.mark.parametrize("name", ["Two words", "a.b", "", "x/y"])
-def test_the_name_of_an_agent_is_one_word(tmp_path, name):
-    """It becomes the name of a folder and of a part of the model."""
-    path = tmp_path / "bad.toml"
-    agent = f'[[agents]]\nname = "{name}"\nsees = ["Q"]\nprompt = "p"\nmax_new_tokens = 1\n'
-    path.write_text(agent)
-    with pytest.raises(InputError, match="should be one word"):
-        load_graph(str(path))
+@pytest.mark.parametrize("spec, counts", COUNTS)
+def test_counts_per_agent(chain, spec, counts):
+    assert counts_per_agent(chain, spec, "C") == counts
+
+
+BAD_COUNTS = ["0", "-1", "1.2", "x", "Plumber=2", "1.0.1.1", "Reader=", "Reader=2,Reader=3", ""]
+
+
+@pytest.mark.parametrize("spec", BAD_COUNTS)
+def test_bad_counts_per_agent_are_refused(chain, spec):
+    with pytest.raises(InputError, match=f"--num-candidates {spec}: "):
+        counts_per_agent(chain, spec, "--num-candidates")
+
+
+def test_a_count_for_an_agent_that_is_not_there_names_it(chain):
+    with pytest.raises(InputError, match="no agent Plumber in graph chain; it has Reader, Planner"):
+        counts_per_agent(chain, "Plumber=2", "--num-candidates")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import AGENTS, NoProgress, make_tiny_policy
+from conftest import AGENTS, NoProgress, StopError, make_tiny_policy
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
@@ -481,11 +481,11 @@ def test_a_launched_process_loads_the_agents_on_its_own_gpu(chain, monkeypatch):
 
     def load(*args, device, **options):
         asked.append(device)
-        raise KeyboardInterrupt
+        raise StopError
 
     monkeypatch.setattr("policy.load_pretrained", load)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StopError):
         make_tiny_policy(chain, device="cuda")
     assert asked == ["cuda:3"]
 
@@ -753,9 +753,6 @@ def test_searches_record_where_their_problems_come_from(policy):
     expected = {"task": "gsm8k", "data": "mine.jsonl", "hub": None, "c_uct": 2.0}
     expected |= {"max_new_tokens": 7, "graph": asdict(policy.mas)}
     assert expected.items() <= settings.items()
-
-
-# ---- Wrong programs that passed all other tests --------------------------------------------------
 
 
 def test_a_message_ends_where_the_checkpoint_says(tmp_path):

@@ -194,6 +194,20 @@ def test_rollouts_come_in_an_order_of_their_own(tiny_policy):
     assert [rollout.problem.id for rollout in rollouts] == ["a", "b", "c"]
 
 
+def test_only_the_first_agents_of_the_schedule_speak_also_after_one_that_is_skipped():
+    """C is the third agent, whether or not B has spoken."""
+    graph = hint_graph()
+
+    def messages(num_agents):
+        policy = ScriptedPolicy(lambda path: "fine" if len(path) == 1 else "word")
+        tree = rewards.sample_tree("q", graph, num_candidates=(1, 2, 2), num_agents=num_agents)
+        root = drive(tree, {Sample: policy})
+        return [node.message.agent for node in rewards.descendants(root)]
+
+    assert messages(2) == ["A"]
+    assert messages(3) == ["A", "C", "C"]
+
+
 # ---- Rewards -------------------------------------------------------------------------------------
 
 
@@ -504,9 +518,6 @@ def test_a_prompt_that_does_not_fit_into_the_coach_is_refused(coach, chain):
         coach(long)
 
 
-# ---- Wrong programs that passed all other tests --------------------------------------------------
-
-
 def test_the_coach_has_the_settings_of_the_flags(monkeypatch):
     made = []
     monkeypatch.setattr(
@@ -559,17 +570,3 @@ def test_a_coach_to_whom_a_digit_is_not_one_token_is_refused(monkeypatch, ids_of
     monkeypatch.setattr(rewards, "ChatFormat", lambda *args, **options: None)
     with pytest.raises(InputError, match="--coach c: the digit 9 is not one of its tokens"):
         Coach("c", CHAIN, seed=0, batch_tokens=9, template_kwargs={})
-
-
-def test_only_the_first_agents_of_the_schedule_speak_also_after_one_that_is_skipped():
-    """C is the third agent, whether or not B has spoken."""
-    graph = hint_graph()
-
-    def messages(num_agents):
-        policy = ScriptedPolicy(lambda path: "fine" if len(path) == 1 else "word")
-        tree = rewards.sample_tree("q", graph, num_candidates=(1, 2, 2), num_agents=num_agents)
-        root = drive(tree, {Sample: policy})
-        return [node.message.agent for node in rewards.descendants(root)]
-
-    assert messages(2) == ["A"]
-    assert messages(3) == ["A", "C", "C"]

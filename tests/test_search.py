@@ -10,7 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import NoProgress, ScriptedPolicy, drive, hint_graph
+from conftest import NoProgress, ScriptedPolicy, StopError, drive, hint_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -425,6 +425,20 @@ def test_every_search_is_about_its_question_and_only_greedy_is_greedy(chain, nam
     method = parse_method(name, chain, num_candidates="3", lam=0.0)
     drive(method.search(WithoutGold(), chain, c_uct=1.0), checked_handlers)
     assert handlers[Sample].calls > 0
+
+
+@pytest.mark.parametrize("name", ["mcts-1x1.3.4-random", "sbs-9x1.3.4-random"])
+def test_a_search_gives_an_agent_its_own_candidates_also_after_one_that_is_skipped(name):
+    graph = hint_graph()
+    method = search.parse_method(name, graph, num_candidates="1", lam=0.0)
+    policy = ScriptedPolicy(lambda path: "fine" if len(path) == 1 else f"word {path}")
+    problem = Problem("p", "test", "q", "1", "number")
+
+    def scores(requests):
+        return [([0.0] * len(request.nodes), None) for _, request in requests]
+
+    leaf = drive(method.search(problem, graph, c_uct=1.0), {Sample: policy, search.Score: scores})
+    assert len(leaf.parent.children) == 4
 
 
 # ---- Step-level beam search ----------------------------------------------------------------------
@@ -959,12 +973,12 @@ def test_a_single_search_explores_as_the_flag_says(tmp_path, monkeypatch):
 
     def stop(self, problem, mas, *, c_uct):
         given.append(c_uct)
-        raise KeyboardInterrupt
+        raise StopError
 
     monkeypatch.setattr(Method, "search", stop)
     monkeypatch.setattr(search, "make_policy", lambda args, mas: None)
     flags = ["--run", str(tmp_path), "--method", "mcts-2-random", "--c-uct", "0.25"]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StopError):
         search.main(search.parse_args(flags))
     assert given == [0.25]
 
@@ -981,20 +995,3 @@ def test_the_verdict_and_the_cost_of_a_search_are_printed(duo, capsys, gold, ver
     assert f"Answer: 7   (gold {gold}: {verdict})" in out
     assert "greedy: 2 agent calls, 1.50 s, 0 messages cut" in out
     assert "tokens: 30 prompt, 4 generated, 50 scored" in out
-
-
-# ---- Wrong programs that passed all other tests --------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["mcts-1x1.3.4-random", "sbs-9x1.3.4-random"])
-def test_a_search_gives_an_agent_its_own_candidates_also_after_one_that_is_skipped(name):
-    graph = hint_graph()
-    method = search.parse_method(name, graph, num_candidates="1", lam=0.0)
-    policy = ScriptedPolicy(lambda path: "fine" if len(path) == 1 else f"word {path}")
-    problem = Problem("p", "test", "q", "1", "number")
-
-    def scores(requests):
-        return [([0.0] * len(request.nodes), None) for _, request in requests]
-
-    leaf = drive(method.search(problem, graph, c_uct=1.0), {Sample: policy, search.Score: scores})
-    assert len(leaf.parent.children) == 4

@@ -124,7 +124,50 @@ def test_blame_is_right_where_it_names_the_guilty_agent():
     assert cells[2:] == ["-", "50.0", "100.0"]
 
 
-# ---- Wrong programs that passed all other tests --------------------------------------------------
+def test_the_kinds_of_blame_are_those_that_the_table_names(tmp_path, monkeypatch, capsys):
+    """The Planner is guilty; only one of the four kinds of blame finds it."""
+    found = {("V", "before"): "Planner"}
+
+    def blame(heldout, *, by, below):
+        return [LostAnswer("p", 1, found.get((by, below), "Reader"), 0.5)]
+
+    settings = {"graph": asdict(CHAIN)}
+    for name, entry in (("rollouts", settings), ("value", {"heldout_rollouts": settings})):
+        (tmp_path / name).mkdir()
+        config = {"settings": entry}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "rollouts" / "trees.jsonl").write_text('{"id": "p"}\n')
+    (tmp_path / "value" / "heldout.jsonl").write_text("")
+    monkeypatch.setattr(check_blame, "blame", blame)
+    monkeypatch.setattr(check_blame, "first_wrong_work", lambda *args: "Planner")
+    names = {
+        ("V", "before"): "by V, below the state before",
+        ("V", "siblings"): "by V, below its siblings",
+        ("y", "before"): "by labels, below the state before",
+        ("y", "siblings"): "by labels, below its siblings",
+    }
+    for kind, name in names.items():
+        found.clear()
+        found[kind] = "Planner"
+        check_blame.main(check_blame.parse_args([str(tmp_path)]))
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "1 wrong final answers; guilty: Planner 1; 0 without guilt"
+        shares = {}
+        for other in names.values():
+            [line] = [line for line in lines if line.startswith(other + " ")]
+            shares[other] = line[len(other) :].split()[0]
+        assert shares == {other: "100.0" if other == name else "0.0" for other in names.values()}
+
+
+def test_blame_is_checked_on_the_trees_that_v_was_measured_on(tmp_path):
+    for name, settings in (("rollouts", {"seed": 0}), ("value", {"heldout_rollouts": {"seed": 1}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(InputError, match="measured on other trees than .*rollouts"):
+        check_blame.main(check_blame.parse_args([str(tmp_path)]))
+
+
+# ---- How the tiny agents learn, and what from ----------------------------------------------------
 
 
 def test_the_embedded_problems_never_change():
@@ -187,54 +230,11 @@ def test_a_token_is_predicted_from_those_before_it():
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_the_kinds_of_blame_are_those_that_the_table_names(tmp_path, monkeypatch, capsys):
-    """The Planner is guilty; only one of the four kinds of blame finds it."""
-    found = {("V", "before"): "Planner"}
-
-    def blame(heldout, *, by, below):
-        return [LostAnswer("p", 1, found.get((by, below), "Reader"), 0.5)]
-
-    settings = {"graph": asdict(CHAIN)}
-    for name, entry in (("rollouts", settings), ("value", {"heldout_rollouts": settings})):
-        (tmp_path / name).mkdir()
-        config = {"settings": entry}
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    (tmp_path / "rollouts" / "trees.jsonl").write_text('{"id": "p"}\n')
-    (tmp_path / "value" / "heldout.jsonl").write_text("")
-    monkeypatch.setattr(check_blame, "blame", blame)
-    monkeypatch.setattr(check_blame, "first_wrong_work", lambda *args: "Planner")
-    names = {
-        ("V", "before"): "by V, below the state before",
-        ("V", "siblings"): "by V, below its siblings",
-        ("y", "before"): "by labels, below the state before",
-        ("y", "siblings"): "by labels, below its siblings",
-    }
-    for kind, name in names.items():
-        found.clear()
-        found[kind] = "Planner"
-        check_blame.main(check_blame.parse_args([str(tmp_path)]))
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == "1 wrong final answers; guilty: Planner 1; 0 without guilt"
-        shares = {}
-        for other in names.values():
-            [line] = [line for line in lines if line.startswith(other + " ")]
-            shares[other] = line[len(other) :].split()[0]
-        assert shares == {other: "100.0" if other == name else "0.0" for other in names.values()}
-
-
 def test_the_weights_of_the_agents_change_within_a_phase():
     first, *_ = make_tiny.PHASES
     early, late = first.weights[0][1], first.weights[1][1]
     steps = (0, 1399, 1400, 3999)
     assert [first.weights_at(step) for step in steps] == [early, early, late, late]
-
-
-def test_blame_is_checked_on_the_trees_that_v_was_measured_on(tmp_path):
-    for name, settings in (("rollouts", {"seed": 0}), ("value", {"heldout_rollouts": {"seed": 1}})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"settings": settings}))
-    with pytest.raises(InputError, match="measured on other trees than .*rollouts"):
-        check_blame.main(check_blame.parse_args([str(tmp_path)]))
 
 
 def test_the_accuracy_of_the_team_by_hand():

@@ -309,6 +309,25 @@ def test_labels_find_the_planted_path(chain):
     assert num_compared > 0
 
 
+@pytest.mark.parametrize("is_asked, num_last", [(False, 4), (True, 3)])
+def test_an_agent_gets_its_own_number_of_candidates_also_after_one_that_is_skipped(
+    is_asked, num_last
+):
+    first = "help" if is_asked else "fine"
+    search_of = label_tree(
+        Problem("p", "train", "q", "1", "number"),
+        hint_graph(),
+        num_simulations=1,
+        num_candidates=(1, 3, 4),
+        c_uct=1.0,
+        rng=random.Random(0),
+    )
+    policy = ScriptedPolicy(lambda path: first if len(path) == 1 else f"word {path}")
+    root = drive(search_of, {Sample: policy})
+    [a] = root.children
+    assert len(a.children) == num_last
+
+
 # ---- The driver ----------------------------------------------------------------------------------
 
 
@@ -680,9 +699,6 @@ def test_each_problem_is_searched_with_the_settings_of_the_flags(chain):
         seen.append(records)
 
 
-# ---- Wrong programs that passed all other tests --------------------------------------------------
-
-
 def test_as_many_problems_are_labelled_together_as_the_flag_says(tmp_path, monkeypatch):
     given = []
 
@@ -727,22 +743,3 @@ def test_statistics_are_shown_once_every_problem_is_labelled(tmp_path, monkeypat
     generate_rollouts.main(args)
     out = capsys.readouterr().out
     assert "2 trees, 0 of them with both right and wrong answers" in out and "left" not in out
-
-
-@pytest.mark.parametrize("is_asked, num_last", [(False, 4), (True, 3)])
-def test_an_agent_gets_its_own_number_of_candidates_also_after_one_that_is_skipped(
-    is_asked, num_last
-):
-    first = "help" if is_asked else "fine"
-    search_of = label_tree(
-        Problem("p", "train", "q", "1", "number"),
-        hint_graph(),
-        num_simulations=1,
-        num_candidates=(1, 3, 4),
-        c_uct=1.0,
-        rng=random.Random(0),
-    )
-    policy = ScriptedPolicy(lambda path: first if len(path) == 1 else f"word {path}")
-    root = drive(search_of, {Sample: policy})
-    [a] = root.children
-    assert len(a.children) == num_last

@@ -613,6 +613,55 @@ def test_activations_are_checkpointed_on_a_gpu_only(monkeypatch, quantize, devic
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
 
 
+def test_v_is_read_without_a_graph_of_gradients(records, monkeypatch):
+    """Which would keep all activations of all batches."""
+    model = make_model()
+    modes = []
+    original = ValueModel.outputs
+
+    def look(self, *args):
+        modes.append(torch.is_grad_enabled())
+        return original(self, *args)
+
+    monkeypatch.setattr(ValueModel, "outputs", look)
+    model.score(states_of(records)[:2], batch_tokens=999)
+    assert modes and not any(modes)
+
+
+def test_a_saved_v_is_loaded_as_it_was_trained_on_the_device_and_in_the_type_asked_for(
+    tmp_path, monkeypatch
+):
+    save_with_settings(make_model(), tmp_path / "value", quantize=False, loss="huber")
+    asked = []
+
+    def look(name, **options):
+        asked.append(options)
+        raise StopError
+
+    monkeypatch.setattr(value, "load_backbone", look)
+    with pytest.raises(StopError):
+        ValueModel.load(
+            tmp_path / "value", CHAIN, device="cuda:1", dtype="bfloat16", must_be_finished=False
+        )
+    assert asked == [{"quantize": False, "device": "cuda:1", "dtype": "bfloat16"}]
+
+
+def test_the_widest_batch_is_scored_first(records, monkeypatch):
+    """So that memory runs out at once, or never."""
+    model = make_model()
+    sizes = []
+    original = ValueModel.outputs
+
+    def look(self, batch, places):
+        sizes.append(max(row.width for row in batch))
+        return original(self, batch, places)
+
+    monkeypatch.setattr(ValueModel, "outputs", look)
+    model.score(states_of(records[:3]), batch_tokens=150)
+    assert len(set(sizes)) > 2
+    assert sizes == sorted(sizes, reverse=True)
+
+
 # ---- Losses by hand ------------------------------------------------------------------------------
 # Four labels in two trees, and the outputs of the head for them.
 
@@ -1110,6 +1159,56 @@ def test_training_resumed_after_a_kill_equals_uninterrupted_training(records, tm
     assert epochs == [1, 2]
     expected = uninterrupted.trained_parameters()
     assert_close_parameters(resumed.trained_parameters(), expected, atol=1e-6)
+
+
+def test_v_is_in_training_mode_in_every_epoch(records, tmp_path, monkeypatch):
+    """Measuring leaves it in the other mode, in which a GPU keeps all activations."""
+    model = make_model()
+    rows = make_rows(paths_of(records)[:2], model)
+    modes = []
+
+    def look(model, *args, **options):
+        modes.append(model.training and model.backbone.training)
+        return 0.0, 1
+
+    monkeypatch.setattr(train_value, "training_step", look)
+    model.eval()
+    fit(model, rows, tmp_path, epochs=2, after_epoch=lambda epoch, loss: model.eval())
+    assert len(modes) >= 2 and all(modes)
+
+
+def test_training_that_runs_out_of_memory_says_what_to_lower(records, tmp_path, monkeypatch):
+    def no_room(*args, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train_value, "train", no_room)
+    write_labels(tmp_path / "rollouts", records)
+    flags = ["--run", str(tmp_path), "--no-quantize", "--num-threads", "1", "--device", "cpu"]
+    with pytest.raises(InputError, match="^out of memory; lower --train-batch-tokens or"):
+        train_value.main(train_value.parse_args(flags))
+
+
+def test_the_delta_of_the_huber_loss_reaches_every_step(records, tmp_path, monkeypatch):
+    model = make_model()
+    rows = make_rows(paths_of(records)[:6], model)
+    errors = []
+    for row, values in zip(rows, model.predict(rows, batch_tokens=999), strict=True):
+        errors += [v - target for v, target in zip(values, row.targets, strict=True)]
+    losses = []
+    train_value.train(
+        model,
+        rows,
+        pack_trees(rows, 999, token_cost=model.token_cost),
+        epochs=1,
+        lr=1e-12,
+        batch_tokens=999,
+        huber_delta=0.1,
+        seed=0,
+        checkpoint=tmp_path / "checkpoint.pt",
+        after_epoch=lambda epoch, loss: losses.append(loss),
+    )
+    expected = huber(torch.tensor(errors).abs(), delta=0.1).mean().item()
+    assert losses == [pytest.approx(expected, abs=1e-5)]
 
 
 # ---- Other processes -----------------------------------------------------------------------------
@@ -1652,7 +1751,51 @@ def test_a_step_counts_the_terms_of_its_loss(records):
     assert num_terms(rows, "rank") != num_terms(rows, "huber")
 
 
-# ---- Wrong programs that passed all other tests --------------------------------------------------
+def test_only_the_first_process_measures_and_writes_the_checkpoint(
+    records,
+    tmp_path,
+    monkeypatch,
+):
+    """Two processes that write one file at a time can lose it."""
+    model = make_model()
+    rows = make_rows(paths_of(records)[:2], model)
+    monkeypatch.setattr(train_value, "training_step", lambda *args, **options: (0.0, 1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, num_epochs in (("1", 0), ("0", 2)):
+        monkeypatch.setenv("RANK", rank)
+        assert len(fit(model, rows, tmp_path, epochs=2)) == num_epochs
+        assert (tmp_path / "checkpoint.pt").exists() == (rank == "0")
+
+
+def test_a_further_process_trains_on_its_own_gpu_and_saves_nothing(
+    records,
+    tmp_path,
+    monkeypatch,
+):
+    """It joins the first one, takes part in every step, and leaves the folder alone."""
+    write_labels(tmp_path / "rollouts", records)
+    calls, loads = [], []
+    original = train_value.load_backbone
+
+    def load_on_cpu(name, *, device, **options):
+        loads.append(device)
+        return original(name, device="cpu", **options)
+
+    monkeypatch.setattr(train_value, "load_backbone", load_on_cpu)
+    monkeypatch.setattr(train_value, "start_data_parallel", lambda device: calls.append(device))
+    monkeypatch.setattr(train_value, "train", lambda *args, **options: calls.append("train"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("leave"))
+    monkeypatch.setattr("runs.provenance", lambda device: {})
+    for name, text in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, text)
+    flags = ["--run", str(tmp_path), "--no-quantize", "--lora-rank", "2", "--num-threads", "1"]
+    train_value.main(train_value.parse_args([*flags, "--device", "cuda", "--dtype", "float32"]))
+    assert loads == ["cuda:1"]
+    assert calls == ["cuda:1", "train", "leave"]
+    assert [path.name for path in (tmp_path / "value").iterdir()] == ["config.json"]
+
+
+# ---- From the flags to the functions that are tested above ---------------------------------------
 
 
 def test_the_training_loop_has_the_settings_of_the_flags(records, tmp_path, monkeypatch):
@@ -1682,61 +1825,6 @@ def test_the_training_loop_has_the_settings_of_the_flags(records, tmp_path, monk
     assert trees == pack_trees(rows, 400, token_cost=model.token_cost)
     assert trees != pack_trees(rows, 32768, token_cost=model.token_cost)
     assert len({weight for row in rows for weight in row.weights}) > 1  # visits
-
-
-def test_the_delta_of_the_huber_loss_reaches_every_step(records, tmp_path, monkeypatch):
-    model = make_model()
-    rows = make_rows(paths_of(records)[:6], model)
-    errors = []
-    for row, values in zip(rows, model.predict(rows, batch_tokens=999), strict=True):
-        errors += [v - target for v, target in zip(values, row.targets, strict=True)]
-    losses = []
-    train_value.train(
-        model,
-        rows,
-        pack_trees(rows, 999, token_cost=model.token_cost),
-        epochs=1,
-        lr=1e-12,
-        batch_tokens=999,
-        huber_delta=0.1,
-        seed=0,
-        checkpoint=tmp_path / "checkpoint.pt",
-        after_epoch=lambda epoch, loss: losses.append(loss),
-    )
-    expected = huber(torch.tensor(errors).abs(), delta=0.1).mean().item()
-    assert losses == [pytest.approx(expected, abs=1e-5)]
-
-
-def test_v_is_in_training_mode_in_every_epoch(records, tmp_path, monkeypatch):
-    """Measuring leaves it in the other mode, in which a GPU keeps all activations."""
-    model = make_model()
-    rows = make_rows(paths_of(records)[:2], model)
-    modes = []
-
-    def look(model, *args, **options):
-        modes.append(model.training and model.backbone.training)
-        return 0.0, 1
-
-    monkeypatch.setattr(train_value, "training_step", look)
-    model.eval()
-    fit(model, rows, tmp_path, epochs=2, after_epoch=lambda epoch, loss: model.eval())
-    assert len(modes) >= 2 and all(modes)
-
-
-def test_only_the_first_process_measures_and_writes_the_checkpoint(
-    records,
-    tmp_path,
-    monkeypatch,
-):
-    """Two processes that write one file at a time can lose it."""
-    model = make_model()
-    rows = make_rows(paths_of(records)[:2], model)
-    monkeypatch.setattr(train_value, "training_step", lambda *args, **options: (0.0, 1))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, num_epochs in (("1", 0), ("0", 2)):
-        monkeypatch.setenv("RANK", rank)
-        assert len(fit(model, rows, tmp_path, epochs=2)) == num_epochs
-        assert (tmp_path / "checkpoint.pt").exists() == (rank == "0")
 
 
 @pytest.fixture
@@ -1789,50 +1877,6 @@ def test_a_v_lists_the_training_and_the_held_out_problems(trained_v):
     ]
 
 
-def test_a_saved_v_is_loaded_as_it_was_trained_on_the_device_and_in_the_type_asked_for(
-    tmp_path, monkeypatch
-):
-    save_with_settings(make_model(), tmp_path / "value", quantize=False, loss="huber")
-    asked = []
-
-    def look(name, **options):
-        asked.append(options)
-        raise StopError
-
-    monkeypatch.setattr(value, "load_backbone", look)
-    with pytest.raises(StopError):
-        ValueModel.load(
-            tmp_path / "value", CHAIN, device="cuda:1", dtype="bfloat16", must_be_finished=False
-        )
-    assert asked == [{"quantize": False, "device": "cuda:1", "dtype": "bfloat16"}]
-
-
-def test_v_is_read_without_a_graph_of_gradients(records, monkeypatch):
-    """Which would keep all activations of all batches."""
-    model = make_model()
-    modes = []
-    original = ValueModel.outputs
-
-    def look(self, *args):
-        modes.append(torch.is_grad_enabled())
-        return original(self, *args)
-
-    monkeypatch.setattr(ValueModel, "outputs", look)
-    model.score(states_of(records)[:2], batch_tokens=999)
-    assert modes and not any(modes)
-
-
-def test_training_that_runs_out_of_memory_says_what_to_lower(records, tmp_path, monkeypatch):
-    def no_room(*args, **options):
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(train_value, "train", no_room)
-    write_labels(tmp_path / "rollouts", records)
-    flags = ["--run", str(tmp_path), "--no-quantize", "--num-threads", "1", "--device", "cpu"]
-    with pytest.raises(InputError, match="^out of memory; lower --train-batch-tokens or"):
-        train_value.main(train_value.parse_args(flags))
-
-
 def opened_run(monkeypatch, module, argv):
     """Run a script up to where it opens its run folder. Returns (folder, settings, options)."""
     opened = []
@@ -1883,47 +1927,3 @@ def test_a_script_uses_as_many_threads_as_it_is_told(module, records, tmp_path, 
     with pytest.raises(StopError):
         module.main(module.parse_args(["--run", str(tmp_path), "--num-threads", "5"]))
     assert asked == [5]
-
-
-def test_a_further_process_trains_on_its_own_gpu_and_saves_nothing(
-    records,
-    tmp_path,
-    monkeypatch,
-):
-    """It joins the first one, takes part in every step, and leaves the folder alone."""
-    write_labels(tmp_path / "rollouts", records)
-    calls, loads = [], []
-    original = train_value.load_backbone
-
-    def load_on_cpu(name, *, device, **options):
-        loads.append(device)
-        return original(name, device="cpu", **options)
-
-    monkeypatch.setattr(train_value, "load_backbone", load_on_cpu)
-    monkeypatch.setattr(train_value, "start_data_parallel", lambda device: calls.append(device))
-    monkeypatch.setattr(train_value, "train", lambda *args, **options: calls.append("train"))
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("leave"))
-    monkeypatch.setattr("runs.provenance", lambda device: {})
-    for name, text in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, text)
-    flags = ["--run", str(tmp_path), "--no-quantize", "--lora-rank", "2", "--num-threads", "1"]
-    train_value.main(train_value.parse_args([*flags, "--device", "cuda", "--dtype", "float32"]))
-    assert loads == ["cuda:1"]
-    assert calls == ["cuda:1", "train", "leave"]
-    assert [path.name for path in (tmp_path / "value").iterdir()] == ["config.json"]
-
-
-def test_the_widest_batch_is_scored_first(records, monkeypatch):
-    """So that memory runs out at once, or never."""
-    model = make_model()
-    sizes = []
-    original = ValueModel.outputs
-
-    def look(self, batch, places):
-        sizes.append(max(row.width for row in batch))
-        return original(self, batch, places)
-
-    monkeypatch.setattr(ValueModel, "outputs", look)
-    model.score(states_of(records[:3]), batch_tokens=150)
-    assert len(set(sizes)) > 2
-    assert sizes == sorted(sizes, reverse=True)
