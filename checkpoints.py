@@ -47,10 +47,12 @@ def load_pretrained(
         dtype: of all other weights and of the computation, see `resolve_dtype`.
 
     Raises:
-        InputError: if the model cannot be loaded or lacks weights or an end-of-message token.
+        InputError: if there is no such GPU, or if the model cannot be loaded or lacks weights or
+            an end-of-message token.
     """
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
+    _check_there_is(device)
     compute_dtype = getattr(torch, resolve_dtype(dtype, device))
     options = {"dtype": compute_dtype, "output_loading_info": True}
     if quantize:
@@ -97,6 +99,14 @@ def load_pretrained(
     else:
         model = model.to(device)
     return model, tokenizer
+
+
+def _check_there_is(device: str) -> None:
+    """Raise InputError if `device` is a GPU that torch does not see."""
+    wanted = torch.device(device)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
+        raise InputError(f"--device {device}: torch sees {num_gpus} GPUs here; give another one")
 
 
 def _keep_weights_unpacked(model: PreTrainedModel) -> None:

@@ -371,8 +371,8 @@ def parse_args(argv=None):
         "--methods",
         nargs="+",
         metavar="METHOD",
-        default=DEFAULT_METHODS,
-        help="names as in search.py",
+        default=None,
+        help="names as in search.py (default: those of the README, as far as they fit the graph)",
     )
     parser.add_argument(
         "--by",
@@ -452,10 +452,17 @@ def main(args) -> None:
 def read_methods(args, mas: MAS) -> list[Method]:
     """Read the names of the methods. A method that is named twice is evaluated once."""
     methods = {}
-    for name in args.methods:
+    for name in args.methods or default_methods(mas):
         method = parse_method(name, mas, num_candidates=args.num_candidates, lam=args.lam)
         methods[method.name] = method
     return list(methods.values())
+
+
+def default_methods(mas: MAS) -> list[str]:
+    """Return DEFAULT_METHODS; without four agents, those that give no count per agent."""
+    if len(mas.agents) == 4:
+        return DEFAULT_METHODS
+    return [name for name in DEFAULT_METHODS if "." not in name]
 
 
 def collect_records(

@@ -392,6 +392,11 @@ def load_graph(name: str) -> MAS:
     tables = table.get("agents")
     if not isinstance(tables, list) or not all(isinstance(agent, dict) for agent in tables):
         raise InputError(f"--graph {name}: it has no [[agents]] tables")
+    unknown = sorted(table.keys() - {"name", "agents"})
+    if unknown:
+        raise InputError(
+            f"--graph {name}: unknown key {unknown[0]}; a graph has a name and [[agents]]"
+        )
     agents = []
     for number, fields in enumerate(tables, 1):
         _check_agent_table(fields, f"--graph {name}, agent {number}")

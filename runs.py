@@ -96,6 +96,16 @@ def positive_unit_float(text: str) -> float:
     return _float_in_range(text, above=0, at_most=1)
 
 
+def device_name(text: str) -> str:
+    import torch  # imported late, see _default_device
+
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N") from None
+    return text
+
+
 def _float_in_range(
     text: str, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf
 ) -> float:
@@ -120,7 +130,9 @@ def add_run_arguments(parser: Parser) -> None:
     """Add the flags that every script has."""
     parser.add_argument("--run", default="runs/tiny", help="run folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
-    parser.add_argument("--device", default=_default_device(), help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--device", type=device_name, default=_default_device(), help="cpu, cuda or cuda:N"
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -511,16 +523,15 @@ def open_run(folder: Path, settings: dict, *, device: str, overwrite: bool) -> N
     if not config.is_file():
         if any(folder.glob("*.jsonl")):
             raise InputError(f"{folder} holds records, but no config.json; delete the folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, {"settings": settings} | provenance(device))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(folder, {"settings": settings} | provenance(device))
+        except OSError as error:
+            raise InputError(f"--run: {folder} cannot be written ({error.strerror})") from None
         return
 
     # 2. Resume, if all settings are the same.
-    old = read_config(folder)["settings"]
-    changes = []
-    for key in sorted(old.keys() | settings.keys()):
-        if without_names(old.get(key)) != without_names(settings.get(key)):
-            changes.append(f"{key} (there {_short(old.get(key))}, now {_short(settings.get(key))})")
+    changes = _changes(read_config(folder)["settings"], settings)
     if changes:
         raise InputError(
             f"{folder} holds a run with another configuration: {', '.join(changes)}; "
@@ -555,6 +566,25 @@ def without_names(value):
     return {key: without_names(entry) for key, entry in value.items()}
 
 
+def _changes(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Name every setting that differs, such as "rollouts.seed (there 0, now 1)"."""
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        there, now = old.get(key), new.get(key)
+        if without_names(there) == without_names(now):
+            continue
+        if _is_group(there) and _is_group(now):
+            changes += _changes(there, now, f"{prefix}{key}.")
+        else:
+            changes.append(f"{prefix}{key} (there {_short(there)}, now {_short(now)})")
+    return changes
+
+
+def _is_group(value) -> bool:
+    """Return whether a value is a dict of settings, not a graph or a model, which have names."""
+    return isinstance(value, dict) and not value.keys() & {"agents", "fingerprint"}
+
+
 def _short(value) -> str:
     """Show a setting in a few words: a graph or a model by its name and a fingerprint."""
     if isinstance(value, dict) and "agents" in value:
@@ -571,17 +601,20 @@ def fingerprint(value) -> str:
 
 
 def read_config(folder: Path) -> dict:
-    """Read a folder's config.json. Raises InputError if it is missing or torn."""
+    """Read a folder's config.json. Raises InputError if it is missing, torn or another's."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json here; no stage has written this folder yet")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}: not JSON ({error.msg}); the file is torn, "
             f"start this stage again with --overwrite"
         ) from None
+    if "settings" not in config:
+        raise InputError(f"{folder}: its config.json was not written by a stage of this project")
+    return config
 
 
 def write_config(folder: Path, config: dict) -> None:

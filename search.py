@@ -67,6 +67,7 @@ from runs import (
     cli,
     device_of_this_process,
     positive_int,
+    read_config,
     unit_float,
 )
 from tasks import TASKS, Problem, check_task, is_correct, problem_at
@@ -444,10 +445,12 @@ def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Met
         counts = counts_per_agent(mas, num_candidates, "--num-candidates")
     else:
         counts = counts_per_agent(mas, parts["per_agent"], f"method {name}:")
-    if algorithm == "sbs":
-        lam = 0.0
-    elif parts["lam"] is not None:
+    if algorithm == "mcts" and parts["lam"] is not None:
         lam = _lam_of_name(name, parts["lam"])
+        if lam > 0 and scorer == "outcome":
+            raise InputError(f"method {name}: it is guided by the ORM; there is nothing to mix")
+    elif algorithm == "sbs" or scorer == "outcome":
+        lam = 0.0
     shown_counts = str(counts[0]) if len(set(counts)) == 1 else ".".join(map(str, counts))
     canonical_name = f"{algorithm}-{num}x{shown_counts}-{scorer}"
     if lam > 0:
@@ -482,12 +485,18 @@ def model_folder(args, model: str) -> Path:
     return Path(args.orm or f"{args.run}/orm")
 
 
+MODEL_TARGETS = {"value": "search", "outcome": "outcome"}  # --target of train_value.py
+
+
 def load_model(args, mas: MAS, model: str) -> ValueModel:
     """Load V ("value") or the ORM ("outcome"). Raises InputError if it cannot be used."""
     folder = model_folder(args, model)
     if not folder.is_dir():
         commands = {"value": "train_value.py", "outcome": "train_value.py --target outcome"}
         raise InputError(f"{folder}: no trained {model} model there; {commands[model]} makes it")
+    target = read_config(folder)["settings"].get("target")
+    if target in MODEL_TARGETS.values() and target != MODEL_TARGETS[model]:
+        raise InputError(f"{folder}: no {model} model, it was trained with --target {target}")
     device = device_of_this_process(args.device)
     return ValueModel.load(folder, mas, device=device, dtype=args.dtype)
 
@@ -591,7 +600,12 @@ def parse_args(argv=None):
     add_policy_arguments(parser)
     add_tree_search_arguments(parser)
     add_search_arguments(parser)
-    parser.add_argument("--method", default="mcts-8x1.8.1.1-value", help="see the top of search.py")
+    parser.add_argument(
+        "--method",
+        default=None,
+        help="see the top of search.py (default: mcts-8x1.8.1.1-value, for a graph of four agents; "
+        "mcts-8x3-value for others)",
+    )
     parser.add_argument(
         "--question", default=None, help="your own question, instead of a problem of the task"
     )
@@ -605,7 +619,8 @@ def parse_args(argv=None):
 def main(args) -> None:
     # 1. Load the graph, the method, the problem and the models.
     mas = load_graph(args.graph)
-    method = parse_method(args.method, mas, num_candidates=args.num_candidates, lam=args.lam)
+    name = args.method or default_method(mas)
+    method = parse_method(name, mas, num_candidates=args.num_candidates, lam=args.lam)
     if args.html is not None and method.algorithm not in ("sbs", "mcts"):
         raise InputError(f"--html: {method.name} has no tree; take an sbs or mcts --method")
     problem = choose_problem(args)
@@ -627,6 +642,11 @@ def main(args) -> None:
         settings = {"graph": asdict(mas), "c_uct": args.c_uct}
         record = {"id": problem.id, "question": problem.question, "gold": problem.gold} | tree
         write_page(Path(args.html), tree_page(record, settings, method.name))
+
+
+def default_method(mas: MAS) -> str:
+    """Return the method of the README; for a graph without four agents, C = 3 for each of them."""
+    return "mcts-8x1.8.1.1-value" if len(mas.agents) == 4 else "mcts-8x3-value"
 
 
 def choose_problem(args) -> Problem:

@@ -367,8 +367,8 @@ def read_row(row: dict, place: str) -> RawProblem:
         place: the file and line of the row, for error messages.
 
     Raises:
-        InputError: if question or answer is missing, if the options are no list, or if the answer
-            is none of them.
+        InputError: if question or answer is missing or no valid text, if the options are no list,
+            or if the answer is none of them.
     """
     fields = {field: _first_value(row, names) for field, names in COLUMNS.items()}
     for field in ("question", "answer"):
@@ -392,6 +392,12 @@ def read_row(row: dict, place: str) -> RawProblem:
         is_solution = all(row.get(name) is None for name in ("answer", "correct_option"))
         gold = _gold_of_solution(str(fields["answer"]).strip(), is_solution)
 
+    try:
+        f"{question}{gold}".encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{place}: it has half of a character (a surrogate without its pair)"
+        ) from None
     return RawProblem(
         id=_optional_text(fields["id"]),
         question=question,

@@ -247,6 +247,8 @@ class ValueModel(nn.Module):
         """
         config = read_config(folder)
         settings = config["settings"]
+        if "backbone" not in settings:
+            raise InputError(f"{folder}: no value model; train_value.py trains one")
         if must_be_finished and not config.get("finished"):
             raise InputError(
                 f"{folder}: its training is not finished; run train_value.py again to resume it"
@@ -276,7 +278,10 @@ def backbone_setting(name: str, backbone: nn.Module, folder: Path) -> dict:
     So V can be loaded from any working directory, and moves together with its backbone. Names of
     the hub stay the same.
     """
-    name_from_folder = os.path.relpath(name, folder) if Path(name).is_dir() else name
+    name_from_folder = name
+    if Path(name).is_dir():
+        # "..", as the operating system reads it, leads out of the folder that a link points to.
+        name_from_folder = os.path.relpath(os.path.realpath(name), os.path.realpath(folder))
     return {"name": name_from_folder, "fingerprint": checkpoint_fingerprint(name, backbone)}
 
 
@@ -288,7 +293,9 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def _name_from_here(name: str, folder: Path) -> str:
-    return os.path.relpath(folder / name) if (folder / name).is_dir() else name
+    if not (folder / name).is_dir():
+        return name
+    return os.path.relpath(os.path.realpath(folder / name), os.path.realpath("."))
 
 
 def load_backbone(name: str, *, quantize: bool, device: str, dtype: str):
@@ -302,10 +309,30 @@ def load_backbone(name: str, *, quantize: bool, device: str, dtype: str):
     backbone, tokenizer = load_pretrained(
         "--backbone", name, AutoModel, quantize=quantize, device=device, dtype=dtype
     )
+    _check_reads_left_to_right(name, backbone)
     backbone.requires_grad_(False)
     if torch.device(device).type == "cuda":
         backbone.activation_checkpointing_enable()
     return backbone, tokenizer
+
+
+@torch.inference_mode()
+def _check_reads_left_to_right(name: str, backbone: nn.Module) -> None:
+    """Raise InputError if hidden states of a token depend on later ones.
+
+    In training V reads all states of a transcript at once. A bidirectional model, such as BERT,
+    would read in each of them the messages that are still to come.
+    """
+    reads_both_ways = backbone.config.is_encoder_decoder
+    if not reads_both_ways:
+        token_ids = torch.tensor([[10, 11, 12], [10, 13, 14]], device=backbone.device)
+        first, other = backbone(input_ids=token_ids).last_hidden_state[:, 0].float()
+        reads_both_ways = not torch.allclose(first, other, atol=1e-3 * first.abs().max().item())
+    if reads_both_ways:
+        raise InputError(
+            f"--backbone {name}: each token of it reads those that follow; V needs a causal "
+            f"language model"
+        )
 
 
 def _check_graph_of_value(folder: Path, settings: dict, mas: MAS) -> None:

@@ -372,6 +372,20 @@ def test_the_type_of_numbers_is_resolved_and_recorded(flag, device, dtype):
     assert policy_settings(args, CHAIN)["dtype"] == dtype
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:x"])
+def test_a_device_that_does_not_exist_is_refused(device):
+    with pytest.raises(InputError, match="--device: .* is not cpu, cuda or cuda:N"):
+        generate_rollouts.parse_args(["--device", device])
+
+
+@pytest.mark.parametrize("num_gpus, device", [(0, "cuda"), (2, "cuda:2")])
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, num_gpus, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    with pytest.raises(InputError, match=f"--device {device}: torch sees {num_gpus} GPUs here"):
+        make_tiny_policy(CHAIN, device=device)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_agents_are_loaded_in_the_type_that_is_asked_for(dtype):
     model = make_tiny_policy(CHAIN, dtype=dtype).decoder.model

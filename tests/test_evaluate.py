@@ -11,7 +11,7 @@ from conftest import NoProgress, ScriptedPolicy
 import evaluate
 from answers import MATH_VERIFY
 from generate_rollouts import make_child, make_root
-from mas import CHAIN
+from mas import CHAIN, GRAPHS
 from policy import Candidate, Cost, Policy
 from runs import InputError, Work, is_mine, read_jsonl
 from search import Method, parse_method
@@ -558,6 +558,16 @@ def test_a_method_that_is_named_twice_is_evaluated_once(duo):
         ("mcts-8x1.3-value-lam0.5", (1, 3), 0.5),
         ("greedy", (1, 1), 0.0),
     ]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_default_methods_fit_every_graph(name):
+    """And are those of the README if there are four agents."""
+    args = evaluate.parse_args([])
+    methods = [method.name for method in evaluate.read_methods(args, GRAPHS[name])]
+    assert {"greedy", "vote-4", "best_of-8-value", "mcts-8x3-value"} <= set(methods)
+    if name == "chain":
+        assert methods == evaluate.DEFAULT_METHODS
 
 
 def test_the_fingerprint_of_weights_covers_the_head_and_the_adapter(tmp_path):

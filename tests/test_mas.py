@@ -298,6 +298,7 @@ def test_a_graph_from_a_file(tmp_path):
 MISTAKES = [  # a part of TOML, its replacement, and the complaint
     ('name = "Editor"', 'name = "Writer"', "Writer is the name of two agents"),
     ('sees = ["Q"]', 'sees = "Q"', "agent 1: sees = 'Q' should be a list of strings"),
+    ('name = "pair"', "num_candidates = 3", "unknown key num_candidates; a graph has a name"),
     (
         "max_new_tokens = 32",
         "max_tokens = 32",

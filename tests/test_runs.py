@@ -572,6 +572,23 @@ def test_another_configuration_is_refused_by_name_unless_overwritten(tmp_path):
     assert read_config(tmp_path)["settings"] == {"seed": 1, "c_uct": 1.0}
 
 
+def test_a_setting_inside_others_is_refused_by_its_own_name(tmp_path):
+    """V records all settings of its labels; what differs must not drown in them."""
+    labels = {"seed": 0, "prompts": "a long text" * 99}
+    open_run(tmp_path, {"rollouts": labels}, device="cpu", overwrite=False)
+    with pytest.raises(InputError) as error:
+        open_run(tmp_path, {"rollouts": labels | {"seed": 1}}, device="cpu", overwrite=False)
+    assert "configuration: rollouts.seed (there 0, now 1); choose" in str(error.value)
+    with pytest.raises(InputError, match=r"rollouts \(there .*, now null\)"):
+        open_run(tmp_path, {"rollouts": None}, device="cpu", overwrite=False)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--run: .*file/value cannot be written"):
+        open_run(tmp_path / "file" / "value", {}, device="cpu", overwrite=False)
+
+
 def test_a_model_is_compared_by_its_fingerprint_wherever_it_is(tmp_path):
     model = {"name": "a/model", "fingerprint": "12345678"}
     moved, other = model | {"name": "b/model"}, model | {"fingerprint": "87654321"}
@@ -632,6 +649,9 @@ def test_a_missing_or_torn_configuration_is_named(tmp_path):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"sett')
     with pytest.raises(InputError, match="config.json: not JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match="was not written by a stage of this project"):
         read_config(tmp_path)
 
 

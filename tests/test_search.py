@@ -19,9 +19,9 @@ import search
 from decoding import uniforms
 from extraction import extract_answer
 from generate_rollouts import expand, make_root, run_searches
-from mas import CHAIN, MAS, SINGLE, Agent
+from mas import CHAIN, GRAPHS, MAS, SINGLE, Agent
 from policy import Candidate, Cost, Outcome, Sample, Score
-from runs import InputError, ignore
+from runs import InputError, ignore, write_config
 from search import (
     Method,
     ModelScorer,
@@ -648,8 +648,10 @@ def test_each_request_is_answered_by_its_own_model():
 
 def load_scorers_of(names, mas, tmp_path, monkeypatch, **flags):
     """Load the scorers of methods; instead of a model, each folder's name is loaded."""
-    for name in ("value", "orm", "another"):
+    targets = {"value": "search", "orm": "outcome", "another": None}
+    for name, target in targets.items():
         (tmp_path / name).mkdir(exist_ok=True)
+        write_config(tmp_path / name, {"settings": {"target": target}})
 
     def load(folder, mas, *, device, dtype):
         return folder.name, mas.name, device, dtype
@@ -679,6 +681,16 @@ def test_only_the_models_that_a_method_queries_are_loaded(chain, tmp_path, monke
     another = str(tmp_path / "another")
     assert load(["mcts-3-value"], value=another)["value"].model[0] == "another"
     assert load(["best_of-3-outcome"], orm=another)["outcome"].model[0] == "another"
+
+
+@pytest.mark.parametrize(
+    "method, flags", [("mcts-3-value", {"value": "orm"}), ("best_of-3-outcome", {"orm": "value"})]
+)
+def test_v_is_not_taken_for_the_orm_nor_the_orm_for_v(chain, tmp_path, monkeypatch, method, flags):
+    """A method that mixes V with itself would carry the name of one with an ORM."""
+    paths = {flag: str(tmp_path / folder) for flag, folder in flags.items()}
+    with pytest.raises(InputError, match="it was trained with --target (search|outcome)"):
+        load_scorers_of([method], chain, tmp_path, monkeypatch, **paths)
 
 
 class CountingModel:
@@ -772,6 +784,23 @@ def test_methods_are_read_by_name(chain, name, expected):
     assert method.lam == lam
     # The canonical name says all settings.
     assert parse_method(method.name, chain, num_candidates="9", lam=0.0) == method
+
+
+def test_a_search_by_the_orm_has_no_lambda(chain):
+    """Its terminal values are those of the ORM already."""
+    with pytest.raises(InputError, match="lam0.5: it is guided by the ORM"):
+        parse_method("mcts-8x3-outcome-lam0.5", chain, num_candidates="3", lam=0.0)
+    assert parse_method("mcts-8x3-outcome", chain, num_candidates="3", lam=0.5).lam == 0.0
+    assert parse_method("mcts-8x3-outcome-lam0", chain, num_candidates="3", lam=0.5).lam == 0.0
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_default_method_fits_every_graph(name):
+    graph = GRAPHS[name]
+    method = parse_method(search.default_method(graph), graph, num_candidates="3", lam=0.0)
+    assert method.scorer == "value" and len(method.num_candidates) == len(graph.agents)
+    if name == "chain":
+        assert method.name == "mcts-8x1.8.1.1-value"
 
 
 def test_one_method_has_one_name_and_so_one_file_of_records(chain):

@@ -438,6 +438,7 @@ def test_one_test_problem_is_found_by_its_place(tmp_path, capsys):
 BAD_ROWS = [  # rows, and the complaint about them
     ([{"question": "q"}], "line 1: no `answer`"),
     ([{"question": "", "answer": "1"}], "line 1: no `question`"),
+    ([{"question": "\ud83d?", "answer": "1"}], "line 1: it has half of a character"),
     ([{"id": "a", "question": q, "answer": "1"} for q in "qr"], "d.jsonl: the id a occurs twice"),
     (
         [{"id": "a", "question": "q", "answer": "$$"}],

@@ -27,6 +27,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import BertConfig, BertModel
 
 import evaluate
 import generate_rollouts
@@ -1453,6 +1454,40 @@ def test_a_v_follows_its_backbone_but_refuses_other_weights(records, tmp_path, m
     weights[name] = weights[name] + 1
     save_file(weights, tmp_path / "agents" / "model.safetensors", metadata={"format": "pt"})
     assert "agents has other files than when V was trained" in refusal(Path("../run/value"))
+
+
+def test_a_v_below_a_link_is_found_again(tmp_path, monkeypatch):
+    """Runs often lie on another disk; ".." then leads out of that folder, not of the link."""
+    shutil.copytree(AGENTS, tmp_path / "agents")
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "deep")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/tiny/value")
+    save_with_settings(make_model(), folder, quantize=False, loss="huber", backbone="agents")
+    change_config(folder, finished=True)
+    ValueModel.load(folder, CHAIN, device="cpu", dtype="float32")
+    monkeypatch.chdir(tmp_path / "disk")
+    ValueModel.load(tmp_path / folder, CHAIN, device="cpu", dtype="float32")
+
+
+def test_a_folder_of_another_stage_is_not_taken_for_a_v(tmp_path):
+    open_run(tmp_path, {"graph": asdict(CHAIN)}, device="cpu", overwrite=False)
+    assert "no value model; train_value.py trains one" in refusal(tmp_path)
+
+
+def test_a_backbone_that_reads_ahead_is_refused(tmp_path):
+    """V would read the final answer in every state before it."""
+    shutil.copytree(AGENTS, tmp_path / "bert", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = BertConfig(
+        vocab_size=640,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError, match="bert: each token of it reads those that follow"):
+        load_backbone(str(tmp_path / "bert"), quantize=False, device="cpu", dtype="float32")
 
 
 def test_a_v_without_a_head_is_refused(saved):
