@@ -138,12 +138,14 @@ class AgentAdapters:
         A decoding step reads one token per message, so its time depends on the number of matrix
         products more than on their size. An adapter that is not merged adds two to every layer.
 
-        The original weights are kept and put back, so the base stays bit-identical. Quantised
-        weights cannot be merged into: their adapter stays separate.
+        The original weights are kept and put back, so the base stays bit-identical; meanwhile,
+        linear layers take twice their memory. Only float32 weights are merged into. bfloat16 has
+        no numbers near enough to a weight for a small change of it: the messages would be sampled
+        from other agents than those that are trained. Quantised weights cannot be added to.
         """
         self.use(agent)
         layers = [layer for layer in self.model.modules() if isinstance(layer, lora.LoraLayer)]
-        if not all(isinstance(layer, lora.Linear) for layer in layers):
+        if not all(_is_float32_linear(layer) for layer in layers):
             yield
             return
         kept = []
@@ -152,7 +154,7 @@ class AgentAdapters:
                 weight = layer.get_base_layer().weight
                 kept.append((weight, weight.data))
                 change = layer.get_delta_weight(self.name_for(agent)).detach()
-                weight.data = (weight.data + change).to(weight.dtype)
+                weight.data = weight.data + change
             with self.off():
                 yield
         finally:
@@ -183,6 +185,10 @@ class AgentAdapters:
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters().items():
             parameter.data.copy_(weights[name])
+
+
+def _is_float32_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, lora.Linear) and layer.get_base_layer().weight.dtype == torch.float32
 
 
 def _refuse_other_agents(folder: Path, graph: dict, mas: MAS) -> None:

@@ -442,9 +442,11 @@ _WORDS = re.compile(r"(?:[A-Za-z]{3,}|[Nn][Oo])(?:[ -][A-Za-z]+)*")  # "east", "
 
 _LENGTH_UNIT = re.compile(
     r"""
-    (?P<word>square|cubic|sq\.?|cu\.?)? \s*\b
+    (?P<word>(?i:square|cubic|sq\.?|cu\.?))? \s*\b
     (?:
-        [ckm]?m | (?:centi|kilo|milli)?met(?:er|re)s?
+        (?(word) | (?: (?<=[\d{}]) | (?<=[\d{}]\s) | (?<=\\[,\s]) ) )
+        [ckm]?m                                             # but m(m+1) has a variable
+      | (?:centi|kilo|milli)?met(?:er|re)s?
       | in | inch | inches | ft | foot | feet | yd | yards? | miles? | units?
     )\b
     [.}\s]*
@@ -454,7 +456,8 @@ _LENGTH_UNIT = re.compile(
 )
 _POWER_OF_WORD = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
-_HALF_DAY = re.compile(r"\b(?P<half>[ap])\.?\s?m\b", re.IGNORECASE)  # "a.m.", "PM"
+_HALF_DAY = re.compile(r"\b(?P<half>[ap])(?:\.\s?m\b\.?|\s?m\b)", re.IGNORECASE)  # "a.m.", "PM"
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")  # "Square", but not "\Delta"
 _NUMBER_WITH_BASE = re.compile(  # 52_8, 52_{8}, 52_{\text{8}}
     r"\d+ \s*_\s* \{?(?:\\text\{)?\s* (?P<base>\d+) \s*\}*",
     re.VERBOSE,
@@ -562,12 +565,20 @@ def _compare_options(a: str, b: str) -> bool | None:
 
 
 def _compare_notation(a: str, b: str) -> bool | None:
-    """Return False for 3r^2 and 3R^2, and for a set and a tuple."""
+    """Return False for 3r^2 and 3R^2, and for a set and a tuple; True for 3 PM and 3 p.m."""
+    if _with_usual_case(a) == _with_usual_case(b):
+        return True
     if a.lower() == b.lower():
         return False
     if _is_set_and_tuple(a, b) or _is_set_and_tuple(b, a):
         return False
     return None
+
+
+def _with_usual_case(answer: str) -> str:
+    """Write words and halves of the day in one way. Variables keep their case, and commands."""
+    answer = _HALF_DAY.sub(lambda match: f"{match['half'].lower()}m", answer)
+    return _WORD.sub(lambda match: match[0].lower(), answer)
 
 
 def _without_style(answer: str) -> str:
@@ -583,7 +594,7 @@ def _unit_power(answer: str) -> int | None:
     if match["power"]:
         return int(match["power"])
     if match["word"]:
-        return _POWER_OF_WORD[match["word"].rstrip(".")]
+        return _POWER_OF_WORD[match["word"].lower().rstrip(".")]
     return 1
 
 

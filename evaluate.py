@@ -425,6 +425,8 @@ def main(args) -> None:
     mas = load_graph(args.graph)
     methods = read_methods(args, mas)
     problems = load_problems(task=args.task, data=args.data, split="test", num=args.num_problems)
+    if not problems:
+        raise InputError(f"{args.data or args.task}: no test problems")
     scorers = load_scorers(methods, args, mas)
     refuse_leaks(problems, methods, args)
     policy = make_policy(args, mas)

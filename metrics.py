@@ -37,6 +37,11 @@ def bootstrap_interval(samples: list[float]) -> tuple[float, float]:
     return _percentiles(means)
 
 
+def _auc_interval(aucs: list[float]) -> tuple[float, float] | None:
+    """Return the interval of the mean; None if all are equal: nothing tells their spread."""
+    return bootstrap_interval(aucs) if len(set(aucs)) > 1 else None
+
+
 def calibration_error(v: np.ndarray, y: np.ndarray) -> float:
     """Return the expected calibration error, in units of V.
 
@@ -86,7 +91,7 @@ def agent_metrics(edges: list[Edge], values: list[float]) -> dict:
         "ece": calibration_error(v, y),
         "pearson": float(np.corrcoef(v, y)[0, 1]) if both_vary else None,
         "auc": float(np.mean(aucs)) if aucs else None,
-        "auc_95": bootstrap_interval(aucs) if aucs else None,
+        "auc_95": _auc_interval(aucs),
         "auc_problems": len(aucs),
         "top1": float(np.mean(hits)) if hits else None,
         "chance": float(np.mean(chances)) if chances else None,

@@ -356,7 +356,7 @@ def plot_training(records: list[dict], best_step: int, file: Path | BinaryIO) ->
     # 3. Titles.
     accuracy.set(title="held-out: right answers, one sample", ylabel="%", ylim=(0, 100))
     reading.set(title="held-out: mean (V + 1) / 2", ylim=(0, 1))
-    ranking.set(title="held-out: AUC of V within a problem", ylim=(0.3, 1.03))
+    ranking.set(title="held-out: AUC of V within a problem", ylim=(-0.03, 1.03))
     reward.set(title="training: mean reward", xlabel="step")
     distance.set(title="training: KL from the base, nats per token", xlabel="step")
     length.set(title="held-out: tokens of a message", xlabel="step")
@@ -386,7 +386,7 @@ def plot_learning(records_of_group: dict[str, list[list[dict]]], file: Path | Bi
                     _plot_known(panel, *curve, linewidth=0.6, alpha=0.6, **style)
             _plot_known(panel, *_mean_curve(curves), label=name, linewidth=2, **style)
     for panel, measure in zip(axes, measures, strict=True):
-        panel.set(title=f"held-out: {measure}", xlabel="messages trained on")
+        panel.set(title=f"held-out: {measure}", xlabel="sampled messages")
         panel.grid(alpha=0.3)
     axes[1].axhline(0, color=COLOURS[7], linestyle=":")
     axes[2].axhline(0.5, color=COLOURS[7], linestyle=":")

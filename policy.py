@@ -17,7 +17,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -333,19 +333,19 @@ class Policy:
 
     def _sample(self, pending: list[PendingMessages]) -> None:
         """Sample messages of one adapter. Running out of memory lowers batch_tokens."""
-        speaking = nullcontext()
-        if self.adapters is not None:
-            speaking = self.adapters.merged(pending[0].job.agent)
-        with speaking:
-            while pending:
-                try:
+        while pending:
+            try:
+                with self._adapter_merged(pending[0].job.agent):
                     self._decode(pending)
-                except torch.OutOfMemoryError:
-                    pending = [messages.without_finished() for messages in pending]
-                    pending = [messages for messages in pending if messages.candidate_indices]
-                    self._halve_batch_tokens(pending)
-                else:
-                    return
+            except torch.OutOfMemoryError:
+                pending = [messages.without_finished() for messages in pending]
+                pending = [messages for messages in pending if messages.candidate_indices]
+                self._halve_batch_tokens(pending)
+            else:
+                return
+
+    def _adapter_merged(self, agent: str) -> AbstractContextManager:
+        return nullcontext() if self.adapters is None else self.adapters.merged(agent)
 
     def _decode(self, pending: list[PendingMessages]) -> None:
         """Decode messages; write each down when it has ended."""

@@ -314,7 +314,9 @@ class Coach:
         No agent knows the marker, so a message cannot end its own part and speak to the coach.
         """
         role, observation = self.mas.prompt(node.parent.state, problem.answer_type)
-        marker = f"[{seeded(self.seed, 'coach', problem.id, node.path).getrandbits(64):016x}]"
+        # A function of the texts, so that equal messages have equal grades.
+        rng = seeded(self.seed, "coach", problem.id, observation["content"], node.message.text)
+        marker = f"[{rng.getrandbits(64):016x}]"
         parts = []
         for title, text in (
             (f"Role of the {node.message.agent}", role["content"]),

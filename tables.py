@@ -58,13 +58,12 @@ def labels_table(trees: list[dict], agents: list[str]) -> Table:
     rows = []
     for agent, edges in edges_of_agents(trees, agents).items():
         targets = targets_of(edges)
-        num_targets = max(1, len(targets))
         cells = [
             agent,
             str(len(edges)),
             str(len(targets)),
-            f"{sum(targets) / num_targets:.3f}",
-            f"{sum(abs(target) == 1 for target in targets) / num_targets:.1%}",
+            f"{statistics.fmean(targets):.3f}" if targets else "-",
+            f"{statistics.fmean(abs(q) == 1 for q in targets):.1%}" if targets else "-",
             str(sum(edge["truncated"] for edge in edges)),
         ]
         rows.append(cells)

@@ -206,6 +206,8 @@ def _first_problems(task: str, data: str | None, split: str, num: int) -> list[P
     # 1. Read all problems of the data.
     origin = data or task
     rows = _read_file(data) if data else _read_hub(task, split)
+    if not rows:
+        raise InputError(f"{origin}: it has no problems")
     raw_problems = [read_row(row, f"{origin}, line {line}") for line, row in enumerate(rows, 1)]
 
     # 2. Find the answer type, from the whole file, so that all splits have the same.

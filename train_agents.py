@@ -17,6 +17,7 @@ What a message is worth is in rewards.py; this file has the update, and the loop
 """
 
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -125,6 +126,10 @@ def distinct_messages(
     return list(messages.values())
 
 
+class CannotGoOnError(InputError):
+    """A step of training is not possible."""
+
+
 class Learner:
     """Makes messages with a positive advantage more likely, and those with a negative one less.
 
@@ -166,7 +171,10 @@ class Learner:
         self.optimizer = torch.optim.AdamW(adapters.parameters().values(), lr=lr, weight_decay=0.0)
 
     def update(self, messages: list[DistinctMessage], rng) -> dict[str, float]:
-        """Train one epoch on the messages. Returns the mean KL and the share of clipped tokens."""
+        """Train one epoch on the messages. Returns the mean KL and the share of clipped tokens.
+
+        Raises CannotGoOnError if a gradient is not finite.
+        """
         # 1. Log-probabilities before the update, and those of the reference.
         with torch.no_grad():
             for batch in self._batches(messages):
@@ -188,7 +196,11 @@ class Learner:
                 kl += batch_kl
                 num_clipped += batch_clipped
             parameters = self.adapters.parameters().values()
-            nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+            try:
+                nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+            except RuntimeError:
+                message = "the gradient is not finite; lower --policy-lr"
+                raise CannotGoOnError(message) from None
             self.optimizer.step()
             self.optimizer.zero_grad()
         return {"kl": kl / num_tokens, "clip_share": num_clipped / num_tokens}
@@ -442,7 +454,7 @@ class Training:
         if args.reward == "random":
             credits = shuffle_within_agents(credits, rng)
         if not any(is_trainable(node, credit) for node, credit in credits.items()):
-            raise InputError(
+            raise CannotGoOnError(
                 "no message of this step can be trained on: all were cut at their limit or have no "
                 "reward; raise --max-new-tokens, or take another --reward"
             )
@@ -509,7 +521,11 @@ class Training:
 
 
 def train(training: Training, folder: Path) -> None:
-    """Take all steps that are left. Logs each step and its messages, and writes a checkpoint."""
+    """Take all steps that are left. Logs each step and its messages, and writes a checkpoint.
+
+    If a step is not possible, which would be so again, training ends before it. Raises
+    CannotGoOnError if there are no better adapters than those of the start by then.
+    """
     args = training.args
     checkpoint = folder / "checkpoint.pt"
     with (
@@ -523,7 +539,14 @@ def train(training: Training, folder: Path) -> None:
             record = {"step": 0, "messages": 0, "dev": training.measure_dev()}
             _log(training, metrics, record, checkpoint)
         while training.step < args.num_steps:
-            record, step_messages = training.train_step()
+            step = training.step + 1
+            try:
+                record, step_messages = training.train_step()
+            except CannotGoOnError as error:
+                if training.best_step == 0:
+                    raise
+                print(f"training ends before step {step}: {error}", file=sys.stderr)
+                return
             is_last = training.step == args.num_steps
             if is_last or training.step % args.dev_every == 0:
                 record["dev"] = training.measure_dev()

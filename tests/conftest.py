@@ -189,6 +189,17 @@ def policy(chain) -> Policy:
     return make_tiny_policy(chain)
 
 
+# ---- Records -------------------------------------------------------------------------------------
+
+
+def dev_record(step, value, right, auc):
+    """Return a line of stage 5's metrics.jsonl in which every number is another one."""
+    agent = {"value": value, "right": right, "value_auc": auc, "tokens": 9.0, "truncated": 0.0}
+    record = {"step": step, "messages": 10 * step, "dev": {"accuracy": right}}
+    record["dev"]["agents"] = {"Planner": agent}
+    return record | {"reward": {"Planner": 0.25}, "kl": 0.125, "clip_share": 0.0625}
+
+
 # ---- Pictures ------------------------------------------------------------------------------------
 
 

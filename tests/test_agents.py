@@ -9,7 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import AGENTS, ScriptedPolicy, drive, make_tiny_policy, sample_tiny_rollouts
+from conftest import (
+    AGENTS,
+    ScriptedPolicy,
+    dev_record,
+    drive,
+    make_tiny_policy,
+    sample_tiny_rollouts,
+)
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import train_agents
@@ -25,11 +32,12 @@ from rewards import (
     Rollout,
     advantages,
     descendants,
+    mean_outcomes,
     mix_with_outcome,
     returns,
     sample_tree,
 )
-from runs import InputError, seeded
+from runs import InputError, read_jsonl, seeded
 from tables import training_line, training_table
 from tasks import Problem, load_problems
 from train_agents import DistinctMessage, Learner, Training, distinct_messages
@@ -360,7 +368,7 @@ def test_an_update_reports_the_mean_kl_and_the_share_of_clipped_tokens(
 
 
 def test_a_gradient_that_is_not_finite_raises(learner, rollouts):
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(InputError, match="the gradient is not finite; lower --policy-lr"):
         learner.update(rows_of(rollouts, advantage=float("inf"))[:1], seeded(0))
     learner.optimizer.zero_grad()
 
@@ -617,6 +625,24 @@ def test_a_merged_adapter_speaks_as_beside_the_base_which_does_not_move(make_mod
         assert torch.equal(weight, before[name]), name
     trained = [name for name, weight in adapters.parameters().items() if weight.requires_grad]
     assert trained and all(".agent_Solver." in name for name in trained)
+
+
+def test_a_small_change_is_not_lost_in_bfloat16():
+    """Half of the steps between bfloat16 numbers are larger than it; merged, it would be gone."""
+    policy = make_tiny_policy(CHAIN, dtype="bfloat16")
+    adapters = AgentAdapters.add(policy.decoder.model, CHAIN, sharing="shared", rank=4)
+    torch.manual_seed(1)
+    for name, weight in adapters.parameters().items():
+        weight.data = (1e-4 if "lora_B" in name else 1.0) * torch.randn_like(weight)
+
+    @torch.no_grad()
+    def logits():
+        return adapters.model(input_ids=torch.arange(9)[None]).logits
+
+    adapters.use("Reader")
+    expected = logits()
+    with adapters.merged("Reader"):
+        assert torch.equal(logits(), expected)
 
 
 def test_sampling_reads_merged_weights_only():
@@ -964,6 +990,35 @@ def test_the_picture_shows_agents_that_speak_only_sometimes(tmp_path):
     assert "before, step 0" in table and "kept, step 1" in table and "75.0 %" in table
 
 
+def test_the_record_of_a_message_has_its_own_v_outcome_and_text(monkeypatch):
+    rollouts, _, messages, _ = step_with(monkeypatch, reward="value")
+    nodes = [node for rollout in rollouts for node in rollout.nodes]
+    outcomes = {}
+    for rollout in rollouts:
+        outcomes |= mean_outcomes(rollout)
+    assert len({node.V for node in nodes}) == len(nodes) and len(set(outcomes.values())) > 2
+    for node, message in zip(nodes, messages, strict=True):
+        assert (message["V"], message["outcome"]) == (node.V, outcomes[node])
+        assert (message["agent"], message["message"]) == node.message[:2]
+        assert message["path"] == node.path
+
+
+def test_the_reward_of_a_step_is_logged_without_what_is_mixed_in(monkeypatch):
+    _, record, messages, _ = step_with(monkeypatch, "--outcome-share", "0.25", reward="value")
+    for agent in CHAIN.agents:
+        rewards = [row["reward"] for row in messages if row["agent"] == agent.name]
+        assert record["reward"][agent.name] == pytest.approx(sum(rewards) / len(rewards))
+
+
+def test_what_is_printed_warns_of_the_kept_step(capsys):
+    """V thinks well of these agents, who are right half of the time."""
+    records = [dev_record(0, 0.5, 0.5, 0.7), dev_record(1, 0.9, 0.5, 0.7)]
+    train_agents.report_training(records, 1)
+    assert "! V thinks better" in capsys.readouterr().out
+    train_agents.report_training(records, 0)
+    assert "! V thinks better" not in capsys.readouterr().out
+
+
 def test_the_line_of_a_step_counts_its_messages(monkeypatch):
     """Two of 14 messages are cut, three others have no reward, two of the others are equal."""
     [rollout] = scripted_rollouts(problems_of(num=1))
@@ -1008,6 +1063,25 @@ def test_the_adapters_with_the_best_held_out_accuracy_are_kept(monkeypatch):
         kept.append((training.best_step, training.best_accuracy, dict(training.best_weights)))
     assert kept[0] == (0, 0.3, {"w": 0})
     assert kept[1:] == [(1, 0.5, {"w": 1})] * 3
+
+
+@pytest.mark.parametrize("dev_every, measured", [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5])])
+def test_adapters_are_measured_every_few_steps_and_at_the_end(
+    monkeypatch, tmp_path, dev_every, measured
+):
+    training = training_with(monkeypatch, [0.1] * 6)
+    training.args.num_steps, training.args.dev_every = 5, dev_every
+
+    def step(self):
+        self.step += 1
+        numbers = {"reward": {}, "kl": 0.0, "clip_share": 0.0, "cut": 0, "without_reward": 0}
+        return {"step": self.step} | numbers, {"step": self.step}
+
+    monkeypatch.setattr(Training, "train_step", step)
+    monkeypatch.setattr(Training, "save_checkpoint", lambda self, path: None)
+    train_agents.train(training, tmp_path)
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records if "dev" in record] == measured
 
 
 def test_accuracy_is_the_share_of_right_final_answers(duo):

@@ -640,7 +640,16 @@ MATH = [  # two answers as agents and data sets write them, and whether they are
     # times of day
     (r"9:30\text{ p.m.}", r"9:30\text{ a.m.}", False),
     (r"9:30\text{ p.m.}", r"9:30 \text{ p.m.}", True),
-    # words and options
+    ("3:00 p.m.", "3:00 PM", True),
+    ("3:00 A.M.", "3:00 pm", False),
+    # a variable is no unit
+    ("m(m+1)", "m^2+m", True),
+    ("m+m^2", "m^2+m", True),
+    (r"15\,m", r"15\,m^2", False),
+    # words in any case, variables and commands as they are
+    (r"5\text{ Square units}", r"5\text{ square units}", True),
+    (r"5\text{ Square units}", r"5\text{ units}", False),
+    (r"\Delta", r"\delta", False),
     (r"\text{east}", "East", True),
     ("NO", "no", True),
     ("NO", "on", False),

@@ -185,6 +185,13 @@ def test_metrics_that_do_not_exist_are_none():
     assert solver_metrics(LABELS, [0.3] * len(LABELS))["pearson"] is None
 
 
+def test_auc_that_is_the_same_for_every_problem_has_no_interval():
+    """An interval of no width would say that nothing is uncertain."""
+    metrics = solver_metrics(LABELS, [y for _, _, y in LABELS])
+    assert metrics["auc"] == 1.0 and metrics["auc_problems"] == 2
+    assert metrics["auc_95"] is None
+
+
 def test_the_bootstrap_interval_by_hand():
     assert bootstrap_interval([0.7] * 5) == (pytest.approx(0.7), pytest.approx(0.7))
     samples = list(np.linspace(0, 1, 101))

@@ -1,6 +1,7 @@
 """Tests of rewards.py: rollouts, rewards, returns and advantages, by hand."""
 
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -479,9 +480,13 @@ def test_the_coach_sees_role_observation_and_message_but_not_the_gold_answer(coa
     for node in chain_rollout.nodes:
         system, user = coach.chat(problem, node)
         role, observation = CHAIN.prompt(node.parent.state, "number")
-        assert role["content"] in user["content"]
-        assert observation["content"] in user["content"]
-        assert node.message.text in user["content"]
+        marker = user["content"].split("\n")[1]
+        for title, text in (
+            (f"Role of the {node.message.agent}", role["content"]),
+            ("What it could see", observation["content"]),
+            ("Its message", node.message.text),
+        ):
+            assert f"{title}:\n{marker}\n{text}\n{marker}" in user["content"]
         assert "98765" not in system["content"] + user["content"]
 
 
@@ -499,6 +504,34 @@ def test_a_message_cannot_know_the_marker_that_ends_it(coach, chain_rollout, mon
     monkeypatch.setattr(coach, "seed", 1)
     markers.add(coach.chat(PROBLEM, node)[1]["content"].split("\n")[1])
     assert len(markers) == len(chain_rollout.nodes) + 2
+
+
+def test_equal_messages_of_one_state_have_equal_grades(coach, chain):
+    """Wherever they stand among their siblings; else a baseline would compare noise."""
+    rollout = rollout_of(tree_of(chain, (2, 1, 1, 1), say=lambda path: "the same"))
+    first, second = rollout.root.children
+    assert coach.chat(PROBLEM, first) == coach.chat(PROBLEM, second)
+
+
+def test_the_coach_renders_its_chats_as_the_flags_say():
+    kwargs = {"enable_thinking": False}
+    coach = Coach(AGENTS, CHAIN, seed=0, batch_tokens=99, template_kwargs=kwargs, **ON_CPU)
+    assert coach.chat_format.template_kwargs == kwargs
+
+
+def test_the_scores_of_a_coach_in_bfloat16_are_computed_in_float32(coach, monkeypatch):
+    torch.manual_seed(0)
+    vocabulary = coach.model.config.vocab_size
+    logits = torch.full((3, 1, vocabulary), -30.0)
+    logits[..., coach.digit_ids] = torch.randn(3, 1, 10)
+    outputs = iter([logits.bfloat16(), logits.bfloat16().float()])
+
+    def forward(self, **kwargs):
+        return SimpleNamespace(logits=next(outputs))
+
+    monkeypatch.setattr(type(coach.model), "forward", forward)
+    prompts = [[1, 2], [1], [1, 2, 3]]
+    assert coach.scores(prompts) == coach.scores(prompts)
 
 
 def test_a_coach_without_a_chat_template_is_refused(tmp_path):

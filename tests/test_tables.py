@@ -4,6 +4,7 @@ import math
 from itertools import combinations
 
 import pytest
+from conftest import dev_record
 
 from evaluate import DEFAULT_METHODS
 from pictures import family_of, plot_accuracy, plot_learning, plot_training
@@ -377,14 +378,6 @@ def test_the_bars_of_the_picture_are_the_intervals(tmp_path, figures):
     for container, row in zip(axes.containers, summary["methods"].values(), strict=True):
         [[(_, low), (_, high)]] = container.lines[2][0].get_segments()
         assert (low, high) == pytest.approx((100 * row["low"], 100 * row["high"]))
-
-
-def dev_record(step, value, right, auc):
-    """A line of metrics.jsonl in which every number is another one."""
-    agent = {"value": value, "right": right, "value_auc": auc, "tokens": 9.0, "truncated": 0.0}
-    record = {"step": step, "messages": 10 * step, "dev": {"accuracy": right}}
-    record["dev"]["agents"] = {"Planner": agent}
-    return record | {"reward": {"Planner": 0.25}, "kl": 0.125, "clip_share": 0.0625}
 
 
 TRAINING = [dev_record(0, 0.9, 0.4, 0.7), dev_record(1, 0.95, 0.5, 0.6)]

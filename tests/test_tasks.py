@@ -454,6 +454,11 @@ def test_bad_data_is_refused_with_its_place(tmp_path, rows, complaint):
         load_problems(task="tiny", data=data, split="test", num=1)
 
 
+def test_data_without_problems_is_named(tmp_path):
+    with pytest.raises(InputError, match="d.jsonl: it has no problems"):
+        load_problems(task="tiny", data=write_rows(tmp_path / "d.jsonl", []), split="test", num=1)
+
+
 def test_torn_or_missing_data_is_named(tmp_path):
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"question": "q", "answer": "1"}\n{"quest')

@@ -22,7 +22,7 @@ from mas import CHAIN, DEBATE, MAS
 from rewards import advantages
 from runs import HERE, InputError, read_config, read_jsonl, seeded
 from tasks import load_problems
-from train_agents import Training, distinct_messages
+from train_agents import CannotGoOnError, Training, distinct_messages
 
 # ---- It learns -----------------------------------------------------------------------------------
 
@@ -98,6 +98,10 @@ def test_only_training_problems_are_trained_on(finished):
 
 class KillError(BaseException):
     pass
+
+
+def kill(*args, **options):
+    raise KillError
 
 
 def run_until_killed(run, monkeypatch, *, step, name):
@@ -221,8 +225,47 @@ def test_saved_adapters_load_with_plain_peft(finished):
         assert logprob == pytest.approx(expected.item(), abs=1e-3)
 
 
-def test_the_kept_adapters_are_those_of_the_best_step(tmp_path, monkeypatch):
+def test_a_step_that_is_not_possible_ends_training_with_the_best_so_far(
+    tmp_path, monkeypatch, capsys
+):
+    """It would not be possible after a restart, either. If there is nothing to keep, it says so."""
+    original = Training.train_step
+
+    def only_the_first(self):
+        if self.step == 1:
+            raise CannotGoOnError("all messages were cut")
+        return original(self)
+
+    monkeypatch.setattr(Training, "train_step", only_the_first)
+    for best_step, accuracies in ((1, [0.1, 0.9]), (0, [0.9, 0.1])):
+        given = iter(accuracies)
+        monkeypatch.setattr(train_agents, "accuracy", lambda rollouts, given=given: next(given))
+        run = tmp_path / str(best_step)
+        if best_step == 0:
+            with pytest.raises(InputError, match="all messages were cut"):
+                run_stage(run)
+            continue
+        run_stage(run)
+        assert "ends before step 2: all messages were cut" in capsys.readouterr().err
+        config = read_config(run / "agents")
+        assert config["finished"] and config["best_step"] == best_step
+        assert (run / "agents/adapter/shared/adapter_model.safetensors").is_file()
+
+
+def test_a_kill_while_the_picture_is_drawn_loses_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_agents, "plot_training", kill)
+        with pytest.raises(KillError):
+            run_stage(tmp_path, "--num-steps", "1")
+    monkeypatch.setattr(Training, "train_step", None)
+    run_stage(tmp_path, "--num-steps", "1")
+    assert read_config(tmp_path / "agents")["finished"]
+
+
+def test_the_kept_adapters_are_those_of_the_best_step(tmp_path, monkeypatch, capsys):
     """Here the second, after which the run is killed: the last weights are another set."""
+    drawn = []
+    monkeypatch.setattr(train_agents, "plot_training", lambda *args: drawn.append(args[1]))
     given = iter([0.1, 0.2, 0.9, 0.3])
     snapshots = []
     monkeypatch.setattr(train_agents, "accuracy", lambda rollouts: next(given))
@@ -237,6 +280,8 @@ def test_the_kept_adapters_are_those_of_the_best_step(tmp_path, monkeypatch):
     run_stage(tmp_path)
     saved = load_file(tmp_path / "agents/adapter/shared/adapter_model.safetensors")
     assert read_config(tmp_path / "agents")["best_step"] == 2
+    printed = capsys.readouterr().out
+    assert "kept, step 2" in printed and "at the end, step 3" in printed and drawn == [2]
     for name, weight in saved.items():
         name = name.replace(".weight", ".shared.weight")
         assert torch.equal(weight, snapshots[2][name])
@@ -257,6 +302,7 @@ def test_later_stages_use_the_adapters_and_record_them(finished, tmp_path):
 def test_other_weights_have_another_fingerprint(finished, tmp_path):
     copied = tmp_path / "agents"
     shutil.copytree(finished / "agents", copied)
+    assert make_tiny_policy(DEBATE, adapter=copied).adapters.names == ["shared"]  # of any graph
     same = make_tiny_policy(CHAIN, adapter=copied).settings["adapter"]["fingerprint"]
     weights = copied / "adapter/shared/adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
