@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import compare
+import evaluate
 from compare import Group, compare_runs, read_groups, write_curves
 from metrics import seeds_and_problems, seeds_and_problems_difference, within_runs_difference
 from runs import InputError
@@ -381,6 +382,21 @@ def test_agents_whose_training_is_not_finished_are_not_compared(tmp_path):
         with pytest.raises(InputError) as error:
             compare_them(single_runs(tmp_path))
         assert str(error.value) == unfinished
+
+
+def test_curves_are_those_of_every_run_of_every_group(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare, "plot_learning", lambda records, path: drawn.append(records))
+    for name, accuracies in (("0", [0.3, 0.6]), ("1", [0.3, 0.4]), ("2", [0.3, 0.5])):
+        write_agents(tmp_path / name, accuracies, best_step=2)
+    groups = [f"a={tmp_path / '0'},{tmp_path / '1'}", f"b={tmp_path / '2'}"]
+    flags = ["--compare", *groups, "--curves", str(tmp_path / "c.png")]
+    evaluate.main(evaluate.parse_args(flags))
+    [records] = drawn
+    last = {}
+    for name, of_runs in records.items():
+        last[name] = [[r["dev"]["accuracy"] for r in run if "dev" in r][-1] for run in of_runs]
+    assert last == {"a": [0.6, 0.4], "b": [0.5]}
 
 
 def test_curves_are_drawn_for_groups_without_v_too(tmp_path, capsys):

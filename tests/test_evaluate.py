@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -164,6 +165,7 @@ def test_the_report_is_derived_from_the_records(folder, summary, monkeypatch, ca
     assert "| told 3, number 1, none 1 | Solver 3, Planner 1 |" in table
     assert "| +60.0 | -24.1 to +100.0 | 4 : 1 |" in table
     assert "| hard | 2 | 50.0 | 100.0 | 50.0 | 0.0 |" in table
+    assert "! answers had to be guessed" in out and "! answers had to be guessed" in table
     assert (folder / "em_vs_calls.png").stat().st_size > 0
 
 
@@ -542,6 +544,41 @@ def test_the_trees_of_the_first_problems_are_kept_also_after_a_kill(evaluation):
     evaluation.answer(["p1", "p2", "p3"], name, scorers={"policy": score})
     records = read_jsonl(evaluation.path(name))
     assert [record["tree"] is not None for record in records] == [True, False, False]
+
+
+def test_a_report_is_written_once_every_problem_is_answered(tmp_path, monkeypatch, capsys):
+    """Of two problems, the second is left to another process."""
+    two = [Problem(name, "test", f"{name}?", "1", "number") for name in "ab"]
+    done = ["a"]
+
+    def answer(method, problems, mas, policy, scorers, path, args):
+        lines = [json.dumps({"id": name}) + "\n" for name in done]
+        path.write_text("".join(lines))
+
+    written = []
+    policy = SimpleNamespace(settings={}, num_generated=0, num_recalled=0)
+    monkeypatch.setattr(evaluate, "make_policy", lambda args, mas: policy)
+    monkeypatch.setattr(evaluate, "load_problems", lambda **options: two)
+    monkeypatch.setattr(evaluate, "journal_of", lambda policy, args: nullcontext())
+    monkeypatch.setattr(evaluate, "search_settings", lambda args, policy: {})
+    monkeypatch.setattr(evaluate, "evaluate_method", answer)
+    monkeypatch.setattr(evaluate, "write_report", lambda *args: written.append(args))
+    flags = ["--run", str(tmp_path), "--methods", "greedy", "--by", "subject", "level"]
+    args = evaluate.parse_args(flags)
+    evaluate.main(args)
+    assert written == [] and "1 answers are left to the others" in capsys.readouterr().out
+    done.append("b")
+    evaluate.main(args)
+    [(methods, records, folder, keys)] = written
+    assert [method.name for method in methods] == ["greedy"]
+    assert records == {"greedy": [{"id": "a"}, {"id": "b"}]}
+    assert (folder, keys) == (tmp_path / "eval", ["subject", "level"])
+
+
+def test_no_problem_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_problems", lambda **options: [])
+    with pytest.raises(InputError, match="own.jsonl: no test problems"):
+        evaluate.main(evaluate.parse_args(["--data", "own.jsonl", "--methods", "greedy"]))
 
 
 # ---- Which methods and which weights -------------------------------------------------------------

@@ -190,6 +190,7 @@ def test_the_page_says_what_the_tree_is(searched, labelled):
     num = len(searched[0]["nodes"]) - 1
     assert f"{num} messages, 20 simulations; it answers" in page
     assert data_of(page)["scorer"] == "likelihood" and data_of(page)["virtual"] is True
+    assert "the policy’s likelihood" in page or "the policy&#39;s likelihood" in page
     assert data_of(page)["sees"]["Solver"] == ["Planner"]
     page = report.tree_page(labelled, SETTINGS, None)
     assert "final answers are right" in page

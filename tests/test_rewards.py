@@ -75,9 +75,11 @@ class FakeValue:
     def __init__(self, value_of):
         self.value_of = value_of
         self.states = []
+        self.batch_tokens = set()
 
     def score(self, states, *, batch_tokens):
         self.states += states
+        self.batch_tokens.add(batch_tokens)
         return [self.value_of(state) for state in states]
 
 
@@ -282,6 +284,18 @@ def test_the_mix_with_the_outcome_by_hand(tree):
     assert mixed == pytest.approx(expected)
 
 
+def test_rollouts_are_sampled_together_as_many_as_the_flag_says(tiny_policy, monkeypatch):
+    given = []
+
+    def look(searches, handlers, *, max_active, progress):
+        given.append(max_active)
+        return iter(())
+
+    monkeypatch.setattr(rewards, "run_searches", look)
+    sample_tiny_rollouts(tiny_policy, [PROBLEM], counts=(1, 1, 1, 1), num_agents=4, seed="s")
+    assert given == [64]
+
+
 def test_v_reads_every_state_once_and_the_question_without_any_message(duo):
     """V of the question is a baseline: it must not depend on what the agents then said."""
     rollout = rollout_of(tree_of(duo, (2, 1), say=lambda path: str(0.1 * sum(path) + 0.2)))
@@ -295,6 +309,7 @@ def test_v_reads_every_state_once_and_the_question_without_any_message(duo):
     value_of_question = rollout.root.V
     assert value_of_question == -0.7
     assert value_model.states == [node.state for node in [rollout.root, *rollout.nodes]]
+    assert value_model.batch_tokens == {100}
 
 
 def test_random_rewards_are_those_of_other_messages_of_the_same_agent(chain):

@@ -266,6 +266,8 @@ def test_the_page_is_never_wider_than_the_window(drawn, tmp_path, width):
 
 def test_instructive_problems_are_linked_with_the_values_of_their_messages(drawn):
     run, page = drawn
+    names = ["problem", "method", "what happened", "answer", "gold", "V from message to message"]
+    assert "".join(f"<th>{name}</th>" for name in names) in page
     first, second = rows_of(page, "problem")
     link = f'<a href="pages/p2-{MCTS}.html">p2</a>'
     values = "Planner +0.90, Solver +0.90, Verifier +0.90"

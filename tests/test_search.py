@@ -6,6 +6,7 @@ The trees are small enough to work out by hand.
 import inspect
 import math
 import re
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -889,6 +890,8 @@ def test_flags_complete_the_name_of_an_mcts(chain):
     method = parse_method("mcts-8-value", SINGLE, num_candidates="4", lam=0.0)
     assert method.name == "mcts-8x4-value"
     # Lambda belongs to mcts alone.
+    method = parse_method("sbs-2x2-value", chain, num_candidates="3", lam=0.25)
+    assert (method.name, method.lam, method.models) == ("sbs-2x2-value", 0.0, {"value"})
     assert parse_method("best_of-3-value", chain, num_candidates="3", lam=0.25).lam == 0.0
 
 
@@ -1010,6 +1013,34 @@ def test_a_single_search_explores_as_the_flag_says(tmp_path, monkeypatch):
     with pytest.raises(StopError):
         search.main(search.parse_args(flags))
     assert given == [0.25]
+
+
+def test_the_tree_shows_n_q_and_v_of_each_node_and_the_path_to_the_answer(duo):
+    """After the five simulations worked out above."""
+    handlers = scripted_handlers(VALUES_BY_HAND.__getitem__)
+    leaf, root = explore(duo, handlers, num_simulations=5, num_candidates=(2, 2), c_uct=0.0)
+    lines = search.show_tree(root, leaf, width=80).splitlines()
+    assert [line.split()[:7] for line in lines] == [
+        ["A", "N", "5", "Q", "+0.18", "V", "+0.50"],
+        ["B", "N", "5", "Q", "+0.10", "V", "+0.10"],
+        ["B", "N", "1", "Q", "-0.30", "V", "-0.30"],
+        ["*", "A", "N", "2", "Q", f"{1.09 / 2:+.2f}", "V"],
+        ["*", "B", "N", "2", "Q", "+0.90", "V"],
+        ["B", "N", "1", "Q", "+0.00", "V", "+0.00"],
+    ]
+
+
+def test_what_guides_a_search_has_its_name_in_what_is_printed(duo, capsys):
+    problem = Problem("p", "test", "q", "7", "number")
+    for scorer, name in (("policy", "policy"), ("value", "V"), ("outcome", "ORM")):
+        method = parse_method(f"sbs-1x2-{scorer}", duo, num_candidates="1", lam=0.0)
+        handlers = scripted_handlers(lambda path: 0.5)
+        leaf = drive(method.search(problem, duo, c_uct=1.0), handlers)
+        cost = Cost(truncated=Counter({"A": 2, "B": 1}))
+        search.print_solution(problem, method, leaf, cost)
+        out = capsys.readouterr().out
+        assert f"    {name} = +0.500, mean" in out and "3 messages cut" in out
+        assert (f"The tree; V is {name}" in out) == (name != "V")
 
 
 @pytest.mark.parametrize("gold, verdict", [("7", "right"), ("8", "wrong")])

@@ -8,7 +8,15 @@ from conftest import dev_record
 
 from evaluate import DEFAULT_METHODS
 from pictures import family_of, plot_accuracy, plot_learning, plot_training
-from tables import headline_comparisons, method_table, screen, training_table, value_table
+from tables import (
+    headline_comparisons,
+    labels_table,
+    method_table,
+    screen,
+    training_line,
+    training_table,
+    value_table,
+)
 
 TERMINAL_WIDTH = 80
 TERMINAL_HEIGHT = 24
@@ -183,7 +191,9 @@ def test_the_table_of_v_fits_the_terminal_and_shows_missing_metrics():
     solver |= {"auc_problems": 0, "auc_95": None, "top1": None, "chance": None}
     text = value_table({"Planner": planner, "Solver": solver})
     assert_fits_the_terminal(text)
-    _, planner_line, solver_line, last_line = text.splitlines()
+    header, planner_line, solver_line, last_line = text.splitlines()
+    names = ["held-out", "edges", "RMSE", "of", "mean", "calib.", "AUC", "95", "%", "interval"]
+    assert header.split() == [*names, "top-1", "chance"]
     numbers = ["438", "0.510", "0.918", "0.117", "0.967", "[0.930,", "0.994]", "0.967", "0.469"]
     assert planner_line.split() == ["Planner", *numbers]
     numbers = ["123456", "0.212", "0.922", "0.001", "-", "[-,", "-]", "-", "-"]
@@ -201,6 +211,10 @@ def test_the_method_table_has_a_row_per_method_and_per_comparison():
     methods, note, comparisons = method_table(summary).split("\n\n")
 
     header, ruler, *rows = methods.splitlines()
+    assert header == (
+        "| method | problems | EM % | 95 % interval | agent calls | prompt tokens | generated "
+        "| scored | seconds | answers read | cut |"
+    )
     assert len(rows) == len(METHODS)
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in DEFAULT_METHODS]
     assert rows[0] == (
@@ -212,6 +226,10 @@ def test_the_method_table_has_a_row_per_method_and_per_comparison():
     assert "Intervals take the problems as independent." in note
 
     header, ruler, *rows = comparisons.splitlines()
+    assert header == (
+        "| method (agent calls) | against (agent calls) | EM points | 95 % interval "
+        "| won : lost | p |"
+    )
     assert len(rows) == len(COMPARISONS)
     assert rows[0] == (
         "| vote-4 (16.0) | greedy: greedy (4.0) | -1.7 | -8.0 to +4.7 | 45 : 50 | 0.68 |"
@@ -366,6 +384,7 @@ def test_tokens_are_those_of_prompts_messages_and_scoring(tmp_path, figures):
     summary = make_summary()
     plot_accuracy(summary, tmp_path / "p.png", cost="tokens")
     [axes] = figures[-1].axes
+    assert axes.get_xlabel().startswith("tokens (prompts, generated, scored)")
     for container, row in zip(axes.containers, summary["methods"].values(), strict=True):
         [(cost, _)] = container.lines[0].get_xydata()
         assert cost == row["prompt_tokens"] + row["generated_tokens"] + row["scored_tokens"]
@@ -390,6 +409,14 @@ def lines_of(panel):
 def test_the_picture_of_training_has_each_number_in_its_panel(tmp_path, figures):
     plot_training(TRAINING, 1, tmp_path / "p.png")
     accuracy, reading, ranking, reward, distance, length = figures[-1].axes
+    assert [panel.get_title() for panel in figures[-1].axes] == [
+        "held-out: right answers, one sample",
+        "held-out: mean (V + 1) / 2",
+        "held-out: AUC of V within a problem",
+        "training: mean reward",
+        "training: KL from the base, nats per token",
+        "held-out: tokens of a message",
+    ]
     assert lines_of(accuracy)[0] == [(0, 40), (1, 50)]
     assert lines_of(reading)[:2] == [[(0, 0.9), (1, 0.95)], [(0, 0.4), (1, 0.5)]]
     assert lines_of(ranking)[0] == [(0, 0.7), (1, 0.6)]
@@ -402,6 +429,11 @@ def test_the_picture_of_several_runs_has_their_means_in_its_panels(tmp_path, fig
     other = [dev_record(0, 0.9, 0.4, 0.7), dev_record(1, 0.75, 0.7, 0.4)]
     plot_learning({"a": [TRAINING, other]}, tmp_path / "p.png")
     accuracy, excess, ranking = figures[-1].axes
+    assert [panel.get_title() for panel in figures[-1].axes] == [
+        "held-out: right answers, one sample, %",
+        "held-out: V minus truth, worst agent",
+        "held-out: AUC of V, mean of agents",
+    ]
     assert lines_of(accuracy)[2] == [(0, 40), (10, 60)]
     assert lines_of(excess)[2] == [(0, 0.5), (10, pytest.approx(0.25))]
     assert lines_of(ranking)[2] == [(0, 0.7), (10, 0.5)]
@@ -411,3 +443,37 @@ def test_the_table_of_training_tells_v_from_the_truth():
     before, kept = [line.split() for line in training_table(TRAINING, 1).splitlines()[1:3]]
     assert before[-6:] == ["Planner", "0.900", "0.400", "0.700", "9.0", "0.0%"]
     assert kept[-6:] == ["Planner", "0.950", "0.500", "0.600", "9.0", "0.0%"]
+
+
+def test_groups_of_runs_have_colours_of_their_own(tmp_path, figures):
+    plot_learning({"a": [TRAINING], "b": [TRAINING]}, tmp_path / "p.png")
+    accuracy, _, _ = figures[-1].axes
+    colours = {line.get_label(): line.get_color() for line in accuracy.lines}
+    assert len(colours) == len(set(colours.values())) == 2
+
+
+def test_the_table_of_training_goes_on_after_the_kept_step():
+    """There one sees whether it broke. Shares are percent."""
+    records = [*TRAINING, dev_record(2, 0.9, 0.1, 0.5)]
+    records[2]["dev"]["agents"]["Planner"]["truncated"] = 0.25
+    header, *rows = training_table(records, 1).splitlines()
+    names = ["held-out", "accuracy", "agent", "mean", "V", "right", "AUC", "of", "V", "tokens"]
+    assert header.split() == [*names, "cut"]
+    starts = [row.partition("%")[0].split() for row in rows[:3]]
+    assert starts == [
+        ["before,", "step", "0", "40.0"],
+        ["kept,", "step", "1", "50.0"],
+        ["at", "the", "end,", "step", "2", "10.0"],
+    ]
+    assert rows[2].split()[-1] == "25.0%"
+
+
+def test_the_line_of_a_step_shows_shares_in_percent():
+    line = training_line(TRAINING[1] | {"cut": 3, "without_reward": 0})
+    assert "KL 0.1250, clipped 6.2 %" in line and "3 messages cut" in line
+
+
+def test_an_agent_that_never_spoke_has_no_mean():
+    root = {"parent": None, "N": 1, "W": 1.0}
+    table = labels_table([{"nodes": [root]}], ["Refiner"])
+    assert table.rows == [["Refiner", "0", "0", "-", "-", "0"]]

@@ -634,7 +634,7 @@ def test_label_statistics_by_hand(duo):
 def test_label_statistics_of_one_label_and_of_none(duo):
     nodes = [edge_of("A", 0, 0.0), edge_of("B", 1, -1.0, reward=-1.0, answer="7")]
     statistics = label_statistics([{"nodes": nodes}], duo)
-    assert statistics.splitlines()[1].split() == ["A", "1", "0", "0.000", "0.0%", "0"]
+    assert statistics.splitlines()[1].split() == ["A", "1", "0", "-", "-", "0"]
     assert statistics.splitlines()[2].split() == ["B", "1", "1", "-1.000", "100.0%", "0"]
 
 
@@ -743,3 +743,4 @@ def test_statistics_are_shown_once_every_problem_is_labelled(tmp_path, monkeypat
     generate_rollouts.main(args)
     out = capsys.readouterr().out
     assert "2 trees, 0 of them with both right and wrong answers" in out and "left" not in out
+    assert "! most problems are always solved, or never" in out

@@ -1765,6 +1765,41 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         train_value.load_checkpoint(tmp_path / "checkpoint.pt", model, None, None)
 
 
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    train_value.write_checkpoint(path, {"step": 1})
+
+    def killed(state, file):
+        Path(file).write_bytes(b"torn")
+        raise StopError
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(StopError):
+        train_value.write_checkpoint(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_what_is_printed_of_v_is_of_the_last_epoch_and_warns(tmp_path, capsys):
+    settings = {"target": "search", "loss": "huber", "huber_delta": 1.0, "label_weights": "equal"}
+    open_run(tmp_path, settings, device="cpu", overwrite=False)
+    metrics = {"n": 3, "rmse_of_mean": 0.9, "ece": 0.1, "auc": 0.75, "auc_95": [0.7, 0.8]}
+    metrics |= {"auc_problems": 3, "top1": None, "chance": None}
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for epoch, rmse in enumerate([0.9, 0.4]):
+            heldout = {"Planner": metrics | {"rmse": rmse}}
+            line = {"epoch": epoch, "train_loss": 0.1, "heldout": heldout}
+            file.write(json.dumps(line) + "\n")
+    with open(tmp_path / "heldout.jsonl", "w") as file:
+        for index in range(200):
+            edge = {"id": f"p{index % 20}", "agent": "Planner", "V": 0.0, "y": (-1.0) ** index}
+            file.write(json.dumps(edge) + "\n")
+    train_value.report_last_epoch(tmp_path)
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if line.startswith("Planner")]
+    assert line.split()[:3] == ["Planner", "3", "0.400"]
+    assert "! V explains little" in out
+
+
 def test_trees_that_fill_a_batch_exactly_share_it():
     rows = [Row([1] * 5, [4], [0.0], [(problem_id, "A")]) for problem_id in "aabb"]
     [batch] = train_value.whole_tree_batches(packed_alone(rows), 20)
