@@ -74,7 +74,8 @@ class AgentAdapters:
     def load(cls, model: nn.Module, mas: MAS, folder: Path, base: dict) -> "AgentAdapters":
         """Load the adapters of a finished stage 5.
 
-        Shared adapters may speak for the agents of any graph; others for those they belong to.
+        A shared adapter can be used with any graph, adapters per agent only with the agents that
+        they were trained for.
 
         Args:
             model: the base, without adapters.
@@ -124,7 +125,7 @@ class AgentAdapters:
 
     def name_for(self, agent: str) -> str:
         """Return the name of the adapter that an agent speaks with."""
-        return SHARED if self.names == [SHARED] else _name_of_own(agent)
+        return SHARED if self.names == [SHARED] else _agent_adapter_name(agent)
 
     def use(self, agent: str) -> None:
         """Activate the adapter of this agent."""
@@ -207,10 +208,10 @@ def adapter_names(mas: MAS, sharing: str) -> list[str]:
     """
     if sharing == "shared":
         return [SHARED]
-    return [_name_of_own(agent.name) for agent in mas.agents]
+    return [_agent_adapter_name(agent.name) for agent in mas.agents]
 
 
-def _name_of_own(agent: str) -> str:
+def _agent_adapter_name(agent: str) -> str:
     # peft makes the name an attribute: an agent may be called "layers" or "default".
     return f"agent_{agent}"
 

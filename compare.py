@@ -130,15 +130,15 @@ def _compare_agents(groups: list[Group]) -> str:
         if not folders:
             continue
         configs = [_finished_config(folder) for folder in folders]
-        stages = []
+        moments = []
         for folder, config in zip(folders, configs, strict=True):
-            stages.append(_stages_of_training(folder, config["best_step"]))
-        for stage in stages[0]:
-            records = [of_run[stage] for of_run in stages]
+            moments.append(_moments_of_training(folder, config["best_step"]))
+        for moment in moments[0]:
+            records = [of_run[moment] for of_run in moments]
             accuracies = [record["dev"]["accuracy"] for record in records]
             readings = [reading_of_v(record["dev"]) for record in records]
             cells = [
-                f"{group.name}, {stage}",
+                f"{group.name}, {moment}",
                 str(len(folders)),
                 configs[0]["settings"]["reward"],
                 f"{statistics.fmean(record['messages'] for record in records):.0f}",
@@ -150,7 +150,7 @@ def _compare_agents(groups: list[Group]) -> str:
     return markdown_table(header, rows)
 
 
-def _stages_of_training(folder: Path, best_step: int) -> dict[str, dict]:
+def _moments_of_training(folder: Path, best_step: int) -> dict[str, dict]:
     """Return three held-out measurements of stage 5: before, of the adapters kept, at the end."""
     measured = {}
     for record in read_jsonl(folder / "metrics.jsonl"):

@@ -86,7 +86,8 @@ def _to_gumbel(bits: torch.Tensor) -> torch.Tensor:
     noise = _shift_right(bits, 11).float().mul_(2.0**-53)
     noise.clamp_(min=2.0**-54, max=1 - 2.0**-24)
     # In place: with a large vocabulary, new memory takes longer than the logarithms.
-    return noise.neg_().log1p_().neg_().log_().neg_()
+    noise.neg_().log1p_()  # log(1 - u)
+    return noise.neg_().log_().neg_()
 
 
 def _shift_right(numbers: torch.Tensor, places: int) -> torch.Tensor:

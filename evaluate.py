@@ -329,13 +329,13 @@ def _variants(method: Method, methods: list[Method]) -> list[tuple[Method, str]]
     Only one thing differs: a search by another scorer has the same lambda.
     """
     pairs = []
+    is_guided = method.scorer in ("value", "outcome")
     for other in methods:
         if not _is_same_search(other, method):
             continue
-        is_guided = method.scorer in ("value", "outcome")
         if is_guided and other.scorer in ("policy", "random") and other.lam == method.lam:
             pairs.append((other, f"same, by {other.scorer}"))
-        if other.scorer == method.scorer and other.lam == 0 < method.lam:
+        if other.scorer == method.scorer and other.lam == 0 and method.lam > 0:
             pairs.append((other, "same, lambda = 0"))
     return pairs
 

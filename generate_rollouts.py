@@ -182,24 +182,24 @@ def label_tree(
                 num = num_candidates[mas.turn_index(node.state)]
                 [candidates] = yield Sample([node], num)
                 children = expand(mas, node, candidates)
+                grade_terminals(problem, mas, children)
                 node = rng.choice(children)  # uniform among the fresh children
-                for child in grade_terminals(problem, mas, children):
-                    if child is not node:
-                        backup(child, child.reward)
-                        graded_siblings.append(child)
+                for sibling in children:
+                    if sibling is not node and sibling.reward is not None:
+                        backup(sibling, sibling.reward)
+                        graded_siblings.append(sibling)
             else:
                 node = select(node, c_uct)  # Eq. 2
         backup(node, node.reward)
-        root.simulations.append([*graded_siblings, node])
+        root.simulations.append([*graded_siblings, node])  # to replay the search on a page
     return root
 
 
-def grade_terminals(problem: Problem, mas: MAS, nodes: list[Node]) -> list[Node]:
-    """Grade those nodes that are terminal, and return them."""
-    terminals = [node for node in nodes if mas.is_terminal(node.state)]
-    for node in terminals:
-        node.reward = grade(problem, node)
-    return terminals
+def grade_terminals(problem: Problem, mas: MAS, nodes: list[Node]) -> None:
+    """Grade those nodes that are terminal."""
+    for node in nodes:
+        if mas.is_terminal(node.state):
+            node.reward = grade(problem, node)
 
 
 def grade(problem: Problem, leaf: Node) -> float:

@@ -138,10 +138,12 @@ def set_axes(axes, rows: list[dict], cost: str) -> None:
 
 
 # Places of a name relative to its point: (x, y, alignment), in points. The first is preferred.
-NAME_PLACES = []
-for distance in range(0, 78, 11):
-    for sign in (1, -1):
-        NAME_PLACES += [(9, sign * distance, "left"), (-9, sign * distance, "right")]
+NAME_PLACES = [
+    (x, sign * y, alignment)
+    for y in range(0, 78, 11)
+    for sign in (1, -1)
+    for x, alignment in ((9, "left"), (-9, "right"))
+]
 
 
 def place_names(axes, rows: dict[str, dict], families: list[list[str]], colour_of: dict) -> None:

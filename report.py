@@ -13,7 +13,6 @@ page is one file that opens by double click.
 import base64
 import io
 import json
-import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -132,56 +131,6 @@ def tree_summary(record: dict, method: str | None) -> str:
         outcome = "it gave no answer" if answer is None else f"it answers {answer}"
     searched = f", {num_simulations} simulations" if num_simulations else ""
     return f"{num_messages} messages{searched}; {outcome}."
-
-
-def selections(record: dict, *, c_uct: float, virtual: bool) -> list[dict]:
-    """Replay a search: what Eq. 2 compared at each step of each simulation, and what was taken.
-
-    Returns per selection: simulation, node, `rows` with (child, N, Q, bound), taken (the child that
-    the simulation went to), and whether it was picked by chance, as new candidates of a labelled
-    tree are.
-
-    Args:
-        virtual: new children start with a virtual visit, N = 1 and W = V (searches).
-    """
-    nodes = record["nodes"]
-    children: list[list[int]] = [[] for _ in nodes]
-    for index, node in enumerate(nodes):
-        if node["parent"] is not None:
-            children[node["parent"]].append(index)
-    visits, totals = [0] * len(nodes), [0.0] * len(nodes)
-    expanded = set()
-    found = []
-    for simulation, leaves in enumerate(record["simulations"]):
-        path = path_to(nodes, leaves[-1])
-        for node, taken in zip(path, path[1:], strict=False):
-            is_new = node not in expanded
-            if is_new and virtual:
-                for child in children[node]:
-                    visits[child], totals[child] = 1, nodes[child]["V"]
-            expanded.add(node)
-            log_sum = math.log(1 + sum(visits[child] for child in children[node]))
-            rows = []
-            for child in children[node]:
-                num = visits[child]
-                mean = totals[child] / num if num else 0.0
-                rows.append((child, num, mean, mean + c_uct * math.sqrt(log_sum / (1 + num))))
-            chance = is_new and not virtual
-            selection = {"simulation": simulation, "node": node, "rows": rows, "taken": taken}
-            found.append(selection | {"chance": chance})
-        for leaf in leaves:
-            for node in path_to(nodes, leaf):
-                visits[node] += 1
-                totals[node] += nodes[leaf]["reward"]
-    return found
-
-
-def path_to(nodes: list[dict], index: int) -> list[int]:
-    """Return the nodes from the root to a node."""
-    path = [index]
-    while nodes[path[-1]]["parent"] is not None:
-        path.append(nodes[path[-1]]["parent"])
-    return path[::-1]
 
 
 # ---- The report of a run -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import ChatFormat, context_length, load_pretrained
 from decoding import CacheRows
-from generate_rollouts import Node, grade, make_child, make_root, run_searches
+from generate_rollouts import Node, grade_terminals, make_child, make_root, run_searches
 from mas import MAS
 from packing import token_batches
 from policy import Policy, Sample
@@ -113,9 +113,7 @@ def sample_rollouts(
             searches, {Sample: policy}, max_active=max_active, progress=progress
         ):
             nodes = descendants(root)
-            for node in nodes:
-                if policy.mas.is_terminal(node.state):
-                    node.reward = grade(problem, node)
+            grade_terminals(problem, policy.mas, nodes)
             rollouts.append(Rollout(problem, root, nodes, tokens[problem.id]))
     policy.on_batch, policy.on_message = ignore, ignore
     # The order in which searches finish depends on how many are active at once.

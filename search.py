@@ -236,7 +236,8 @@ def mcts(
         if node.reward is None:
             node.reward = node.V
             if lam > 0:  # lambda mixing
-                [node.outcome] = yield Outcome([node])
+                [outcome] = yield Outcome([node])
+                node.outcome = outcome
                 node.reward = (1 - lam) * node.V + lam * node.outcome
         backup(node, node.reward)
         root.simulations.append([node])
@@ -454,6 +455,7 @@ def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Met
     shown_counts = str(counts[0]) if len(set(counts)) == 1 else ".".join(map(str, counts))
     canonical_name = f"{algorithm}-{num}x{shown_counts}-{scorer}"
     if lam > 0:
+        # 0.00001, not 1e-05: a name has digits and dots.
         canonical_name += f"-lam{np.format_float_positional(lam, trim='-')}"
     return Method(canonical_name, algorithm, scorer, num, counts, lam)
 

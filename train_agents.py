@@ -37,7 +37,7 @@ from generate_rollouts import (
 )
 from mas import MAS, counts_per_agent, load_graph
 from metrics import problem_aucs
-from packing import PackedRow, collate, packed_batches, sequence_columns, token_cost_for
+from packing import Batch, collate, packed_batches, sequence_columns, token_cost_for
 from pictures import plot_training
 from policy import Policy, add_policy_arguments, make_policy
 from rewards import (
@@ -217,7 +217,7 @@ class Learner:
         return minibatches
 
     def loss(
-        self, messages: list[DistinctMessage], batch: list[PackedRow]
+        self, messages: list[DistinctMessage], batch: Batch
     ) -> tuple[torch.Tensor, float, int]:
         """Return the summed loss of a batch, its summed KL, and how many tokens were clipped.
 
@@ -245,7 +245,7 @@ class Learner:
         return total, total_kl, num_clipped
 
     def message_logprobs(
-        self, messages: list[DistinctMessage], batch: list[PackedRow]
+        self, messages: list[DistinctMessage], batch: Batch
     ) -> dict[int, torch.Tensor]:
         """Return log pi of each token of each message in a batch.
 
@@ -261,7 +261,10 @@ class Learner:
             start = len(messages[index].prompt_ids) - 1
             predicted_by[index] = (packed_index, columns[start:-1])
         # Logits of other columns are not needed, and would take memory.
-        kept = sorted(set().union(*(columns for _, columns in predicted_by.values())))
+        kept = set()
+        for _, columns in predicted_by.values():
+            kept.update(columns)
+        kept = sorted(kept)
         kept_index = {column: position for position, column in enumerate(kept)}
 
         # 2. Read, and look up each token.
@@ -280,7 +283,7 @@ class Learner:
             logprobs[index] = chosen - log_total[packed_index, places]
         return logprobs
 
-    def _batches(self, messages: list[DistinctMessage]) -> list[list[PackedRow]]:
+    def _batches(self, messages: list[DistinctMessage]) -> list[Batch]:
         """Pack messages into batches of one adapter each; those of one prompt stay together."""
         indices_of_adapter = defaultdict(list)
         for index, message in enumerate(messages):
@@ -349,7 +352,9 @@ def mean_rewards(rewards: Rewards) -> dict[str, float | None]:
     """Return the mean reward of each agent's messages; None if none has a reward."""
     rewards_of_agent = defaultdict(list)
     for node, reward in rewards.items():
-        rewards_of_agent[node.message.agent] += [] if reward is None else [reward]
+        known = rewards_of_agent[node.message.agent]
+        if reward is not None:
+            known.append(reward)
     means = {}
     for agent, numbers in rewards_of_agent.items():
         means[agent] = statistics.fmean(numbers) if numbers else None
@@ -786,10 +791,10 @@ def _passes(num: int, num_agents: int) -> tuple[int, ...]:
 
 
 def num_agents_of_rollouts(args, mas: MAS, num_candidates: tuple[int, ...]) -> int:
-    """Return how many agents have to speak to know all advantages that are not zero.
+    """Return how many agents have to speak.
 
-    If a reward reads the message alone, and siblings are compared, nothing is needed after the last
-    agent with several candidates.
+    If a reward reads the message alone, and siblings are compared, nothing is learnt from agents
+    after the last one with several candidates: their messages have no siblings.
     """
     reads_message_alone = args.reward in ("value", "coach")
     reads_outcome = args.outcome_share > 0

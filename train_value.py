@@ -39,7 +39,15 @@ from diagnosis import value_signatures, with_warnings
 from generate_rollouts import Edge, tree_paths
 from mas import MAS, State
 from metrics import value_metrics
-from packing import PackedRow, cut_into_batches, num_distinct_tokens, pack, sequences_of, width_of
+from packing import (
+    Batch,
+    PackedRow,
+    cut_into_batches,
+    num_distinct_tokens,
+    pack,
+    sequences_of,
+    width_of,
+)
 from runs import (
     HERE,
     InputError,
@@ -77,6 +85,9 @@ from value import (
 )
 
 # ---- Batches -------------------------------------------------------------------------------------
+
+PackedTree = list[PackedRow]  # all transcripts of a tree, in which shared prefixes are read once
+Step = list[Batch]  # one for each process; the last step of an epoch can have fewer
 
 
 def make_rows(paths: list[list[Edge]], model: ValueModel) -> list[Row]:
@@ -138,10 +149,8 @@ def weigh_by_visits(rows: list[Row]) -> list[Row]:
     return weighted
 
 
-def pack_trees(
-    rows: list[Row], batch_tokens: int, *, token_cost: float | None
-) -> list[list[PackedRow]]:
-    """Return the packed rows of each tree, in which shared prefixes are read once (see `pack`).
+def pack_trees(rows: list[Row], batch_tokens: int, *, token_cost: float | None) -> list[PackedTree]:
+    """Pack the transcripts of each tree (see `pack`).
 
     A row takes half a batch at most, so that a batch holds more than one tree.
     """
@@ -162,8 +171,8 @@ POOL = 64  # packed rows that are sorted by width together
 
 
 def epoch_batches(
-    trees: list[list[PackedRow]], batch_tokens: int, rng: random.Random, *, whole_trees: bool
-) -> list[list[PackedRow]]:
+    trees: list[PackedTree], batch_tokens: int, rng: random.Random, *, whole_trees: bool
+) -> list[Batch]:
     """Return the batches of one epoch, in random order.
 
     Packed rows are shuffled, sorted by width within pools to reduce padding, cut into batches, and
@@ -186,10 +195,10 @@ def epoch_batches(
     return batches
 
 
-def whole_tree_batches(trees: list[list[PackedRow]], batch_tokens: int) -> list[list[PackedRow]]:
+def whole_tree_batches(trees: list[PackedTree], batch_tokens: int) -> list[Batch]:
     """Return batches of whole trees in this order, each as large as `batch_tokens` allows."""
     # 1. Put trees together while they fit.
-    together: list[list[PackedRow]] = [[]]
+    together: list[Batch] = [[]]
     for tree in trees:
         joined = together[-1] + tree
         if len(joined) * max(map(width_of, joined)) <= batch_tokens:
@@ -310,7 +319,7 @@ def num_terms(rows: list[Row], loss: str) -> int:
 def train(
     model: ValueModel,
     rows: list[Row],
-    trees: list[list[PackedRow]],
+    packed_trees: list[PackedTree],
     *,
     epochs: int,
     lr: float,
@@ -329,7 +338,7 @@ def train(
     of (seed, epoch), so a run that was killed resumes after its last whole epoch.
 
     Args:
-        trees: the rows, packed (`pack_trees`).
+        packed_trees: the rows, see `pack_trees`.
         lr: peak learning rate, see `learning_rate_factor`.
         batch_tokens: padded size of a batch of packed rows, see `token_batches`.
         checkpoint: file that is written after every epoch.
@@ -344,7 +353,7 @@ def train(
     schedule = []
     for epoch in range(epochs):
         rng = seeded(seed, "epoch", epoch)
-        batches = epoch_batches(trees, batch_tokens, rng, whole_trees=model.loss == "rank")
+        batches = epoch_batches(packed_trees, batch_tokens, rng, whole_trees=model.loss == "rank")
         starts = range(0, len(batches), world_size)
         schedule.append([batches[start : start + world_size] for start in starts])
     total_steps = sum(map(len, schedule))
@@ -384,7 +393,7 @@ def train(
             save_checkpoint(checkpoint, epoch, model, optimizer, scheduler)
 
 
-def mean_terms_per_step(rows: list[Row], steps: list[list[list[PackedRow]]], loss: str) -> float:
+def mean_terms_per_step(rows: list[Row], steps: list[Step], loss: str) -> float:
     """Return how many terms a step of an epoch has on average (see `num_terms`).
 
     The summed loss of every step is divided by this constant, not by the step's own number.
@@ -405,7 +414,7 @@ def mean_terms_per_step(rows: list[Row], steps: list[list[list[PackedRow]]], los
 def training_step(
     model: ValueModel,
     rows: list[Row],
-    batches: list[list[PackedRow]],
+    batches: Step,
     terms_per_step: float,
     *,
     huber_delta: float,
@@ -589,11 +598,11 @@ def main(args) -> None:
     if world_size > 1:
         start_data_parallel(device)
     rows = training_rows(labels.paths["train"], model, args.label_weights)
-    trees = pack_trees(rows, args.train_batch_tokens, token_cost=model.token_cost)
+    packed_trees = pack_trees(rows, args.train_batch_tokens, token_cost=model.token_cost)
     heldout_rows = make_rows(labels.paths["heldout"], model)
     heldout_edges = [edge for path in labels.paths["heldout"] for edge in path]
     if rank == 0:
-        print(describe_training(model, rows, trees, labels, heldout_edges))
+        print(describe_training(model, rows, packed_trees, labels, heldout_edges))
 
     # 4. Train, and measure V on held-out problems after each epoch.
     def after_epoch(epoch: int, train_loss: float) -> None:
@@ -605,7 +614,7 @@ def main(args) -> None:
         train(
             model,
             rows,
-            trees,
+            packed_trees,
             epochs=args.epochs,
             lr=args.lr,
             batch_tokens=args.train_batch_tokens,
@@ -751,12 +760,12 @@ def make_value_model(args, mas: MAS, device: str) -> ValueModel:
 def describe_training(
     model: ValueModel,
     rows: list[Row],
-    trees: list[list[PackedRow]],
+    packed_trees: list[PackedTree],
     labels: Labels,
     heldout_edges: list[Edge],
 ) -> str:
     num_labels = sum(len(row.targets) for row in rows)
-    packed = [row for tree in trees for row in tree]
+    packed = [row for tree in packed_trees for row in tree]
     num_tokens = sum(map(width_of, packed))
     repetition = num_tokens / num_distinct_tokens([row.ids for row in rows])
     num_trained = sum(parameter.numel() for parameter in model.trained_parameters().values())

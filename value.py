@@ -31,7 +31,7 @@ from checkpoints import (
 )
 from mas import MAS, State
 from packing import (
-    PackedRow,
+    Batch,
     collate,
     num_distinct_tokens,
     pack,
@@ -66,7 +66,7 @@ class Row:
     weights: list[float] = field(default_factory=list)
 
 
-def label_places(batch: list[PackedRow], rows: list[Row]) -> list[tuple[int, int]]:
+def label_places(batch: Batch, rows: list[Row]) -> list[tuple[int, int]]:
     """Return (packed row, column) of every label of the rows of a batch, as in `sequences_of`."""
     places = []
     for index, (packed_index, columns) in sequence_columns(batch).items():
@@ -140,7 +140,7 @@ class ValueModel(nn.Module):
             )
         return ids, ends
 
-    def outputs(self, batch: list[PackedRow], places: list[tuple[int, int]]) -> torch.Tensor:
+    def outputs(self, batch: Batch, places: list[tuple[int, int]]) -> torch.Tensor:
         """Return w.h + b at each (packed row, column): float32 [places, outputs of the head]."""
         inputs = collate(batch, self.tokenizer.pad_token_id, self.backbone.device)
         hidden = self.backbone(**inputs).last_hidden_state  # [packed rows, width, hidden size]
@@ -156,7 +156,7 @@ class ValueModel(nn.Module):
     def bins(self) -> torch.Tensor:
         return torch.linspace(-1, 1, self.NUM_BINS, device=self.head.weight.device)
 
-    def forward(self, batch: list[PackedRow], places: list[tuple[int, int]]) -> torch.Tensor:
+    def forward(self, batch: Batch, places: list[tuple[int, int]]) -> torch.Tensor:
         """Return V at each (packed row, column): float32 [len(places)]."""
         return self.value(self.outputs(batch, places))
 
@@ -186,7 +186,7 @@ class ValueModel(nn.Module):
             self.on_rows(len(indices))
         return values
 
-    def _split(self, batch: list[PackedRow], sequences: list[list[int]]) -> list[list[PackedRow]]:
+    def _split(self, batch: Batch, sequences: list[list[int]]) -> list[Batch]:
         """Split a batch that does not fit into memory. Raises InputError if it is one sequence."""
         indices = sequences_of(batch)
         if len(indices) == 1:

@@ -79,6 +79,56 @@ def labelled():
 # ---- The replay ----------------------------------------------------------------------------------
 
 
+def replay(record: dict, *, c_uct: float, virtual: bool) -> list[dict]:
+    """Replay a search: what Eq. 2 compared at each step of each simulation, and what was taken.
+
+    Returns per selection: simulation, node, `rows` with (child, N, Q, bound), taken (the child that
+    the simulation went to), and whether it was picked by chance, as new candidates of a labelled
+    tree are.
+
+    Args:
+        virtual: new children start with a virtual visit, N = 1 and W = V (searches).
+    """
+    nodes = record["nodes"]
+    children: list[list[int]] = [[] for _ in nodes]
+    for index, node in enumerate(nodes):
+        if node["parent"] is not None:
+            children[node["parent"]].append(index)
+    visits, totals = [0] * len(nodes), [0.0] * len(nodes)
+    expanded = set()
+    found = []
+    for simulation, leaves in enumerate(record["simulations"]):
+        path = path_in_record(nodes, leaves[-1])
+        for node, taken in zip(path, path[1:], strict=False):
+            is_new = node not in expanded
+            if is_new and virtual:
+                for child in children[node]:
+                    visits[child], totals[child] = 1, nodes[child]["V"]
+            expanded.add(node)
+            log_sum = math.log(1 + sum(visits[child] for child in children[node]))
+            rows = []
+            for child in children[node]:
+                num = visits[child]
+                mean = totals[child] / num if num else 0.0
+                rows.append((child, num, mean, mean + c_uct * math.sqrt(log_sum / (1 + num))))
+            chance = is_new and not virtual
+            selection = {"simulation": simulation, "node": node, "rows": rows, "taken": taken}
+            found.append(selection | {"chance": chance})
+        for leaf in leaves:
+            for node in path_in_record(nodes, leaf):
+                visits[node] += 1
+                totals[node] += nodes[leaf]["reward"]
+    return found
+
+
+def path_in_record(nodes: list[dict], index: int) -> list[int]:
+    """Return the nodes from the root to a node."""
+    path = [index]
+    while nodes[path[-1]]["parent"] is not None:
+        path.append(nodes[path[-1]]["parent"])
+    return path[::-1]
+
+
 def choice_by_equation_2(selection, c):
     """Eq. 2 from N and Q alone; the first of equal ones."""
     total = sum(N for _, N, _, _ in selection["rows"])
@@ -90,7 +140,7 @@ def choice_by_equation_2(selection, c):
 
 def test_equation_2_takes_what_the_search_took_at_every_selection(searched):
     record, _, _ = searched
-    selections = report.selections(record, c_uct=0.8, virtual=True)
+    selections = replay(record, c_uct=0.8, virtual=True)
     assert len(selections) == 20 * 4
     for selection in selections:
         assert not selection["chance"]
@@ -101,7 +151,7 @@ def test_equation_2_takes_what_the_search_took_at_every_selection(searched):
 
 def test_equation_2_takes_what_the_labelling_took_but_among_new_candidates(labelled):
     """Those are picked by chance, and the siblings of a terminal state count at once."""
-    selections = report.selections(labelled, c_uct=0.8, virtual=False)
+    selections = replay(labelled, c_uct=0.8, virtual=False)
     by_chance = [selection for selection in selections if selection["chance"]]
     by_equation = [selection for selection in selections if not selection["chance"]]
     for selection in by_equation:
@@ -118,19 +168,19 @@ def test_the_replay_ends_with_the_statistics_of_the_search(searched):
     record, root, leaf = searched
     nodes = record["nodes"]
     last = {}
-    for selection in report.selections(record, c_uct=0.8, virtual=True):
+    for selection in replay(record, c_uct=0.8, virtual=True):
         for child, N, Q, _ in selection["rows"]:
             last[child] = (N, N * Q, selection["simulation"])
     # The numbers were shown before a simulation; it adds one visit to what it took.
     final = record["simulations"][-1]
-    path = report.path_to(nodes, final[-1])
+    path = path_in_record(nodes, final[-1])
     for child, (N, W, simulation) in last.items():
         if simulation == len(record["simulations"]) - 1 and child in path:
             N, W = N + 1, W + nodes[final[-1]]["reward"]
             assert (N, pytest.approx(W)) == (nodes[child]["N"], nodes[child]["W"])
     chosen = nodes[record["chosen"]]
     assert chosen["message"] == leaf.message.text and chosen["answer"] is not None
-    messages = [nodes[index]["message"] for index in report.path_to(nodes, record["chosen"])[1:]]
+    messages = [nodes[index]["message"] for index in path_in_record(nodes, record["chosen"])[1:]]
     assert messages == [node.message.text for node in path_to(leaf)]
     assert nodes[0]["N"] == root.N == 20
 
@@ -139,7 +189,7 @@ def test_labels_are_the_same_with_and_without_the_order_of_simulations(labelled)
     leaves = [index for of_one in labelled["simulations"] for index in of_one]
     visits = [0] * len(labelled["nodes"])
     for leaf in leaves:
-        for index in report.path_to(labelled["nodes"], leaf):
+        for index in path_in_record(labelled["nodes"], leaf):
             visits[index] += 1
     assert visits == [node["N"] for node in labelled["nodes"]]
 
@@ -226,7 +276,7 @@ def test_the_numbers_on_the_page_are_those_of_the_replay(kind, request, tmp_path
     record, method = (record[0], "mcts-20x3-value") if kind == "searched" else (record, None)
     dom = dom_of(report.tree_page(record, SETTINGS, method), tmp_path, "#after=3&node=1")
     shown = [json.loads(html.unescape(text)) for text in re.findall('data-selection="(.*?)"', dom)]
-    expected = report.selections(record, c_uct=0.8, virtual=kind == "searched")
+    expected = replay(record, c_uct=0.8, virtual=kind == "searched")
     assert len(shown) == len(expected)
     for on_page, selection in zip(shown, expected, strict=True):
         for name in ("simulation", "node", "taken", "chance"):

@@ -16,6 +16,7 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import generate_rollouts
 import rewards
 import train_agents
 from generate_rollouts import Node
@@ -164,7 +165,9 @@ def test_the_token_ids_kept_are_those_that_were_sampled(tiny_policy, monkeypatch
 
 
 def test_every_terminal_state_is_graded(tiny_policy, monkeypatch):
-    monkeypatch.setattr(rewards, "grade", lambda problem, node: 1.0 if node.path[0] else -1.0)
+    monkeypatch.setattr(
+        generate_rollouts, "grade", lambda problem, node: 1.0 if node.path[0] else -1.0
+    )
     [rollout] = rollouts_of(tiny_policy)
     assert [node.reward for node in rollout.nodes if not node.children] == [-1.0, 1.0]
     assert [node.reward for node in rollout.nodes if node.children] == [None] * 6
