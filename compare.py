@@ -188,8 +188,11 @@ def _compare_answers(groups: list[Group]) -> str:
     if has_seeds:
         header += ["runs", "deviation"]
     runs = [run for group in groups for run in group.runs]
+    names = _common_methods(runs)
+    if not names:
+        return "No method was evaluated in all of these runs."
     rows = []
-    for name in _common_methods(runs):
+    for name in names:
         records_of_run = {run: read_records(run / "eval" / name) for run in runs}
         ids = _common_problems(list(records_of_run.values()))
         if not ids:

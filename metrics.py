@@ -206,8 +206,9 @@ def seeds_and_problems(verdicts: list[list[bool]]) -> dict:
 def seeds_and_problems_difference(a: list[list[bool]], b: list[list[bool]]) -> dict:
     """Compare two kinds of runs on the same problems: the mean of a minus that of b, its interval.
 
-    The problems are resampled together, the runs of a and of b each on their own. One run against
-    one is `paired`, and so is the interval if no resample differs.
+    The problems are resampled together, the runs of a and of b each on their own. The noise of
+    training is left out for a kind with a single run. One run against one is `paired`, and so is
+    the interval if no resample differs.
     """
     if len(a) == len(b) == 1:
         return paired(a[0], b[0])

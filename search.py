@@ -662,8 +662,11 @@ def choose_problem(args) -> Problem:
         raise InputError(
             "--question is empty; give a question, or leave the flag out for a problem of the task"
         )
-    check_task(args.task)
-    answer_type = TASKS[args.task].answer_type if args.task in TASKS else "number"
+    if args.data is not None:
+        answer_type = problem_at(task=args.task, data=args.data, position=1).answer_type
+    else:
+        check_task(args.task)
+        answer_type = TASKS[args.task].answer_type if args.task in TASKS else "number"
     return Problem(id="question", split="test", question=question, gold="", answer_type=answer_type)
 
 

@@ -62,6 +62,13 @@ def test_runs_are_compared_on_their_common_problems_each_with_the_first(tmp_path
     ]
 
 
+def test_runs_without_a_common_method_say_so(tmp_path):
+    for run, method in (("first", "greedy"), ("second", "vote-4")):
+        write_records(tmp_path / run / "eval" / f"{method}.jsonl", make_records(right=[1]))
+    text = compare_runs(single_runs(tmp_path / "first", tmp_path / "second"))
+    assert text == "No method was evaluated in all of these runs."
+
+
 def test_only_equal_problems_are_compared(tmp_path):
     """Under one id, the second run had another question, and the third another gold answer."""
     records = make_records(right=[1])

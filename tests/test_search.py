@@ -1000,6 +1000,13 @@ def test_a_question_of_the_user_has_the_answer_type_of_the_task(task, kind):
     assert search.choose_problem(args) == expected
 
 
+def test_a_question_beside_own_data_has_the_answer_type_of_the_data(tmp_path):
+    data = tmp_path / "own.jsonl"
+    data.write_text('{"question": "Which?", "answer": "B", "choices": ["x", "y"]}\n')
+    args = search.parse_args(["--data", str(data), "--question", "Who?"])
+    assert search.choose_problem(args).answer_type == "letter"
+
+
 def test_a_single_search_explores_as_the_flag_says(tmp_path, monkeypatch):
     given = []
 
