@@ -488,7 +488,7 @@ class MessageQueue:
             self.sizes += [(len(prompts[prompt]), limit) for limit in limits[first : first + num]]
 
     def take(self, live: list[int]) -> list[PromptMessages]:
-        """Return what is started beside the live messages; at least one message if none is live.
+        """Return the prompts to start next to the live messages; at least one if none is live.
 
         The messages of one prompt stay together unless they need more than a whole batch.
         """
@@ -638,16 +638,10 @@ class Decoder:
             start = time.perf_counter()
 
             # 1. Start further prompts if there is room. All messages of one begin in its row.
-            started = []
             if rows is None or (is_resizable and queue.has_room(len(live))):
                 started = queue.take(live.tolist())
-            if started:
-                new_prompts = [prompts[part.prompt] for part in started]
                 with self._timed("model"):
-                    if rows is None:
-                        rows = CacheRows(self.model, new_prompts, pad_id=self.pad_id)
-                    else:
-                        row_of_message = rows.add_prompts(new_prompts, row_of_message)
+                    rows, row_of_message = self._prefill(rows, row_of_message, prompts, started)
                 for row, part in enumerate(started, len(rows.logits) - len(started)):
                     indices = torch.tensor(part.messages, device=device)
                     live = torch.cat([live, indices])
@@ -684,6 +678,24 @@ class Decoder:
                 rows.append(newest_of_row)
             drafts.share_time(live, time.perf_counter() - start)
         return [drafts.message(index) for index in range(len(limits))]
+
+    def _prefill(
+        self,
+        rows: CacheRows | None,
+        row_of_message: torch.Tensor,
+        prompts: list[list[int]],
+        started: list[PromptMessages],
+    ) -> tuple[CacheRows, torch.Tensor]:
+        """Read the prompts that are started, into the last rows of the cache or into a new one.
+
+        Returns the cache, and row_of_message of the messages that were live before.
+        """
+        new_prompts = [prompts[part.prompt] for part in started]
+        if rows is None:
+            return CacheRows(self.model, new_prompts, pad_id=self.pad_id), row_of_message
+        if new_prompts:
+            row_of_message = rows.add_prompts(new_prompts, row_of_message)
+        return rows, row_of_message
 
     @contextmanager
     def _timed(self, activity: str):

@@ -201,7 +201,7 @@ def whole_tree_batches(trees: list[PackedTree], batch_tokens: int) -> list[Batch
     together: list[Batch] = [[]]
     for tree in trees:
         joined = together[-1] + tree
-        if len(joined) * max(map(width_of, joined)) <= batch_tokens:
+        if size_of(joined) <= batch_tokens:
             together[-1] = joined
         else:
             together.append(tree)
@@ -211,6 +211,11 @@ def whole_tree_batches(trees: list[PackedTree], batch_tokens: int) -> list[Batch
     for batch in together:
         batches += cut_into_batches(batch, batch_tokens)
     return batches
+
+
+def size_of(batch: Batch) -> int:
+    """Return the padded size of a batch: packed rows x columns of the widest."""
+    return len(batch) * max(map(width_of, batch))
 
 
 # ---- The training loop ---------------------------------------------------------------------------
@@ -369,7 +374,14 @@ def train(
         first_epoch = load_checkpoint(checkpoint, model, optimizer, scheduler) + 1
         print(f"resuming after epoch {first_epoch}")
 
-    # 3. Train epoch by epoch.
+    # 3. Compute the gradients of the largest batch, for nothing: memory runs out now or never.
+    model.train()
+    batches = [batch for steps in schedule for step in steps for batch in step]
+    largest = max(batches, key=size_of)
+    training_step(model, rows, [largest] * world_size, 1.0, huber_delta=huber_delta)
+    optimizer.zero_grad()
+
+    # 4. Train epoch by epoch.
     for epoch in range(first_epoch, epochs):
         model.train()
         terms_per_step = mean_terms_per_step(rows, schedule[epoch], model.loss)

@@ -1162,6 +1162,24 @@ def test_training_resumed_after_a_kill_equals_uninterrupted_training(records, tm
     assert_close_parameters(resumed.trained_parameters(), expected, atol=1e-6)
 
 
+def test_the_largest_batch_is_tried_first_and_leaves_no_gradient(records, tmp_path, monkeypatch):
+    """Memory that runs out late in an epoch would lose the epoch."""
+    model = make_model()
+    rows = make_rows(paths_of(records), model)
+    sizes, have_gradients = [], []
+    original = train_value.training_step
+
+    def look(model, rows, batches, *args, **options):
+        sizes.append(padded_size(batches[0]))
+        have_gradients.append(any(p.grad is not None for p in model.trained_parameters().values()))
+        return original(model, rows, batches, *args, **options)
+
+    monkeypatch.setattr(train_value, "training_step", look)
+    fit(model, rows, tmp_path, epochs=1, batch_tokens=300)
+    assert len(set(sizes[1:])) > 2
+    assert sizes[0] == max(sizes[1:]) and not any(have_gradients)
+
+
 def test_v_is_in_training_mode_in_every_epoch(records, tmp_path, monkeypatch):
     """Measuring leaves it in the other mode, in which a GPU keeps all activations."""
     model = make_model()
