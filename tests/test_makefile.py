@@ -1,4 +1,4 @@
-"""Tests of the Makefile: the commands of the experiments have the flags that they should."""
+"""Tests of experiments.mk: the commands of the experiments have the flags that they should."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ TARGETS += ["refine", "train-agents", "loop", "credit", "cures"]
 
 @pytest.fixture(scope="module")
 def commands():
-    """The flags of every script that the experiments of the Makefile run: [(script, flags)]."""
+    """The flags of every script that the experiments run: [(script, flags)]."""
     command = ["make", "--dry-run", "--always-make", "--no-print-directory", *TARGETS]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
     commands = []
