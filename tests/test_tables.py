@@ -418,6 +418,8 @@ def test_the_picture_of_training_has_each_number_in_its_panel(tmp_path, figures)
         "held-out: tokens of a message",
     ]
     assert lines_of(accuracy)[0] == [(0, 40), (1, 50)]
+    assert accuracy.lines[1].get_label() == "kept: step 1"
+    assert set(accuracy.lines[1].get_xdata()) == {1}
     assert lines_of(reading)[:2] == [[(0, 0.9), (1, 0.95)], [(0, 0.4), (1, 0.5)]]
     assert lines_of(ranking)[0] == [(0, 0.7), (1, 0.6)]
     assert lines_of(reward) == [[(1, 0.25)]]
