@@ -121,7 +121,7 @@ runs/5/%/eval/table.md: .venv/.installed
 	  $(if $(FLAGS),--adapter runs/5/$*/agents) $(FEW_METHODS)
 
 # Which reward teaches the agents? About 6,300 messages for each.
-# passes: 4 of 64 questions a step; tree: only the Planner learns, from siblings; all: all agents do.
+# passes: four for each of 64 questions a step; tree: only the Planner learns, from siblings; all: all agents do.
 CREDIT := passes-outcome passes-value passes-delta passes-return passes-random \
   tree-search tree-value tree-random all-search all-value own-search
 PASSES := --num-steps 6
@@ -160,7 +160,7 @@ runs/5/fresh-%/eval/table.md: runs/5/%/eval/table.md
 	  $(FEW_METHODS)
 
 # The loop: second and third train the agents of the round before on its fresh V, four steps each.
-# $(call round,FROM,TO,SEED,NUMBER): a round has other questions than those before it.
+# $(call round,FROM,TO,SEED,NUMBER): each round draws its questions with another seed.
 define round
 	$(PY) train_agents.py --run $(2) --adapter $(1)/agents --seed $(4)$(3) $(flags-early) \
 	  --value $(subst /5/,/5/fresh-,$(1))/value
