@@ -723,6 +723,14 @@ def test_a_test_question_that_was_trained_on_is_refused(finished, tmp_path):
 
 
 def test_answers_by_another_value_model_are_not_mixed_in(finished):
-    other_value = finished.run / "orm"  # any other trained model will do
-    error = error_of(evaluate, "--run", finished.run, *EVALUATE, "--value", other_value)
+    other_value = finished.run / "other"  # beside V, as its backbone is found from there
+    shutil.copytree(finished.run / "orm", other_value)
+    config = (other_value / "config.json").read_text()
+    changed = config.replace('"target": "outcome"', '"target": "search"')
+    assert changed != config
+    (other_value / "config.json").write_text(changed)
+    try:
+        error = error_of(evaluate, "--run", finished.run, *EVALUATE, "--value", other_value)
+    finally:
+        shutil.rmtree(other_value)
     assert "made with the scorer value#" in error

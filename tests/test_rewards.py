@@ -176,7 +176,7 @@ def test_every_terminal_state_is_graded(tiny_policy, monkeypatch):
 
 
 def test_every_answer_is_graded_against_the_gold_answer_of_its_problem(tiny_policy, monkeypatch):
-    monkeypatch.setattr(rewards, "grade", lambda problem, node: float(problem.gold))
+    monkeypatch.setattr(generate_rollouts, "grade", lambda problem, node: float(problem.gold))
     golds = {"a": "1", "b": "-1", "c": "1"}
     problems = [
         Problem(name, "train", "What is 3 + 4?", gold, "number") for name, gold in golds.items()
