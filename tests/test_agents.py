@@ -40,7 +40,13 @@ from rewards import (
 from runs import InputError, read_jsonl, seeded
 from tables import training_line, training_table
 from tasks import Problem, load_problems
-from train_agents import DistinctMessage, Learner, Training, distinct_messages
+from train_agents import (
+    CannotGoOnError,
+    DistinctMessage,
+    Learner,
+    Training,
+    distinct_messages,
+)
 
 # ---- Pieces --------------------------------------------------------------------------------------
 
@@ -1082,6 +1088,33 @@ def test_adapters_are_measured_every_few_steps_and_at_the_end(
     train_agents.train(training, tmp_path)
     records = read_jsonl(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records if "dev" in record] == measured
+
+
+@pytest.mark.parametrize("accuracies, best_step", [([0.1, 0.9], 1), ([0.9, 0.1], 0)])
+def test_a_step_that_is_not_possible_ends_training_with_the_best_so_far(
+    monkeypatch, tmp_path, capsys, accuracies, best_step
+):
+    """It would not be possible after a restart, either. If there is nothing to keep, it says so."""
+    training = training_with(monkeypatch, accuracies)
+    training.args.num_steps, training.args.dev_every = 5, 1
+
+    def only_the_first(self):
+        if self.step == 1:
+            raise CannotGoOnError("all messages were cut")
+        self.step += 1
+        numbers = {"reward": {}, "kl": 0.0, "clip_share": 0.0, "cut": 0, "without_reward": 0}
+        return {"step": self.step} | numbers, {"step": self.step}
+
+    monkeypatch.setattr(Training, "train_step", only_the_first)
+    monkeypatch.setattr(Training, "save_checkpoint", lambda self, path: None)
+    if best_step == 0:
+        with pytest.raises(InputError, match="all messages were cut"):
+            train_agents.train(training, tmp_path)
+    else:
+        train_agents.train(training, tmp_path)
+        assert "ends before step 2: all messages were cut" in capsys.readouterr().err
+    assert training.best_step == best_step
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1]
 
 
 def test_accuracy_is_the_share_of_right_final_answers(duo):

@@ -354,7 +354,7 @@ def test_a_graph_from_a_file_with_a_conditional_agent_runs_through_all_stages(tm
     graph = ["--run", run, "--graph", tmp_path / "mine.toml"]
 
     # 1. labels
-    rollouts = ["--num-train", 6, "--num-heldout", 2, "--num-simulations", 8]
+    rollouts = ["--num-train", 4, "--num-heldout", 1, "--num-simulations", 6]
     rollouts += ["--num-candidates", "1.3.1.1.2"]
     output_of(generate_rollouts, *graph, *rollouts)
     last_agents = set()
@@ -374,7 +374,7 @@ def test_a_graph_from_a_file_with_a_conditional_agent_runs_through_all_stages(tm
     # 3. search
     methods = ["greedy", "vote-2", "sbs-2x1.3.1.1.2-value", "mcts-4x1.3.1.1.2-value"]
     methods.append("mcts-4x2-policy")
-    output_of(evaluate, *graph, "--num-problems", 6, "--methods", *methods)
+    output_of(evaluate, *graph, "--num-problems", 3, "--methods", *methods)
     paths = list((run / "eval").glob("*.jsonl"))
     assert len(paths) == 5
     for path in paths:

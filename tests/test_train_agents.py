@@ -22,7 +22,7 @@ from mas import CHAIN, DEBATE, MAS
 from rewards import advantages
 from runs import HERE, InputError, read_config, read_jsonl, seeded
 from tasks import load_problems
-from train_agents import CannotGoOnError, Training, distinct_messages
+from train_agents import Training, distinct_messages
 
 # ---- It learns -----------------------------------------------------------------------------------
 
@@ -225,40 +225,14 @@ def test_saved_adapters_load_with_plain_peft(finished):
         assert logprob == pytest.approx(expected.item(), abs=1e-3)
 
 
-def test_a_step_that_is_not_possible_ends_training_with_the_best_so_far(
-    tmp_path, monkeypatch, capsys
-):
-    """It would not be possible after a restart, either. If there is nothing to keep, it says so."""
-    original = Training.train_step
-
-    def only_the_first(self):
-        if self.step == 1:
-            raise CannotGoOnError("all messages were cut")
-        return original(self)
-
-    monkeypatch.setattr(Training, "train_step", only_the_first)
-    for best_step, accuracies in ((1, [0.1, 0.9]), (0, [0.9, 0.1])):
-        given = iter(accuracies)
-        monkeypatch.setattr(train_agents, "accuracy", lambda rollouts, given=given: next(given))
-        run = tmp_path / str(best_step)
-        if best_step == 0:
-            with pytest.raises(InputError, match="all messages were cut"):
-                run_stage(run)
-            continue
-        run_stage(run)
-        assert "ends before step 2: all messages were cut" in capsys.readouterr().err
-        config = read_config(run / "agents")
-        assert config["finished"] and config["best_step"] == best_step
-        assert (run / "agents/adapter/shared/adapter_model.safetensors").is_file()
-
-
 def test_a_kill_while_the_picture_is_drawn_loses_nothing(tmp_path, monkeypatch):
+    one_step = ["--num-steps", "1", "--num-questions", "1", "--num-heldout", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(train_agents, "plot_training", kill)
         with pytest.raises(KillError):
-            run_stage(tmp_path, "--num-steps", "1")
+            run_stage(tmp_path, *one_step)
     monkeypatch.setattr(Training, "train_step", None)
-    run_stage(tmp_path, "--num-steps", "1")
+    run_stage(tmp_path, *one_step)
     assert read_config(tmp_path / "agents")["finished"]
 
 
