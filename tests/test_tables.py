@@ -418,13 +418,19 @@ def test_the_picture_of_training_has_each_number_in_its_panel(tmp_path, figures)
         "held-out: tokens of a message",
     ]
     assert lines_of(accuracy)[0] == [(0, 40), (1, 50)]
-    assert accuracy.lines[1].get_label() == "kept: step 1"
-    assert set(accuracy.lines[1].get_xdata()) == {1}
     assert lines_of(reading)[:2] == [[(0, 0.9), (1, 0.95)], [(0, 0.4), (1, 0.5)]]
     assert lines_of(ranking)[0] == [(0, 0.7), (1, 0.6)]
     assert lines_of(reward) == [[(1, 0.25)]]
     assert lines_of(distance) == [[(1, 0.125)], [(1, 0.0625)]]
     assert lines_of(length) == [[(0, 9), (1, 9)]]
+
+
+@pytest.mark.parametrize("best_step", [0, 1])
+def test_the_picture_of_training_shows_the_kept_step(tmp_path, figures, best_step):
+    plot_training(TRAINING, best_step, tmp_path / "p.png")
+    kept = figures[-1].axes[0].lines[1]
+    assert kept.get_label() == f"kept: step {best_step}"
+    assert set(kept.get_xdata()) == {best_step}
 
 
 def test_the_picture_of_several_runs_has_their_means_in_its_panels(tmp_path, figures):
