@@ -316,14 +316,14 @@ def load_backbone(name: str, *, quantize: bool, device: str, dtype: str):
     return backbone, tokenizer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _check_reads_left_to_right(name: str, backbone: nn.Module) -> None:
     """Raise InputError if hidden states of a token depend on later ones.
 
     In training V reads all states of a transcript at once. A bidirectional model, such as BERT,
     would read in each of them the messages that are still to come.
     """
-    reads_both_ways = backbone.config.is_encoder_decoder
+    reads_both_ways = getattr(backbone.config, "is_encoder_decoder", False)
     if not reads_both_ways:
         token_ids = torch.tensor([[10, 11, 12], [10, 13, 14]], device=backbone.device)
         first, other = backbone(input_ids=token_ids).last_hidden_state[:, 0].float()
