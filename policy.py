@@ -35,7 +35,7 @@ from checkpoints import (
     load_pretrained,
     resolve_dtype,
 )
-from decoding import SAMPLER, Decoder, message_key
+from decoding import Decoder
 from journal import Journal
 from mas import GRAPHS, MAS
 from runs import (
@@ -52,6 +52,7 @@ from runs import (
     positive_int,
     positive_unit_float,
 )
+from sampling import SAMPLER, message_key
 from tasks import EMBEDDED, TASKS, Problem, source
 
 # ---- Requests ------------------------------------------------------------------------------------

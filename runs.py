@@ -149,7 +149,7 @@ def add_run_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--batch-tokens",
         type=positive_int,
-        default=32768,
+        default=131072,
         help="size of one batch that is generated or scored: rows x tokens of the longest",
     )
 

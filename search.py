@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 
 from answers import same_answer
-from decoding import uniforms
 from extraction import extract_answer
 from generate_rollouts import (
     Node,
@@ -70,6 +69,7 @@ from runs import (
     read_config,
     unit_float,
 )
+from sampling import uniforms
 from tasks import TASKS, Problem, check_task, is_correct, problem_at
 from value import ValueModel
 

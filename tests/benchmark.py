@@ -36,18 +36,13 @@ from transformers import (
 
 import generate_rollouts
 from adapters import AgentAdapters, add_lora
-from decoding import (
-    CacheRows,
-    Decoder,
-    PreallocatedLayer,
-    message_key,
-    sample_tokens,
-)
+from decoding import CacheRows, Decoder, PreallocatedLayer
 from generate_rollouts import make_searches, run_searches, tree_record
 from mas import CHAIN, counts_per_agent
 from packing import pack, sequences_of
 from policy import Policy, Sample, make_policy
 from runs import HERE, Parser, SearchProgress, Work, cli, positive_float, positive_int
+from sampling import message_key, sample_tokens
 from tasks import load_problems
 from train_value import peak_memory, training_loss
 from value import Row, ValueModel, label_places, load_backbone

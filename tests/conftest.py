@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import generate_rollouts
+import sampling
 from mas import CHAIN, MAS, Agent
 from policy import Candidate, Cost, Policy, Sample, make_policy
 from runs import HERE
@@ -232,3 +233,18 @@ def dom_of(page, tmp_path, fragment="", *, width=1200):
     command += [f"--window-size={width},900"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}{fragment}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
+
+def keys_of(count: int) -> torch.Tensor:
+    """Return the keys of so many messages of one prompt."""
+    return torch.tensor([sampling.message_key(0, "p", (0, 1), index) for index in range(count)])
+
+
+@pytest.fixture(params=[1024, 3, 1], ids="blocks of {}".format)
+def block_size(request, monkeypatch):
+    """Let the sampler work on a small vocabulary as on a large one: on one block, or on several."""
+    monkeypatch.setattr(sampling, "BLOCK_SIZE", request.param)
+    return request.param

@@ -33,6 +33,7 @@ FILES = [
     "answers.py",
     "extraction.py",
     "tasks.py",
+    "sampling.py",
     "decoding.py",
     "packing.py",
     "journal.py",

@@ -35,12 +35,13 @@ from checkpoints import (
     resolve_dtype,
     without_reasoning,
 )
-from decoding import Decoder, message_key
+from decoding import Decoder
 from generate_rollouts import make_root
 from mas import CHAIN, State
 from packing import pack
 from policy import Sample, policy_settings
 from runs import InputError
+from sampling import message_key
 from tasks import load_problems
 from value import Row, ValueModel, load_backbone
 

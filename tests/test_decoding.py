@@ -1,10 +1,9 @@
-"""Tests of decoding.py: random numbers, sampling, filters, the cache, messages that share rows."""
-
-import math
+"""Tests of decoding.py: the cache, messages that share rows, which are decoded together."""
 
 import pytest
 import torch
-from scipy.stats import chisquare, gumbel_r, kstest
+from conftest import keys_of
+from scipy.stats import chisquare
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -16,315 +15,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import decoding
-from decoding import (
-    GOLDEN_GAMMA,
-    CacheRows,
-    Decoder,
-    MessageQueue,
-    PreallocatedLayer,
-    _mix_bits,
-    _smallest_in_nucleus,
-    _to_gumbel,
-    filter_logits,
-    gumbel_noise,
-    message_key,
-    pad_left,
-    sample_tokens,
-    uniforms,
-)
+from decoding import CacheRows, Decoder, MessageQueue, PreallocatedLayer, pad_left
 from generate_rollouts import make_root
 from policy import Sample
 from tasks import load_problems
-
-# ---- Uniforms ------------------------------------------------------------------------------------
-
-KEY = (0, "p", (0, 1), 2)  # seed, problem, path, candidate
-OTHER_KEYS = [(1, "p", (0, 1), 2), (0, "q", (0, 1), 2), (0, "p", (1, 0), 2), (0, "p", (0, 1), 3)]
-
-
-def test_uniforms_are_uniform_and_a_function_of_their_key():
-    draws = uniforms(1000, *KEY)
-    assert (draws == uniforms(1000, *KEY)).all()
-    assert (draws[:10] == uniforms(10, *KEY)).all()
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    assert abs(draws.mean() - 0.5) < 0.05
-
-
-@pytest.mark.parametrize("key", OTHER_KEYS)
-def test_uniforms_of_another_key_are_independent(key):
-    """The mean product of two independent uniforms is 1/4."""
-    draws = uniforms(1000, *KEY)
-    others = uniforms(1000, *key)
-    assert (draws != others).all()
-    assert abs((draws * others).mean() - 0.25) < 0.05
-
-
-# ---- Noise ---------------------------------------------------------------------------------------
-
-
-def keys_of(count):
-    return torch.tensor([message_key(*KEY, index) for index in range(count)])
-
-
-def test_the_bits_are_those_of_splitmix64():
-    """The first outputs of the published generator for the seed 1234567."""
-    published = [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
-    ]
-    counters = torch.arange(1, 6)
-    bits = _mix_bits(1234567 + counters * GOLDEN_GAMMA)
-    assert [number % 2**64 for number in bits.tolist()] == published
-
-
-def splitmix64(seed, index):
-    """Return output `index`, counted from 0, of the generator with this seed, in Python's integers.
-
-    From the published C code, apart from torch's signed integers.
-    """
-    number = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
-    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
-    return number ^ (number >> 31)
-
-
-def test_noise_is_that_of_a_stream_over_steps_and_of_one_over_tokens_at_each_step():
-    keys = torch.tensor([1234567, -7])
-    for step in (0, 5):
-        noise = gumbel_noise(keys, step, torch.arange(3))
-        for row, key in enumerate(keys.tolist()):
-            for token in range(3):
-                bits = splitmix64(splitmix64(key, step), token)
-                uniform = (bits >> 11) / 2**53
-                by_hand = -math.log(-math.log(1 - uniform))
-                assert noise[row, token].item() == pytest.approx(by_hand, abs=1e-5)
-
-
-def test_noise_is_a_function_of_key_step_and_token_alone():
-    keys = keys_of(8)
-    token_ids = torch.arange(50)
-    noise = gumbel_noise(keys, 3, token_ids)
-    assert torch.equal(gumbel_noise(keys[5:6], 3, token_ids), noise[5:6])
-    assert torch.equal(gumbel_noise(keys.flip(0), 3, token_ids), noise.flip(0))
-    assert torch.equal(gumbel_noise(keys, 3, torch.tensor([49, 7])), noise[:, [49, 7]])
-    token_of_each = torch.arange(8)[:, None] * 6
-    assert torch.equal(gumbel_noise(keys, 3, token_of_each), noise.gather(1, token_of_each))
-
-
-@pytest.mark.parametrize("key", OTHER_KEYS)
-def test_another_key_has_other_noise(key):
-    keys = torch.tensor([message_key(*KEY), message_key(*key)])
-    noise, other = gumbel_noise(keys, 0, torch.arange(3000))
-    assert (noise != other).all()
-    assert abs(torch.corrcoef(torch.stack([noise, other]))[0, 1]) < 0.06
-
-
-def noise_along(axis):
-    """Return entries that differ only in their key, their step or their token."""
-    count = 20_000
-    first_token = torch.tensor([0])
-    if axis == "key":
-        return gumbel_noise(keys_of(count), 0, first_token)[:, 0]
-    if axis == "token":
-        return gumbel_noise(keys_of(1), 0, torch.arange(count))[0]
-    steps = [gumbel_noise(keys_of(1), step, first_token)[0] for step in range(count // 10)]
-    return torch.cat(steps)
-
-
-@pytest.mark.parametrize("axis", ["key", "step", "token"])
-def test_noise_is_gumbel_and_independent_along_every_axis(axis):
-    noise = noise_along(axis)
-    assert kstest(noise.numpy(), gumbel_r.cdf).pvalue > 0.01
-    # Neighbours, and entries at other distances, are not correlated.
-    for distance in (1, 2, 16, 256):
-        pairs = torch.stack([noise[:-distance], noise[distance:]])
-        assert abs(torch.corrcoef(pairs)[0, 1]) < 4 / math.sqrt(len(noise))
-
-
-def test_the_noise_is_exact_in_the_tail_and_finite():
-    """A token of probability p is chosen by noise of about log(1 / p): rare tokens need the tail.
-
-    u = 2^-24, 2^-44 and 2^-53 give noise of 24, 44 and 53 times log 2. The least u, which is 0, is
-    taken for 2^-54; the greatest is taken for 1 - 2^-24, the last float32 before 1.
-    """
-    bits = torch.tensor([2**40, 2**20, 2**11, 0])
-    by_hand = [24 * math.log(2), 44 * math.log(2), 53 * math.log(2), 54 * math.log(2)]
-    assert _to_gumbel(bits).tolist() == pytest.approx(by_hand, abs=1e-5)
-    [of_the_greatest] = _to_gumbel(torch.tensor([-1])).tolist()
-    assert of_the_greatest == pytest.approx(-math.log(24 * math.log(2)), abs=1e-5)
-
-
-# ---- Sampling ------------------------------------------------------------------------------------
-
-
-def sample_repeatedly(probabilities, *, greedy=False, temperature=1.0, top_k=0):
-    """Sample 20,000 tokens of one distribution. Returns the tokens and their log-probabilities."""
-    num = 20_000
-    return sample_tokens(
-        torch.log(torch.tensor([probabilities])),
-        torch.zeros(num, dtype=torch.long),
-        keys_of(num),
-        torch.zeros(num, dtype=torch.long),
-        torch.full((num,), greedy),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=1.0,
-    )
-
-
-@pytest.fixture(params=[1024, 3, 1], ids="of {} tokens".format)
-def num_likely(request, monkeypatch):
-    """Tokens whose noise is drawn one by one: more than these tests have, some, or one."""
-    monkeypatch.setattr(decoding, "NUM_LIKELY", request.param)
-    return request.param
-
-
-def test_the_sampler_draws_from_the_distribution(num_likely):
-    tokens, logprobs = sample_repeatedly([0.1, 0.2, 0.25, 0.05, 0.4])
-    counts = tokens.bincount().numpy()
-    assert chisquare(counts, [2000, 4000, 5000, 1000, 8000]).pvalue > 0.01
-    assert logprobs[tokens == 1] == pytest.approx(math.log(0.2), abs=1e-6)
-    assert logprobs[tokens == 3] == pytest.approx(math.log(0.05), abs=1e-6)
-
-
-def test_every_message_is_sampled_from_its_own_row(num_likely):
-    """Row 0 has tokens 0 and 1 only, row 1 tokens 2 to 5, row 2 is not read."""
-    probabilities = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.4, 0.3, 0.2, 0.1], [1.0] * 6])
-    num = 8_000
-    row_of_message = torch.arange(num) % 4 // 3  # three messages of row 0, one of row 1
-    tokens, logprobs = sample_tokens(
-        probabilities.log(),
-        row_of_message,
-        keys_of(num),
-        torch.full((num,), 7),
-        torch.zeros(num, dtype=torch.bool),
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-    )
-    counts = tokens[row_of_message == 0].bincount(minlength=6).numpy()
-    assert counts[2:].tolist() == [0] * 4
-    assert chisquare(counts[:2], [3000, 3000]).pvalue > 0.01
-    counts = tokens[row_of_message == 1].bincount(minlength=6).numpy()
-    assert counts[:2].tolist() == [0, 0]
-    assert chisquare(counts[2:], [800, 600, 400, 200]).pvalue > 0.01
-    expected = probabilities[row_of_message, tokens].log()
-    assert logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
-
-
-def large_vocabulary():
-    """Return logits of 800 rows: together they have more entries than are worked on at once."""
-    logits = 2 * torch.randn((800, 3000), generator=torch.Generator().manual_seed(0))
-    assert logits.numel() > 2**21
-    return logits
-
-
-def sample_large(logits, keys, *, top_p=1.0):
-    rows = torch.arange(len(logits))
-    greedy = torch.zeros(len(logits), dtype=torch.bool)
-    return sample_tokens(logits, rows, keys, rows, greedy, temperature=1.0, top_k=0, top_p=top_p)
-
-
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_a_token_does_not_depend_on_the_rows_that_are_sampled_together(top_p):
-    logits, keys = large_vocabulary(), keys_of(800)
-    tokens, logprobs = sample_large(logits, keys, top_p=top_p)
-    rank = (logits > logits.gather(1, tokens[:, None])).sum(-1)
-    unlikely = (rank >= 1024).nonzero()[:, 0].tolist()
-    assert (len(unlikely) > 5) == (top_p == 1)
-    for row in (0, 5, 698, 699, 799, *unlikely):
-        alone, alone_logprob = sample_tokens(
-            logits[row : row + 1],
-            torch.tensor([0]),
-            keys[row : row + 1],
-            torch.tensor([row]),
-            torch.tensor([False]),
-            temperature=1.0,
-            top_k=0,
-            top_p=top_p,
-        )
-        assert alone == tokens[row]
-        assert alone_logprob.item() == pytest.approx(logprobs[row].item(), abs=1e-5)
-        assert logprobs[row].item() == pytest.approx(
-            logits[row].log_softmax(-1)[tokens[row]].item(), abs=1e-5
-        )
-
-
-def sample_beyond_the_likely_tokens(probability):
-    """Sample 4,000 tokens. The first 1,024 are likely; the 476 others share this probability.
-
-    Returns how often each was drawn, and the probabilities.
-    """
-    num, num_others = 4_000, 476
-    of_likely = torch.full((1024,), (1 - probability) / 1024)
-    probabilities = torch.cat([of_likely, torch.full((num_others,), probability / num_others)])
-    tokens, _ = sample_tokens(
-        probabilities.log()[None],
-        torch.zeros(num, dtype=torch.long),
-        keys_of(num),
-        torch.arange(num) % 100,
-        torch.zeros(num, dtype=torch.bool),
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-    )
-    return tokens.bincount(minlength=1500), probabilities
-
-
-def test_unlikely_tokens_are_drawn_as_often_as_they_should_be():
-    counts, probabilities = sample_beyond_the_likely_tokens(0.3)
-    groups = torch.cat([torch.arange(1024) // 64, 16 + torch.arange(476) // 14])
-    observed = torch.zeros(50).index_add(0, groups, counts.float())
-    expected = torch.zeros(50).index_add(0, groups, probabilities)
-    expected *= observed.sum() / expected.sum()
-    assert chisquare(observed.numpy(), expected.numpy()).pvalue > 0.01
-
-
-def test_the_joint_noise_of_unlikely_tokens_is_that_of_none_of_them():
-    """A token with the joint noise would be drawn whenever it wins, and not 0.17 times but 8."""
-    counts, _ = sample_beyond_the_likely_tokens(0.02)
-    assert 50 < counts[1024:].sum() < 110
-    assert counts[1024:].max() <= 3
-
-
-def test_logits_in_bfloat16_are_filtered_and_normalised_in_float32():
-    logits = large_vocabulary()[:50].bfloat16()
-    tokens, logprobs = sample_large(logits, keys_of(50), top_p=0.95)
-    expected_tokens, expected_logprobs = sample_large(logits.float(), keys_of(50), top_p=0.95)
-    assert torch.equal(tokens, expected_tokens)
-    assert torch.equal(logprobs, expected_logprobs)
-
-
-def test_a_likely_token_is_the_argmax_of_logits_and_noise():
-    """Another batch, or rounding, changes it only if two scores are that close."""
-    logits, keys = large_vocabulary(), keys_of(800)
-    tokens, _ = sample_large(logits, keys)
-    likely = logits.topk(1024).indices
-    noise = gumbel_noise(keys, torch.arange(800), torch.arange(3000))
-    best = likely.gather(1, (logits + noise).gather(1, likely).argmax(-1, keepdim=True))[:, 0]
-    is_likely = (likely == tokens[:, None]).any(-1)
-    assert 0.5 < is_likely.float().mean() < 1
-    assert torch.equal(tokens[is_likely], best[is_likely])
-
-
-def test_temperature_and_top_k_change_the_draws_but_not_the_logprobs(num_likely):
-    """At temperature 0.5 the two likeliest have 0.3^2 : 0.4^2 = 0.36 : 0.64."""
-    tokens, logprobs = sample_repeatedly([0.1, 0.2, 0.3, 0.4], temperature=0.5, top_k=2)
-    counts = tokens.bincount(minlength=4).numpy()
-    assert counts[:2].tolist() == [0, 0]
-    assert chisquare(counts[2:], [7200, 12800]).pvalue > 0.01
-    assert logprobs[tokens == 3] == pytest.approx(math.log(0.4), abs=1e-6)
-
-
-def test_greedy_messages_take_the_likeliest_token(num_likely):
-    tokens, _ = sample_repeatedly([0.1, 0.2, 0.3, 0.4], greedy=True, temperature=0.5)
-    assert tokens.eq(3).all()
-
 
 # ---- Frequencies of messages ---------------------------------------------------------------------
 
@@ -369,7 +63,7 @@ def probabilities_of_next_token(model, token_ids, *, temperature, top_k, top_p):
     ],
     ids=["temperature", "top-p", "top-k and top-p"],
 )
-def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sampling, num_likely):
+def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sampling, block_size):
     """p(first) * p(second | first), over 10,000 messages of one prompt."""
     # 1. Sample.
     num = 10_000
@@ -400,79 +94,6 @@ def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sam
     assert len(expected) >= 6
     expected = expected * num / expected.sum()
     assert chisquare(observed.numpy(), expected.numpy()).pvalue > 0.01
-
-
-# ---- Filters -------------------------------------------------------------------------------------
-
-FILTERS = [  # top-k, top-p, standard deviation of the logits
-    (0, 0.9, 1.0),
-    (0, 0.9, 5.0),
-    (1, 1.0, 1.0),
-    (7, 1.0, 1.0),
-    (20, 0.5, 2.0),
-    (0, 0.05, 1.0),
-    (10_000, 0.999, 0.1),
-]
-
-
-# In a vocabulary of 3,000 the nucleus may reach beyond the 1,024 likeliest tokens.
-@pytest.mark.parametrize("vocabulary", [50, 3000])
-@pytest.mark.parametrize("top_k, top_p, spread", FILTERS)
-def test_filtered_logits_equal_those_of_transformers(vocabulary, top_k, top_p, spread):
-    generator = torch.Generator().manual_seed(0)
-    logits = spread * torch.randn((5, vocabulary), generator=generator)
-    expected = TemperatureLogitsWarper(0.7)(None, logits)
-    if top_k > 0:
-        expected = TopKLogitsWarper(top_k)(None, expected)
-    if top_p < 1:
-        expected = TopPLogitsWarper(top_p)(None, expected)
-    filtered = filter_logits(logits, temperature=0.7, top_k=top_k, top_p=top_p)
-    assert torch.equal(filtered, expected)
-
-
-def test_top_p_of_one_keeps_every_token_however_unlikely():
-    """In float32 the others reach 1 before the last one."""
-    logits = torch.tensor([[0.0, -1.0, -50.0]])
-    assert torch.equal(filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0), logits)
-
-
-NUCLEI = [  # probabilities, top-p, and the probability of the least likely token in the nucleus
-    ([0.5, 0.25, 0.25], 0.4, 0.5),
-    ([0.5, 0.25, 0.25], 0.5, 0.5),  # the first token reaches top-p exactly
-    ([0.25, 0.5, 0.25], 0.625, 0.25),
-    ([0.5, 0.25, 0.125, 0.125], 0.75, 0.25),
-    ([0.5, 0.25, 0.125, 0.125], 0.8125, 0.125),
-]
-
-
-@pytest.mark.parametrize("probabilities, top_p, smallest", NUCLEI)
-def test_the_nucleus_ends_with_the_token_that_reaches_top_p(probabilities, top_p, smallest):
-    result = _smallest_in_nucleus(torch.tensor([probabilities]), top_p)
-    assert result.tolist() == [[smallest]]
-
-
-def test_the_whole_vocabulary_is_sorted_only_if_1024_tokens_do_not_reach_top_p(monkeypatch):
-    sorted_tokens = []
-    original_topk = torch.Tensor.topk
-
-    def recorded_topk(probs, k):
-        sorted_tokens.append(k)
-        return original_topk(probs, k)
-
-    monkeypatch.setattr(torch.Tensor, "topk", recorded_topk)
-    uniform = torch.full((2, 2048), 2.0**-11)
-    assert _smallest_in_nucleus(uniform, 0.5).tolist() == [[2.0**-11]] * 2
-    assert sorted_tokens == [1024]  # they reach 0.5 exactly
-
-    # Half of the second row is outside its likeliest 1,024 tokens, and one of those has 2 ** -12.
-    mixed = uniform.clone()
-    mixed[0] = 0.0
-    mixed[0, 7] = 1.0
-    mixed[1, 0] = 1.5 * 2.0**-11
-    mixed[1, 1] = 0.5 * 2.0**-11
-    sorted_tokens.clear()
-    assert _smallest_in_nucleus(mixed, 0.9999).tolist() == [[1.0], [0.5 * 2.0**-11]]
-    assert sorted_tokens == [1024, 2048]
 
 
 # ---- The key-value cache -------------------------------------------------------------------------
@@ -922,7 +543,7 @@ def test_messages_that_have_ended_are_reported_before_memory_runs_out(small_mode
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 5])
-def test_messages_do_not_depend_on_what_they_are_decoded_beside(small_model, capacity, num_likely):
+def test_messages_do_not_depend_on_what_they_are_decoded_beside(small_model, capacity, block_size):
     """A batch that is refilled while messages of 1 to 40 tokens end gives what one batch gives."""
     decoder = make_decoder(small_model)
     prompts = [PROMPT[: 1 + number % 3] for number in range(8)]
@@ -991,20 +612,3 @@ def test_messages_are_sampled_without_a_graph_of_gradients(small_model, monkeypa
     monkeypatch.setattr(small_model, "forward", look)
     make_decoder(small_model).decode([PROMPT], [2], [4, 4], [0, 1], [False, False])
     assert modes and not any(modes)
-
-
-def test_as_many_rows_are_sampled_at_once_as_fit_into_two_million_entries(monkeypatch):
-    """One by one would take a kernel launch each; all together, memory of their size."""
-    parts = []
-    original = decoding._split_rows
-
-    def look(logits, **filters):
-        parts.append(len(logits))
-        return original(logits, **filters)
-
-    monkeypatch.setattr(decoding, "_split_rows", look)
-    logits = torch.zeros(1500, 2000)
-    decoding._split_tokens(logits, temperature=1.0, top_k=0, top_p=1.0)
-    assert parts == [1048, 452]
-    assert decoding._rows_at_once(torch.empty(1, 200_000, device="meta")) == 2**26 // 200_000
-    assert decoding._rows_at_once(torch.empty(1, 2**22)) == 1

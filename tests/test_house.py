@@ -23,6 +23,7 @@ ORDER = [
     "answers",
     "extraction",
     "tasks",
+    "sampling",
     "decoding",
     "packing",
     "checkpoints",
@@ -151,7 +152,7 @@ def test_the_defaults_are_those_with_which_the_results_were_made():
     args = generate_rollouts.parse_args([])
     assert (args.run, args.task, args.graph, args.seed) == ("runs/tiny", "tiny", "chain", 0)
     assert (args.num_train, args.num_heldout) == (300, 45)
-    assert (args.max_new_tokens, args.max_active, args.batch_tokens) == (192, 512, 32768)
+    assert (args.max_new_tokens, args.max_active, args.batch_tokens) == (192, 512, 131072)
     assert not args.quantize_policy and args.adapter is None and args.data is None
     args = train_value.parse_args([])
     assert (args.target, args.view, args.loss, args.label_weights) == (

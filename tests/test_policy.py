@@ -17,11 +17,12 @@ from transformers import GenerationConfig
 
 import decoding
 import generate_rollouts
-from decoding import MessageQueue, gumbel_noise, message_key
+from decoding import MessageQueue
 from generate_rollouts import expand, label_tree, make_root, run_searches, tree_record
 from mas import CHAIN
 from policy import Candidate, Cost, Sample, make_policy, policy_settings, search_settings
 from runs import InputError, seeded
+from sampling import gumbel_noise, message_key
 from tasks import Problem, load_problems
 
 PROBLEMS = load_problems(task="tiny", data=None, split="test", num=8)

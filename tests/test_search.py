@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 import generate_rollouts
 import search
-from decoding import uniforms
 from extraction import extract_answer
 from generate_rollouts import expand, make_root, run_searches
 from mas import CHAIN, GRAPHS, MAS, SINGLE, Agent
 from policy import Candidate, Cost, Outcome, Sample, Score
 from runs import InputError, ignore, write_config
+from sampling import uniforms
 from search import (
     Method,
     ModelScorer,

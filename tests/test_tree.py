@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import generate_rollouts
-from decoding import uniforms
 from generate_rollouts import (
     backup,
     expand,
@@ -32,6 +31,7 @@ from generate_rollouts import (
 from mas import CHAIN, GRAPHS, SINGLE, State
 from policy import Candidate, Cost, Sample, Score
 from runs import seeded
+from sampling import uniforms
 from tasks import Problem
 
 PROBLEM = Problem("p", split="train", question="q", gold="1", answer_type="number")

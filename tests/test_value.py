@@ -36,7 +36,6 @@ import train_value
 import value
 from adapters import add_lora, lora_config
 from checkpoints import load_pretrained
-from decoding import uniforms
 from generate_rollouts import Edge, Sample, label_tree, run_searches, tree_paths, tree_record
 from mas import CHAIN, SINGLE, State
 from packing import collate, num_distinct_tokens, pack, packed_batches, sequences_of
@@ -51,6 +50,7 @@ from runs import (
     read_jsonl,
     seeded,
 )
+from sampling import uniforms
 from tasks import Problem
 from train_value import (
     epoch_batches,
