@@ -14,207 +14,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
+from cache import CacheRows, FixedRows, FixedSteps
 from runs import ignore
 from sampling import sample_tokens
-
-# ---- The key-value cache -------------------------------------------------------------------------
-
-
-class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer, with room for more columns.
-
-    `DynamicLayer` copies all keys and values at every step (torch.cat). Here a step writes one new
-    column, and a copy is made only if there is no room.
-    """
-
-    SPARE_COLUMNS = 64
-    # Of keys and of values, [rows, heads, columns with spare ones, dim]. Some models store keys and
-    # values of different dim. `keys` and `values` are views of the columns that are filled.
-    storages: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        newest = (key_states, value_states)
-        if self.storages is None or self.storages[0].shape[2] < end:
-            self.storages = self._with_room(newest, start, end)
-        for storage, states in zip(self.storages, newest, strict=True):
-            storage[:, :, start:end] = states
-        self._fill(end)
-        return self.keys, self.values
-
-    def _with_room(self, newest, start: int, end: int) -> tuple[torch.Tensor, ...]:
-        """Return storages with spare columns that hold the keys and values so far."""
-        storages = []
-        for so_far, states in zip((self.keys, self.values), newest, strict=True):
-            rows, heads, _, dim = states.shape
-            storage = states.new_empty((rows, heads, end + self.SPARE_COLUMNS, dim))
-            if start > 0:
-                storage[:, :, :start] = so_far
-            storages.append(storage)
-        return tuple(storages)
-
-    def _fill(self, end: int) -> None:
-        """Make `keys` and `values` views of the first `end` columns."""
-        self.keys, self.values = (storage[:, :, :end] for storage in self.storages)
-
-    def batch_select_indices(self, indices: torch.Tensor, first_column: int = 0) -> None:
-        """Keep, reorder or repeat rows, without the columns before `first_column`."""
-        end = self.get_seq_length() - first_column
-        self.storages = tuple(storage[indices, :, first_column:] for storage in self.storages)
-        self._fill(end)
-
-    def add_rows(self, other: "PreallocatedLayer") -> None:
-        """Append the rows of another layer, aligned on the right."""
-        end = max(self.get_seq_length(), other.get_seq_length())
-        storages = []
-        for upper, lower in ((self.keys, other.keys), (self.values, other.values)):
-            num_rows, heads, _, dim = upper.shape
-            shape = (num_rows + len(lower), heads, end + self.SPARE_COLUMNS, dim)
-            # Zeros: attention ignores padding, but 0 * (not a number) is not a number.
-            storage = upper.new_zeros(shape)
-            storage[:num_rows, :, end - upper.shape[2] : end] = upper
-            storage[num_rows:, :, end - lower.shape[2] : end] = lower
-            storages.append(storage)
-        self.storages = tuple(storages)
-        self._fill(end)
-
-
-def pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad token ids on the left. Returns them and their attention mask, int64 [rows, longest]."""
-    longest = max(map(len, rows))
-    token_ids = torch.full((len(rows), longest), pad_id)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for index, row in enumerate(rows):
-        token_ids[index, longest - len(row) :] = torch.tensor(row)
-        mask[index, longest - len(row) :] = 1
-    return token_ids, mask
-
-
-class CacheRows:
-    """Rows of the key-value cache, one per distinct beginning of a message.
-
-    All messages sampled from one prompt start in one row. They share it for as long as their tokens
-    are equal, and get their own rows when they differ. Rows are padded on the left, so that each
-    writes its next token into the same column, whenever its prompt was added.
-
-    Attributes:
-        lengths: [rows], tokens that each row holds, in the last columns.
-        width: columns of the cache that are filled.
-        logits: [rows, vocabulary], of the next token of each row.
-    """
-
-    # When no more than this share of the rows is still read, the others are removed and prompts can
-    # be added. Copying the cache costs about as much as a few steps, so it is not done more often.
-    SHARE_WORTH_KEEPING = 0.8
-
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], *, pad_id: int):
-        """Prefill each prompt once. prompts: token ids."""
-        self.model = model
-        self.pad_id = pad_id
-        token_ids, mask = pad_left(prompts, pad_id)
-        self.width = token_ids.shape[1]
-        self.lengths = mask.sum(-1).to(model.device)
-        self.is_resizable = self.is_resizable_for(model)
-        self.cache = DynamicCache(config=model.config)
-        self.cache.layers = [
-            PreallocatedLayer() if type(layer) is DynamicLayer else layer
-            for layer in self.cache.layers
-        ]
-        self._forward(token_ids.to(model.device))
-
-    @staticmethod
-    def is_resizable_for(model: PreTrainedModel) -> bool:
-        """Return whether rows can be added and padding columns dropped.
-
-        Layers with sliding windows or recurrent states do not keep one column per token.
-        """
-        layers = DynamicCache(config=model.config).layers
-        return all(type(layer) is DynamicLayer for layer in layers)
-
-    def branch(
-        self, row_of_message: torch.Tensor, tokens: torch.Tensor, max_width: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give each message a row that it shares only with messages of equal tokens.
-
-        Args:
-            row_of_message: [messages], the row of each message that has not ended.
-            tokens: [messages], the newest token of each.
-            max_width: columns that the live messages can need. A wider cache still holds columns of
-                messages that have ended.
-
-        Returns:
-            row_of_message after branching, and the newest token of each row [rows].
-        """
-        num_rows, vocabulary = self.logits.shape
-        # Messages of one row that continue with the same token are still equal.
-        row_and_token = row_of_message * vocabulary + tokens
-        distinct, new_row_of_message = torch.unique(row_and_token, return_inverse=True)
-        parents, newest = distinct // vocabulary, distinct % vocabulary
-        some_differ = len(distinct) > len(parents.unique())
-        enough_have_ended = len(distinct) < self.SHARE_WORTH_KEEPING * num_rows
-        is_too_wide = self.is_resizable and self.width >= max_width
-        if some_differ or enough_have_ended or is_too_wide:
-            self._select(parents)
-            return new_row_of_message, newest
-        # Nothing has to be copied. Rows of ended messages stay; what they read is ignored.
-        return row_of_message, newest.new_zeros(num_rows).index_copy(0, parents, newest)
-
-    def _select(self, rows: torch.Tensor) -> None:
-        """Keep, reorder or repeat rows, without columns that are padding in all of them."""
-        self.lengths = self.lengths[rows]
-        if not self.is_resizable:
-            self.cache.batch_select_indices(rows)
-            return
-        first_column = self.width - int(self.lengths.max())
-        for layer in self.cache.layers:
-            layer.batch_select_indices(rows, first_column)
-        self.width -= first_column
-
-    def append(self, tokens: torch.Tensor) -> None:
-        """Read one more token per row: tokens [rows]. Updates `logits`."""
-        self.width += 1
-        self.lengths = self.lengths + 1
-        self._forward(tokens[:, None])
-
-    def add_prompts(self, prompts: list[list[int]], row_of_message: torch.Tensor) -> torch.Tensor:
-        """Prefill further prompts, and append their rows. Rows that no message reads are removed.
-
-        Returns row_of_message after they have been removed.
-        """
-        read, row_of_message = torch.unique(row_of_message, return_inverse=True)
-        if len(read) < len(self.logits):
-            self._select(read)
-            self.logits = self.logits[read]
-        added = CacheRows(self.model, prompts, pad_id=self.pad_id)
-        for layer, added_layer in zip(self.cache.layers, added.cache.layers, strict=True):
-            layer.add_rows(added_layer)
-        self.width = max(self.width, added.width)
-        self.lengths = torch.cat([self.lengths, added.lengths])
-        self.logits = torch.cat([self.logits, added.logits])
-        return row_of_message
-
-    def _forward(self, token_ids: torch.Tensor) -> None:
-        """Read the newest columns: token_ids [rows, columns]. Updates `logits`."""
-        columns = torch.arange(self.width, device=self.lengths.device)
-        first_token = (self.width - self.lengths)[:, None]  # the columns before it are padding
-        newest = columns[self.width - token_ids.shape[1] :]
-        output = self.model(
-            input_ids=token_ids,
-            attention_mask=(columns >= first_token).long(),
-            position_ids=(newest - first_token).clamp(min=0),
-            past_key_values=self.cache,
-            logits_to_keep=1,
-        )
-        self.logits = output.logits[:, -1]
-
 
 # ---- The decoder ---------------------------------------------------------------------------------
 
@@ -339,8 +143,10 @@ class Decoder:
         eos_ids: token ids that end a message.
         pad_id: any token id; prompts are padded with it.
         temperature, top_k, top_p: of every sampled token, see `filter_logits`.
+        cuda_graphs: decode with steps of fixed shape, see `FixedSteps`.
 
     Attributes:
+        fixed_steps: these steps; None without them.
         seconds: time spent per activity: "model", and "sampling", which includes copying the cache
             when messages differ. Approximate on a GPU, as its kernels run asynchronously.
     """
@@ -354,11 +160,13 @@ class Decoder:
         temperature: float,
         top_k: int,
         top_p: float,
+        cuda_graphs: bool = False,
     ):
         self.model = model.eval()
         self.eos_ids = eos_ids
         self.pad_id = pad_id
         self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.fixed_steps = FixedSteps(model) if cuda_graphs else None
         self.seconds = {"model": 0.0, "sampling": 0.0}
 
     @torch.inference_mode()
@@ -461,11 +269,18 @@ class Decoder:
         Returns the cache, and row_of_message of the messages that were live before.
         """
         new_prompts = [prompts[part.prompt] for part in started]
-        if rows is None:
-            return CacheRows(self.model, new_prompts, pad_id=self.pad_id), row_of_message
-        if new_prompts:
+        if rows is None and self.fixed_steps is None:
+            rows = CacheRows(self.model, new_prompts, pad_id=self.pad_id)
+        elif rows is None:
+            rows = FixedRows(self.model, new_prompts, pad_id=self.pad_id, steps=self.fixed_steps)
+        elif new_prompts:
             row_of_message = rows.add_prompts(new_prompts, row_of_message)
         return rows, row_of_message
+
+    def free_memory(self) -> None:
+        """Give back the memory that is kept between calls."""
+        if self.fixed_steps is not None:
+            self.fixed_steps.free()
 
     @contextmanager
     def _timed(self, activity: str):

@@ -72,26 +72,33 @@ class PackedRow:
 Batch = list[PackedRow]  # what is read at once
 
 
+def takes_our_mask(config) -> bool:
+    """Return whether every layer of a model attends to the columns that a mask of bools names.
+
+    Our mask replaces the model's own, so every layer has to attend to everything before it. Sliding
+    windows and recurrent layers do not. And the attention has to take a mask of bools: "sdpa" does,
+    "eager" would add it to the scores.
+    """
+    config = config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return False
+    if getattr(config, "alibi", False):  # Falcon computes its biases from a mask of two dimensions
+        return False
+    layer_types = getattr(config, "layer_types", None) or []
+    has_window = getattr(config, "sliding_window", None) is not None
+    if any(layer_type != "full_attention" for layer_type in layer_types):
+        return False
+    return bool(layer_types) or not has_window
+
+
 def token_cost_for(config) -> float | None:
     """Return what a token costs a model apart from attention; None if it cannot read packed rows.
 
     The unit is the attention of one column to another: 4 h FLOPs per layer, with a hidden size h.
     The projections take 8 h^2 and an MLP of size i takes 6 h i, so a token costs 2 h + 1.5 i units.
-
-    The mask of a packed row replaces the model's own, so every layer has to attend to everything
-    before it. Sliding windows and recurrent layers do not. And the attention has to take a mask of
-    bools: "sdpa" does, "eager" would add it to the scores.
     """
     config = config.get_text_config()
-    if config._attn_implementation != "sdpa":
-        return None
-    if getattr(config, "alibi", False):  # Falcon computes its biases from a mask of two dimensions
-        return None
-    layer_types = getattr(config, "layer_types", None) or []
-    has_window = getattr(config, "sliding_window", None) is not None
-    if any(layer_type != "full_attention" for layer_type in layer_types):
-        return None
-    if has_window and not layer_types:
+    if not takes_our_mask(config):
         return None
     # GPT-2 and its like have no such setting: their MLP is four times as wide as the hidden state.
     intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cache import takes_fixed_steps
 from checkpoints import (
     TEMPLATE_DATE,
     ChatFormat,
@@ -339,6 +340,7 @@ class Policy:
                 with self._adapter_merged(pending[0].job.agent):
                     self._decode(pending)
             except torch.OutOfMemoryError:
+                self.decoder.free_memory()
                 pending = [messages.without_finished() for messages in pending]
                 pending = [messages for messages in pending if messages.candidate_indices]
                 self._halve_batch_tokens(pending)
@@ -492,6 +494,11 @@ def add_tree_search_arguments(parser: Parser) -> None:
         help="folder of the journal of messages; runs with the same agents can share it "
         "(default: RUN/messages)",
     )
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="generate with CUDA graphs: a step does not wait for Python (not run on a GPU yet)",
+    )
 
 
 def json_object(text: str) -> dict:
@@ -524,6 +531,9 @@ def make_policy(args, mas: MAS) -> Policy:
         name=f"--model {args.model}",
         template_kwargs=args.chat_template_kwargs,
     )
+    cuda_graphs = getattr(args, "cuda_graphs", False)
+    if cuda_graphs:
+        _check_cuda_graphs(args, model)
     decoder = Decoder(
         model,
         eos_ids=end_of_message_ids(model, tokenizer),
@@ -531,6 +541,7 @@ def make_policy(args, mas: MAS) -> Policy:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        cuda_graphs=cuda_graphs,
     )
     policy = Policy(
         mas,
@@ -544,6 +555,17 @@ def make_policy(args, mas: MAS) -> Policy:
     if args.adapter is not None:
         load_adapters(policy, args.adapter)
     return policy
+
+
+def _check_cuda_graphs(args, model: PreTrainedModel) -> None:
+    """Raise InputError if CUDA graphs cannot decode with these agents."""
+    if args.adapter is not None:
+        raise InputError("--cuda-graphs: not with --adapter, as a graph keeps one set of adapters")
+    if not takes_fixed_steps(model):
+        raise InputError(
+            f"--cuda-graphs: not with --model {args.model}; every layer has to attend to all "
+            f"tokens, with attention 'sdpa'"
+        )
 
 
 def load_adapters(policy: Policy, folder: str) -> None:

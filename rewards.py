@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM
 
+from cache import CacheRows
 from checkpoints import ChatFormat, context_length, load_pretrained
-from decoding import CacheRows
 from generate_rollouts import Node, grade_terminals, make_child, make_root, run_searches
 from mas import MAS
 from packing import token_batches

@@ -4,14 +4,14 @@ Run it from the root of the repository:
 
     python -m tests.benchmark trees      # labels: as they are, and without one feature at a time
     python -m tests.benchmark scaling    # time per problem with 50, 200 and 800 problems
-    python -m tests.benchmark engine --device cuda --bandwidth 4300 --tflops 790    # a 1.5B shape
+    python -m tests.benchmark engine --device cuda --bandwidth 4300 --tflops 790 --cuda-graphs
     python -m tests.benchmark engine --shape tiny --rows 16 64 --prompt 128 --new 32 \
         --states 64 --state-tokens 256
     python -m tests.benchmark lengths --shape tiny --prompt 64
     python -m tests.benchmark packing --shape 0.5B --prompt 500 --new 60
 
 `engine` measures decoding, scoring and training of V. Speed does not depend on the weights, so they
-are random, and every message has the same length.
+are random, and every message has the same length. Its default shape is that of a 1.5B model.
 """
 
 import math
@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import product
 from typing import NamedTuple
 from unittest import mock
 
@@ -36,7 +37,8 @@ from transformers import (
 
 import generate_rollouts
 from adapters import AgentAdapters, add_lora
-from decoding import CacheRows, Decoder, PreallocatedLayer
+from cache import CacheRows, PreallocatedLayer
+from decoding import Decoder
 from generate_rollouts import make_searches, run_searches, tree_record
 from mas import CHAIN, counts_per_agent
 from packing import pack, sequences_of
@@ -388,8 +390,11 @@ def on_gpu(device: str) -> bool:
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:
-    """Return the seconds of one call, after another one to warm up."""
-    for _ in range(2):
+    """Return the seconds of one call, after two others to warm up.
+
+    CUDA graphs are made in the first, and again in the second if their memory has grown.
+    """
+    for _ in range(3):
         if on_gpu(device):
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -411,8 +416,9 @@ def measure_decoding(model: PreTrainedModel, args) -> None:
     rate_per_node = NUM_CANDIDATES * args.new / seconds_per_node(model, prompt, args)
     print(f"per-node generate, {NUM_CANDIDATES} rows: {rate_per_node:9.0f} tokens/s")
 
-    for num_rows in args.rows:
-        seconds = seconds_of_decoder(model, prompt, num_rows, args)
+    ways = {"engine": False, "graphs": True} if args.cuda_graphs else {"engine": False}
+    for num_rows, (way, cuda_graphs) in product(args.rows, ways.items()):
+        seconds = seconds_of_decoder(model, prompt, num_rows, args, cuda_graphs=cuda_graphs)
         rate = num_rows * args.new / seconds
         sampling = args.new * seconds_of_sampler(model, num_rows, args) / seconds
         share = ""
@@ -423,7 +429,7 @@ def measure_decoding(model: PreTrainedModel, args) -> None:
             limit = num_rows * args.bandwidth * 1e9 / bytes_per_step
             share = f", {rate / limit:.1%} of the bandwidth limit"
         print(
-            f"engine, {num_rows:5d} rows:         {rate:9.0f} tokens/s, "
+            f"{way}, {num_rows:5d} rows:         {rate:9.0f} tokens/s, "
             f"{rate / rate_per_node:5.1f} times per-node generate, sampling takes {sampling:.1%}"
             f"{share}, peak {peak_memory(args.device)}",
             flush=True,
@@ -459,10 +465,19 @@ def seconds_per_node(model: PreTrainedModel, prompt: list[int], args) -> float:
     return seconds_of(generate, args.device)
 
 
-def seconds_of_decoder(model: PreTrainedModel, prompt: list[int], num_rows: int, args) -> float:
+def seconds_of_decoder(
+    model: PreTrainedModel, prompt: list[int], num_rows: int, args, *, cuda_graphs: bool
+) -> float:
     """Measure our decoder on `num_rows` messages, NUM_CANDIDATES per prompt."""
-    no_token = {-1}  # so that no message ends before its limit
-    decoder = Decoder(model, eos_ids=no_token, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
+    decoder = Decoder(
+        model,
+        eos_ids={-1},  # so that no message ends before its limit
+        pad_id=0,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        cuda_graphs=cuda_graphs,
+    )
     num_prompts, rest = divmod(num_rows, NUM_CANDIDATES)
     repeats = [NUM_CANDIDATES] * num_prompts
     if rest:
@@ -702,6 +717,7 @@ def parse_args(argv=None):
     add("--state-tokens", type=positive_int, default=1024, help="engine: tokens of a state")
     add("--lora-rank", type=positive_int, default=256, help="engine and adapters: rank of LoRA")
     add("--bandwidth", type=positive_float, help="engine: of the memory, GB/s; shows the share")
+    add("--cuda-graphs", action="store_true", help="engine: decode with CUDA graphs, too")
     add("--tflops", type=positive_float, help="engine: of the device; shows the share")
     return parser.parse_args(argv)
 

@@ -10,9 +10,11 @@ from contextlib import redirect_stderr, redirect_stdout
 import matplotlib
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import generate_rollouts
 import sampling
+from decoding import Decoder
 from mas import CHAIN, MAS, Agent
 from policy import Candidate, Cost, Policy, Sample, make_policy
 from runs import HERE
@@ -248,3 +250,73 @@ def block_size(request, monkeypatch):
     """Let the sampler work on a small vocabulary as on a large one: on one block, or on several."""
     monkeypatch.setattr(sampling, "BLOCK_SIZE", request.param)
     return request.param
+
+
+# ---- Small models with random weights ------------------------------------------------------------
+
+VOCABULARY = 8
+PROMPT = [3, 1, 4, 1, 5]
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """Return a language model with random weights, whose next tokens are far from uniform."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_with_absolute_positions():
+    """Return a model with random weights that sees where in its row a token is.
+
+    With rotary positions only distances matter, so that shifted positions would go unnoticed.
+    """
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=16,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        initializer_range=0.3,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_with_windows():
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(config).eval()
+
+
+def make_decoder(model, *, cuda_graphs=False):
+    """Make a decoder at temperature 1, for which token 0 ends a message."""
+    return Decoder(
+        model,
+        eos_ids={0},
+        pad_id=0,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        cuda_graphs=cuda_graphs,
+    )

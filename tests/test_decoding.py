@@ -1,45 +1,22 @@
-"""Tests of decoding.py: the cache, messages that share rows, which are decoded together."""
+"""Tests of decoding.py: frequencies of messages, shared rows, batches and refilling, memory."""
 
 import pytest
 import torch
-from conftest import keys_of
+from conftest import PROMPT, VOCABULARY, keys_of, make_decoder
 from scipy.stats import chisquare
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from decoding import CacheRows, Decoder, MessageQueue, PreallocatedLayer, pad_left
+from cache import CacheRows
+from decoding import Decoder, MessageQueue
 from generate_rollouts import make_root
 from policy import Sample
 from tasks import load_problems
 
 # ---- Frequencies of messages ---------------------------------------------------------------------
-
-VOCABULARY = 8
-PROMPT = [3, 1, 4, 1, 5]
-
-
-@pytest.fixture(scope="module")
-def small_model():
-    """Return a language model with random weights, whose next tokens are far from uniform."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    return Qwen2ForCausalLM(config).eval()
 
 
 @torch.inference_mode()
@@ -94,185 +71,6 @@ def test_two_sampled_tokens_have_the_frequencies_of_the_softmax(small_model, sam
     assert len(expected) >= 6
     expected = expected * num / expected.sum()
     assert chisquare(observed.numpy(), expected.numpy()).pvalue > 0.01
-
-
-# ---- The key-value cache -------------------------------------------------------------------------
-
-
-COLUMNS_PER_STEP = [
-    # A prompt, single tokens until the layer has grown, then several tokens at once.
-    [5] + [1] * (PreallocatedLayer.SPARE_COLUMNS + 3) + [4],
-    # A prompt of one token, then more tokens than there is room for.
-    [1, PreallocatedLayer.SPARE_COLUMNS + 1],
-]
-
-
-def test_keys_and_values_may_differ_in_size():
-    """As in models that cache latents beside a few rotary dimensions."""
-    ours, theirs, other = PreallocatedLayer(), DynamicLayer(), PreallocatedLayer()
-    for columns in (3, 1, PreallocatedLayer.SPARE_COLUMNS + 1):
-        keys, values = torch.randn(2, 1, columns, 8), torch.randn(2, 1, columns, 4)
-        ours.update(keys, values)
-        theirs.update(keys, values)
-    ours.batch_select_indices(torch.tensor([1]))
-    theirs.batch_select_indices(torch.tensor([1]))
-    other.update(torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 4))
-    ours.add_rows(other)
-    for name in ("keys", "values"):
-        assert torch.equal(getattr(ours, name)[:1], getattr(theirs, name))
-        assert getattr(ours, name)[1, 0, -2:].eq(1).all()
-        assert getattr(ours, name)[1, 0, :-2].eq(0).all()
-
-
-@pytest.mark.parametrize("columns_per_step", COLUMNS_PER_STEP)
-@pytest.mark.parametrize("head_dim", [8, 128])
-def test_a_preallocated_layer_equals_one_that_copies(columns_per_step, head_dim):
-    """The heads may have fewer or more dimensions than the layer has columns."""
-    ours = PreallocatedLayer()
-    theirs = DynamicLayer()
-    generator = torch.Generator().manual_seed(0)
-    num_rows = 3
-    for num_columns in columns_per_step:
-        shape = (2, num_rows, 2, num_columns, head_dim)
-        keys, values = torch.randn(shape, generator=generator)
-        our_keys, our_values = ours.update(keys, values)
-        their_keys, their_values = theirs.update(keys, values)
-        assert torch.equal(our_keys, their_keys)
-        assert torch.equal(our_values, their_values)
-        if theirs.get_seq_length() in (9, 40):
-            # Drop and reorder rows, as when some messages have ended.
-            num_rows = 2
-            for layer in (ours, theirs):
-                layer.batch_select_indices(torch.tensor([1, 0]))
-    assert ours.get_seq_length() == theirs.get_seq_length()
-    assert ours.get_seq_length() > PreallocatedLayer.SPARE_COLUMNS
-
-
-def test_a_layer_is_copied_only_if_it_has_no_room():
-    layer = PreallocatedLayer()
-    layer.update(torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8))
-    [storage, _] = layer.storages
-    column = torch.zeros(1, 1, 1, 8)
-    for _ in range(PreallocatedLayer.SPARE_COLUMNS):
-        layer.update(column, column)
-        assert layer.storages[0] is storage
-    layer.update(column, column)
-    assert layer.storages[0] is not storage
-
-
-def test_prompts_are_padded_on_the_left_and_their_padding_is_masked():
-    token_ids, mask = pad_left([[7, 8], [4, 5, 6], [9]], pad_id=3)
-    assert token_ids.tolist() == [[3, 7, 8], [4, 5, 6], [3, 3, 9]]
-    assert mask.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
-    assert token_ids.dtype == mask.dtype == torch.int64
-
-
-@pytest.fixture(scope="module")
-def model_with_absolute_positions():
-    """Return a model with random weights that sees where in its row a token is.
-
-    With rotary positions only distances matter, so that shifted positions would go unnoticed.
-    """
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=16,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        initializer_range=0.3,
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("pad_id", [0, 5])
-def test_logits_do_not_depend_on_padding(model_with_absolute_positions, pad_id):
-    """A short prompt and a long one, then two more tokens: as if each row were alone."""
-    model = model_with_absolute_positions
-    rows = [[3, 1], [2, 7, 1, 7, 2]]
-    cache_rows = CacheRows(model, rows, pad_id=pad_id)
-    for newest in ([4, 6], [5, 1]):
-        for row, logits in zip(rows, cache_rows.logits, strict=True):
-            alone = model(input_ids=torch.tensor([row])).logits[0, -1]
-            assert logits.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
-        rows = [[*row, token] for row, token in zip(rows, newest, strict=True)]
-        cache_rows.append(torch.tensor(newest))
-
-
-@pytest.fixture(scope="module")
-def model_with_windows():
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_sliding_window=True,
-        sliding_window=3,
-        layer_types=["full_attention", "sliding_attention"],
-    )
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(config).eval()
-
-
-@torch.inference_mode()
-def test_layers_with_full_attention_have_room_and_the_others_keep_their_window(model_with_windows):
-    cache_rows = CacheRows(model_with_windows, [PROMPT], pad_id=0)
-    layer_types = [type(layer) for layer in cache_rows.cache.layers]
-    assert layer_types == [PreallocatedLayer, DynamicSlidingWindowLayer]
-
-
-@torch.inference_mode()
-def test_only_the_logits_of_the_newest_token_are_computed(small_model, monkeypatch):
-    """Those of a whole prompt would be prompt x vocabulary numbers per row."""
-    num_logits = []
-    forward = small_model.forward
-
-    def recorded_forward(**options):
-        output = forward(**options)
-        num_logits.append(output.logits.numel())
-        return output
-
-    monkeypatch.setattr(small_model, "forward", recorded_forward)
-    CacheRows(small_model, [PROMPT, PROMPT], pad_id=0)
-    assert num_logits == [2 * VOCABULARY]
-
-
-BRANCHINGS = [
-    # rows before; row and newest token of each message; parents of the rows after it
-    (5, [0, 1, 2, 3], [6, 6, 6, 6], None),  # four of five rows are enough: nothing is copied
-    (5, [0, 1, 2], [6, 6, 6], [0, 1, 2]),  # too many have ended
-    (1, [0, 0], [6, 6], None),  # equal messages share a row
-    (1, [0, 0, 0], [6, 2, 6], [0, 0]),  # and get their own rows when they differ
-    (2, [0, 1, 1], [6, 6, 2], [0, 1, 1]),
-]
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("num_rows, row_of_message, tokens, parents", BRANCHINGS)
-def test_rows_are_copied_only_if_messages_differ_or_many_have_ended(
-    small_model, monkeypatch, num_rows, row_of_message, tokens, parents
-):
-    prompts = [[*PROMPT, row] for row in range(num_rows)]
-    cache_rows = CacheRows(small_model, prompts, pad_id=0)
-    copied = []
-    monkeypatch.setattr(cache_rows, "_select", lambda rows: copied.append(rows.tolist()))
-    new_row_of_message, newest = cache_rows.branch(
-        torch.tensor(row_of_message), torch.tensor(tokens), max_width=99
-    )
-    assert copied == ([] if parents is None else [parents])
-    assert newest[new_row_of_message].tolist() == tokens
-    parent_of_row = range(num_rows) if parents is None else parents
-    assert [parent_of_row[row] for row in new_row_of_message] == row_of_message
-
-
-def test_the_time_of_both_activities_is_counted_from_zero(small_model):
-    decoder = Decoder(small_model, eos_ids={-1}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
-    assert decoder.seconds == {"model": 0.0, "sampling": 0.0}
-    decoder.decode([PROMPT], [1], [2], [0], [True])
-    assert min(decoder.seconds.values()) > 0
 
 
 # ---- Messages that share rows --------------------------------------------------------------------
@@ -360,10 +158,6 @@ def test_a_message_ends_at_its_own_limit_and_its_row_is_removed(policy, monkeypa
 # ---- Which messages are decoded together ---------------------------------------------------------
 
 
-def make_decoder(model):
-    return Decoder(model, eos_ids={0}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
-
-
 def started(queue, live=()):
     """Start messages beside the live ones. Returns the indices of those started."""
     return [index for part in queue.take(list(live)) for index in part.messages]
@@ -420,58 +214,6 @@ def test_prompts_are_added_when_a_fifth_of_the_batch_is_free():
 
 
 # ---- Refilling: prompts that take the rows of messages that have ended ---------------------------
-
-
-@torch.inference_mode()
-def test_prompts_that_are_added_are_read_as_if_each_were_alone(model_with_absolute_positions):
-    """A shorter and a longer one than what is there. Rows are dropped, and columns with them."""
-    model = model_with_absolute_positions
-    cache_rows = CacheRows(model, [[3, 1], [2, 7, 1, 7]], pad_id=0)
-    rows = [[3, 1], [2, 7, 1, 7]]
-
-    def check():
-        assert cache_rows.lengths.tolist() == [len(row) for row in rows]
-        assert cache_rows.width == cache_rows.cache.get_seq_length()
-        for row, logits in zip(rows, cache_rows.logits, strict=True):
-            alone = model(input_ids=torch.tensor([row])).logits[0, -1]
-            assert logits.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
-
-    def append(tokens):
-        cache_rows.append(torch.tensor(tokens))
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
-        check()
-
-    append([5, 6])
-    row_of_message = cache_rows.add_prompts([[6], [7, 2, 7, 1, 7, 2, 7]], torch.tensor([1, 0, 1]))
-    assert row_of_message.tolist() == [1, 0, 1]
-    rows += [[6], [7, 2, 7, 1, 7, 2, 7]]
-    check()
-    append([1, 2, 3, 4])
-    assert cache_rows.width == 8
-
-    # The first and the third stay, twice the latter: four columns at most, instead of eight.
-    rows = [[3, 1, 5, 1], [6, 3], [6, 3]]
-    cache_rows._select(torch.tensor([0, 2, 2]))
-    assert cache_rows.width == 4
-    append([2, 5, 7])
-
-    # No message reads the second row any more.
-    row_of_message = cache_rows.add_prompts([[4, 4]], torch.tensor([2, 0, 2]))
-    assert row_of_message.tolist() == [1, 0, 1]
-    rows = [rows[0], rows[2], [4, 4]]
-    check()
-    append([1, 1, 1])
-
-
-def test_padding_is_zero_because_attention_multiplies_it():
-    """Zero times whatever was in memory could be not a number."""
-    layer, other = PreallocatedLayer(), PreallocatedLayer()
-    layer.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
-    other.update(torch.ones(1, 1, 5, 4), torch.ones(1, 1, 5, 4))
-    layer.add_rows(other)
-    assert layer.keys[:, 0, :, 0].tolist() == [[0, 0, 0, 1, 1], [1] * 5]
-    assert layer.values[:, 0, :, 0].tolist() == [[0, 0, 0, 1, 1], [1] * 5]
 
 
 def test_without_alignment_the_longest_prompt_and_the_largest_limit_count():
@@ -595,6 +337,13 @@ def test_rows_of_messages_that_have_ended_are_given_to_others(small_model, monke
     assert sum(live_rows) >= 4 * 29 + 36 * 2
     assert len(live_rows) < 60  # batch after batch: 4 x 29 + 2
     assert max(live_rows) <= 8
+
+
+def test_the_time_of_both_activities_is_counted_from_zero(small_model):
+    decoder = Decoder(small_model, eos_ids={-1}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
+    assert decoder.seconds == {"model": 0.0, "sampling": 0.0}
+    decoder.decode([PROMPT], [1], [2], [0], [True])
+    assert min(decoder.seconds.values()) > 0
 
 
 # ---- Memory --------------------------------------------------------------------------------------
