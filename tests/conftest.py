@@ -162,12 +162,13 @@ def hint_graph():
 def make_tiny_policy(mas: MAS, *, model: str = AGENTS, **changes) -> Policy:
     """Load a policy as the scripts do, on one thread of the CPU, with messages of 128 tokens.
 
-    changes: flags that differ from their defaults, e.g. `batch_tokens=700`.
+    changes: flags that differ from their defaults, e.g. `batch_tokens=700`; None for a switch.
     """
     argv = ["--model", model, "--device", "cpu", "--num-threads", "1"]
     for name, value in ({"max_new_tokens": 128} | changes).items():
-        flag = "--" + name.replace("_", "-")
-        argv += [flag, str(value)]
+        argv.append("--" + name.replace("_", "-"))
+        if value is not None:
+            argv.append(str(value))
     args = generate_rollouts.parse_args(argv)
     return make_policy(args, mas)
 

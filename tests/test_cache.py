@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROMPT, VOCABULARY, make_decoder
+from conftest import PROMPT, VOCABULARY, make_decoder, make_tiny_policy
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -18,8 +18,10 @@ from cache import (
     repeatable,
     takes_fixed_steps,
 )
-from policy import _check_cuda_graphs
+from generate_rollouts import make_root
+from policy import Sample, _check_cuda_graphs
 from runs import InputError
+from tasks import load_problems
 
 # ---- The key-value cache -------------------------------------------------------------------------
 
@@ -338,7 +340,11 @@ def test_steps_share_one_memory_which_grows_by_a_quarter_or_more(small_model):
     pointers = {storage.data_ptr() for pair in large.storages for storage in pair}
     assert len(pointers) == 4
 
-    # What works on the old memory is dropped.
+    # As much as there is: nothing changes. More: what works on the old memory is dropped.
+    load(16, 100)
+    assert (steps.capacity, list(steps.steps)) == (8 * 256, [(8, 256), (4, 128), (16, 128)])
+    load(1, 8 * 256 + 1)
+    assert (steps.capacity, list(steps.steps)) == (10 * 256, [(1, 17 * 128)])
     load(9, 128)
     assert (steps.capacity, list(steps.steps)) == (16 * 256, [(16, 256)])
     load(8, 639)
@@ -347,10 +353,26 @@ def test_steps_share_one_memory_which_grows_by_a_quarter_or_more(small_model):
     assert (steps.capacity, steps.steps, steps.memory) == (0, {}, [])
 
 
-def test_rows_that_are_not_in_use_stay_finite(small_model):
-    """They would make others not a number: attention multiplies masked columns by zero."""
+def test_rows_that_are_not_in_use_stay_finite(small_model, monkeypatch):
+    """A row that sees nothing is not a number, on some devices. It would make others so, to which
+    its memory is given: attention multiplies masked columns by zero.
+    """
+    forward = small_model.forward
+
+    def look(attention_mask, **options):
+        if attention_mask.dim() == 4:
+            assert attention_mask.any(-1).all()
+        return forward(attention_mask=attention_mask, **options)
+
+    def call_first(work, device):  # as on a GPU, before the graph is made
+        work()
+        return work
+
+    monkeypatch.setattr(cache, "repeatable", call_first)
+    monkeypatch.setattr(small_model, "forward", look)
     decoder = make_decoder(small_model, cuda_graphs=True)
     decode_messages(decoder, capacity=15)
+    assert any(columns == 256 for _, columns in decoder.fixed_steps.steps)
     for flat in decoder.fixed_steps.memory:
         for numbers in flat:
             assert numbers.isfinite().all()
@@ -368,7 +390,9 @@ def test_a_full_memory_in_use_is_loaded_into_a_step_with_more_columns(small_mode
         assert rows.step.num_columns == (128 if number < 123 else 256)
 
 
-def test_a_model_with_windows_takes_no_fixed_steps(small_model, model_with_windows):
+def test_fixed_steps_need_our_mask_and_one_column_per_token(
+    small_model, model_with_windows, monkeypatch
+):
     assert takes_fixed_steps(small_model)
     assert not takes_fixed_steps(model_with_windows)
     _check_cuda_graphs(SimpleNamespace(adapter=None, model="small"), small_model)
@@ -376,3 +400,24 @@ def test_a_model_with_windows_takes_no_fixed_steps(small_model, model_with_windo
         _check_cuda_graphs(SimpleNamespace(adapter=None, model="windows"), model_with_windows)
     with pytest.raises(InputError, match="--cuda-graphs: not with --adapter"):
         _check_cuda_graphs(SimpleNamespace(adapter="a/agents", model="small"), small_model)
+    with monkeypatch.context() as patch:
+        patch.setattr(small_model.config, "_attn_implementation", "eager")
+        assert not takes_fixed_steps(small_model)
+    monkeypatch.setattr(CacheRows, "is_resizable_for", staticmethod(lambda model: False))
+    assert not takes_fixed_steps(small_model)
+
+
+def test_the_flag_lets_agents_decode_with_fixed_steps_on_a_cpu_too(chain):
+    policy = make_tiny_policy(chain, cuda_graphs=None)
+    problems = load_problems(task="tiny", data=None, split="train", num=3)
+    requests = [(problem, Sample([make_root(problem)], 3)) for problem in problems]
+    expected = make_tiny_policy(chain)(requests)
+    for (reply, cost), (expected_reply, expected_cost) in zip(
+        policy(requests), expected, strict=True
+    ):
+        texts = [candidate.text for candidate in reply[0]]
+        assert texts == [candidate.text for candidate in expected_reply[0]]
+        assert cost.generated_tokens == expected_cost.generated_tokens
+    assert policy.decoder.fixed_steps.steps
+    policy.decoder.free_memory()
+    assert not policy.decoder.fixed_steps.memory
