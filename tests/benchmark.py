@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from typing import NamedTuple
 from unittest import mock
@@ -38,6 +38,7 @@ from transformers import (
 import generate_rollouts
 from adapters import AgentAdapters, add_lora
 from cache import CacheRows, PreallocatedLayer
+from checkpoints import ChatFormat
 from decoding import Decoder
 from generate_rollouts import make_searches, run_searches, tree_record
 from mas import CHAIN, counts_per_agent
@@ -217,7 +218,7 @@ def label(policy: Policy, problems: list, args, *, max_active: int) -> Measureme
     progress = SearchProgress(len(problems), Work(1, 1), description="", shown=False)
     trees = {}
     start = time.perf_counter()
-    with decoding_time(policy.decoder) as decoding:
+    with decoding_time(policy.decoder) as decoding, tokenizer_time(policy.chat_format) as texts:
         for problem, root, cost in run_searches(
             searches, {Sample: policy}, max_active=max_active, progress=progress
         ):
@@ -228,7 +229,8 @@ def label(policy: Policy, problems: list, args, *, max_active: int) -> Measureme
     for activity, seconds_after in policy.decoder.seconds.items():
         shares[activity] = (seconds_after - seconds_before[activity]) / seconds
     shares["rest of the decoder"] = decoding.total() / seconds - sum(shares.values())
-    shares["tokenizer, driver and tree"] = 1 - decoding.total() / seconds
+    shares["tokenizer"] = texts.total() / seconds
+    shares["driver and tree"] = 1 - (decoding.total() + texts.total()) / seconds
     return Measurement(60 * len(problems) / seconds, trees, shares)
 
 
@@ -238,24 +240,36 @@ def decoding_time(decoder: Decoder):
     seconds = Counter()
     decode = decoder.decode
 
-    def timed(activity, sign, function):
-        def call(*args, **options):
-            start = time.perf_counter()
-            try:
-                return function(*args, **options)
-            finally:
-                seconds[activity] += sign * (time.perf_counter() - start)
-
-        return call
-
     def timed_decode(*args, on_message, **options):
-        return decode(*args, on_message=timed("on_message", -1, on_message), **options)
+        own_on_message = timed(on_message, seconds, "on_message", -1)
+        return decode(*args, on_message=own_on_message, **options)
 
-    decoder.decode = timed("decode", 1, timed_decode)
-    try:
+    with mock.patch.object(decoder, "decode", timed(timed_decode, seconds, "decode")):
         yield seconds
-    finally:
-        decoder.decode = decode
+
+
+@contextmanager
+def tokenizer_time(chat_format: ChatFormat):
+    """Count the seconds in which prompts are rendered and encoded, and messages decoded."""
+    seconds = Counter()
+    with ExitStack() as patches:
+        for name in ("encode", "message"):
+            function = timed(getattr(chat_format, name), seconds, name)
+            patches.enter_context(mock.patch.object(chat_format, name, function))
+        yield seconds
+
+
+def timed(function: Callable, seconds: Counter, activity: str, sign: int = 1) -> Callable:
+    """Let a function add its seconds to those of an activity."""
+
+    def call(*args, **options):
+        start = time.perf_counter()
+        try:
+            return function(*args, **options)
+        finally:
+            seconds[activity] += sign * (time.perf_counter() - start)
+
+    return call
 
 
 def without_logprobs(nodes: list[dict]) -> list[dict]:
