@@ -166,14 +166,16 @@ def _sample_tokens(
     Source: Maddison, Tarlow and Minka, "A* sampling" (2014), section 3: sampling Gumbels top-down.
     """
     vocabulary = logits.shape[-1]
-    normalizers = logits.logsumexp(-1)
+    block_size = min(BLOCK_SIZE, vocabulary)
+    blocks = _split_into_blocks(logits, block_size)
+    sums = blocks.logsumexp(-1)
+    normalizers = sums.logsumexp(-1)
     filtered = filter_logits(logits, **filters)
+    if filtered is not logits:
+        blocks = _split_into_blocks(filtered, block_size)
+        sums = blocks.logsumexp(-1)
 
     # 1. A block of tokens for every message. Its noise has an id that no token has.
-    block_size = min(BLOCK_SIZE, vocabulary)
-    padding = -vocabulary % block_size
-    blocks = pad(filtered, (0, padding), value=-math.inf).unflatten(-1, (-1, block_size))
-    sums = blocks.logsumexp(-1)
     block_ids = torch.arange(sums.shape[-1], device=logits.device)
     noise = gumbel_noise(keys, steps, vocabulary + block_ids)
     block = (sums[row_of_message] + noise).argmax(-1)
@@ -188,12 +190,19 @@ def _sample_tokens(
     return tokens, logits[row_of_message, tokens] - normalizers[row_of_message]
 
 
+def _split_into_blocks(logits: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Return logits [rows, blocks, block_size]. What is missing in the last block is -inf."""
+    padding = -logits.shape[-1] % block_size
+    return pad(logits, (0, padding), value=-math.inf).unflatten(-1, (-1, block_size))
+
+
 def filter_logits(
     logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:
     """Apply temperature, then top-k (0: all tokens), then top-p (1: all tokens).
 
-    Returns logits [rows, vocabulary] in which the excluded tokens are -inf.
+    Returns logits [rows, vocabulary] in which the excluded tokens are -inf; `logits` itself if
+    nothing changes.
     """
     if temperature != 1:
         logits = logits / temperature
