@@ -42,6 +42,7 @@ from runs import (
     finished_message,
     is_mine,
     non_negative_int,
+    only,
     open_run,
     open_to_append,
     positive_int,
@@ -130,7 +131,7 @@ def evaluate_method(
     """
     with open_to_append(shard_path(path)) as file:
         # 1. See which records exist already.
-        records = read_records(path, fields=("question", "gold", "scorer"))
+        records = read_records(path, only("question", "gold", "scorer"))
         check_same_problems(problems, records, path)
         scorer = scorer_fingerprint(method, args)
         other_scorers = {record["scorer"] for record in records.values()} - {scorer}

@@ -44,6 +44,7 @@ from runs import (
     cli,
     finished_message,
     is_mine,
+    only,
     open_run,
     open_to_append,
     positive_int,
@@ -339,6 +340,14 @@ def _message_fields(node: Node) -> dict:
     }
 
 
+def without_texts(record: dict) -> dict:
+    """Return the nodes of a tree without their messages, which take most of its memory."""
+    nodes = []
+    for node in record["nodes"]:
+        nodes.append({name: node[name] for name in node if name != "message"})
+    return {"nodes": nodes}
+
+
 def label_statistics(records: list[dict], mas: MAS) -> str:
     """Show the labels per agent, from the records alone."""
     table = text_table(*labels_table(records, [agent.name for agent in mas.agents]))
@@ -475,7 +484,7 @@ def main(args) -> None:
     label_problems(problems, mas, policy, num_candidates, path, args)
 
     # 4. Report, once all processes have finished.
-    records = read_records(path)
+    records = read_records(path, without_texts)
     num_missing = sum(problem.id not in records for problem in problems)
     if num_missing > 0:
         print(finished_message(num_missing, "problems"))
@@ -508,7 +517,7 @@ def label_problems(
     """
     with open_to_append(shard_path(path)) as file, journal_of(policy, args):
         # 1. See which records exist already.
-        labelled = read_records(path, fields=("question", "gold"))
+        labelled = read_records(path, only("question", "gold"))
         check_same_problems(problems, labelled, path)
         my_problems = [problem for problem in problems if is_mine(problem.id)]
         todo = [problem for problem in my_problems if problem.id not in labelled]

@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -481,22 +481,26 @@ def without_shard(path: Path) -> Path:
     return path.with_name(re.sub(r"\.\d+of\d+\.jsonl$", ".jsonl", path.name))
 
 
-def read_records(path: Path, fields: Collection[str] | None = None) -> dict[str, dict]:
+def read_records(
+    path: Path, keep: Callable[[dict], dict] = lambda record: record
+) -> dict[str, dict]:
     """Read the records of all processes: problem id -> record, sorted by id.
 
     A last line torn by a kill is ignored; its problem has no record.
 
     Args:
-        fields: what to keep of each record, so that large files fit into memory; None: all.
+        keep: what to keep of each record, so that large files need not fit into memory.
     """
     records = {}
     for shard in all_shards(path):
         for record in _finished_lines(shard):
-            if fields is None:
-                records[record["id"]] = record
-            else:
-                records[record["id"]] = {name: record[name] for name in fields}
+            records[record["id"]] = keep(record)
     return dict(sorted(records.items()))
+
+
+def only(*names: str) -> Callable[[dict], dict]:
+    """Return a function that keeps these fields of a record."""
+    return lambda record: {name: record[name] for name in names}
 
 
 # ---- The run folder ------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import runs
+from generate_rollouts import without_texts
 from runs import (
     InputError,
     Parser,
@@ -23,6 +24,7 @@ from runs import (
     cli,
     device_of_this_process,
     is_mine,
+    only,
     open_run,
     open_to_append,
     read_config,
@@ -373,18 +375,24 @@ def test_a_reader_beside_a_writer_loses_nothing(tmp_path):
     assert read_jsonl(path) == [{"id": 1}, {"id": 2, "x": 0}]
 
 
-def test_a_resumed_run_does_not_load_its_trees(tmp_path):
-    """Of 20 MB of records only their questions are in memory, and one line at a time."""
+@pytest.mark.parametrize(
+    "keep, kept",
+    [(only("question"), {"question": "q7"}), (without_texts, {"nodes": [{"N": 7}]})],
+    ids=["to resume", "to show the labels"],
+)
+def test_large_trees_are_never_in_memory_together(tmp_path, keep, kept):
+    """Of 20 MB of records only what is needed is in memory, and one line at a time."""
     path = tmp_path / "trees.jsonl"
     with open(path, "w") as file:
         for index in range(400):
-            record = {"id": f"p{index}", "question": f"q{index}", "tree": "x" * 50_000}
+            nodes = [{"message": "x" * 50_000, "N": index}]
+            record = {"id": f"p{index}", "question": f"q{index}", "nodes": nodes}
             file.write(json.dumps(record) + "\n")
     tracemalloc.start()
-    records = read_records(path, fields=["question"])
+    records = read_records(path, keep)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert records["p7"] == {"question": "q7"} and len(records) == 400
+    assert records["p7"] == kept and len(records) == 400
     assert peak < 0.05 * path.stat().st_size
 
 
