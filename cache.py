@@ -1,17 +1,19 @@
 """The key-value cache of messages that are decoded together, and the steps that fill it.
 
-Messages share a row for as long as their tokens are equal. Rows are copied, removed and added while
-messages differ, end and begin.
+Messages share a row for as long as their tokens are equal. A row is copied when its messages
+differ, removed when they have ended, and added for a new prompt.
 """
 
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from packing import takes_our_mask
+from runs import InputError
 
 # ---- The key-value cache -------------------------------------------------------------------------
 
@@ -190,10 +192,10 @@ class CacheRows:
 
         Returns row_of_message after they have been removed.
         """
-        read, row_of_message = torch.unique(row_of_message, return_inverse=True)
-        if len(read) < len(self.logits):
-            self._select(read)
-            self.logits = self.logits[read]
+        rows_in_use, row_of_message = torch.unique(row_of_message, return_inverse=True)
+        if len(rows_in_use) < len(self.logits):
+            self._select(rows_in_use)
+            self.logits = self.logits[rows_in_use]
         added = CacheRows(self.model, prompts, pad_id=self.pad_id)
         for layer, added_layer in zip(self.cache.layers, added.cache.layers, strict=True):
             layer.add_rows(added_layer)
@@ -222,6 +224,12 @@ class CacheRows:
 # A CUDA graph launches them all at once, but it always reads and writes the same memory. So keys,
 # values and the arguments of the model have fixed places, with room for more rows and columns than
 # are in use. On a CPU the same steps run without a graph.
+#
+#     FixedRows     the rows of a batch
+#     FixedSteps    the memory, and a FixedStep for each shape
+#     FixedStep     one forward pass of one shape
+#     FixedLayer    how it writes keys and values
+#     Recorder      how it is repeated
 
 
 class FixedRows(CacheRows):
@@ -240,10 +248,11 @@ class FixedRows(CacheRows):
 
     def append(self, tokens: torch.Tensor) -> None:
         if self.step is not None and self.width == self.step.num_columns:
-            # The next step has more columns, in the same memory.
+            # The step is full. The next one has more columns in the same memory, so all rows are
+            # copied out of it first.
             self._select(torch.arange(len(tokens), device=tokens.device))
         if self.step is None:
-            self.step = self.steps.load(self.cache.layers, self.width)
+            self.step = self.steps.load(self.cache.layers, self.width, self.logits)
         self.width += 1
         self.lengths = self.lengths + 1
         self.logits = self.step(tokens, self.lengths, self.width)
@@ -257,7 +266,7 @@ class FixedRows(CacheRows):
         return super().add_prompts(prompts, row_of_message)
 
     def _leave_step(self) -> None:
-        """Let the layers see the columns that steps have written since `load`."""
+        """Stop using the step. The layers now end at the newest column."""
         if self.step is not None:
             for layer in self.cache.layers:
                 layer.fill(self.width)
@@ -266,16 +275,19 @@ class FixedRows(CacheRows):
 
 def takes_fixed_steps(model: PreTrainedModel) -> bool:
     """Return whether a model can read a cache with columns that are not in use yet."""
-    return takes_our_mask(model.config) and CacheRows.is_resizable_for(model)
+    # Dynamic rotary positions change with the longest row, which a graph would not notice.
+    is_dynamic = "dynamic" in str(getattr(model.config, "rope_parameters", None))
+    return takes_our_mask(model.config) and CacheRows.is_resizable_for(model) and not is_dynamic
 
 
 class FixedSteps:
-    """The steps of all shapes. They share the memory for keys and values.
+    """The steps of all shapes. They share the memory for keys, values and logits.
 
     Attributes:
         steps: (rows, columns) -> step.
         capacity: tokens for which there is memory.
-        memory: of each layer, for keys and values, [capacity, heads x dim].
+        memory: of each layer, for keys and for values, [capacity, heads x dim].
+        logits: [most rows of a step, vocabulary].
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -287,15 +299,33 @@ class FixedSteps:
         self.steps: dict[tuple[int, int], FixedStep] = {}
         self.capacity = 0
         self.memory: list[list[torch.Tensor]] = []
+        self.logits: torch.Tensor | None = None
+        self.recorder = Recorder(self.model.device)
 
-    def load(self, layers: list[PreallocatedLayer], width: int) -> "FixedStep":
-        """Move keys and values into the memory of a step that has room for a further column."""
+    def load(
+        self, layers: list[PreallocatedLayer], width: int, logits: torch.Tensor
+    ) -> "FixedStep":
+        """Move keys and values into the memory of a step that has room for a further column.
+
+        They must not lie in this memory: another shape lays it out differently, and recording a
+        step writes into it.
+
+        Args:
+            logits: [rows, vocabulary], for their type.
+        """
         num_rows = len(layers[0].keys)
-        shape = self._shape(num_rows, width + 1)
-        if shape not in self.steps:
-            self.steps[shape] = FixedStep(self.model, self._storages(layers, *shape))
-        step = self.steps[shape]
+        rows, columns = self._shape(num_rows, width + 1)
+        if (rows, columns) not in self.steps:
+            self._reserve(layers, logits, rows, columns)
+            storages = self._storages(layers, rows, columns)
+            step = FixedStep(self.model, storages, self.logits[:rows], self.recorder)
+            self.steps[rows, columns] = step
+        step = self.steps[rows, columns]
         for layer, storages in zip(layers, step.storages, strict=True):
+            for storage in storages:
+                # Attention multiplies masked columns by zero, which leaves a NaN what it is.
+                storage[num_rows:] = 0
+                storage[:num_rows, :, width:] = 0
             layer.move_to([storage[:num_rows] for storage in storages])
         return step
 
@@ -307,26 +337,33 @@ class FixedSteps:
             rows = 2 ** math.ceil(math.log2(num_rows))
         return rows, 128 * math.ceil(num_columns / 128)
 
+    def _reserve(
+        self, layers: list[PreallocatedLayer], logits: torch.Tensor, rows: int, columns: int
+    ) -> None:
+        """Have memory for a step of this shape. If there is too little, all steps are dropped."""
+        most_rows = 0 if self.logits is None else len(self.logits)
+        if rows * columns <= self.capacity and rows <= most_rows:
+            return
+        most_rows = max(most_rows, rows)
+        capacity = max(rows * columns, self.capacity * 5 // 4)
+        self.free()  # the steps work on the memory of before
+        self.logits = logits.new_zeros((most_rows, logits.shape[-1]))
+        for layer in layers:
+            memory_of_layer = []
+            for states in (layer.keys, layer.values):
+                shape = (capacity, states.shape[1] * states.shape[3])
+                memory_of_layer.append(states.new_zeros(shape))
+            self.memory.append(memory_of_layer)
+        self.capacity = capacity
+
     def _storages(
         self, layers: list[PreallocatedLayer], rows: int, columns: int
     ) -> list[list[torch.Tensor]]:
         """Return storages for each layer, [rows, heads, columns, dim], for keys and for values."""
-        num_tokens = rows * columns
-        if num_tokens > self.capacity:
-            capacity = max(num_tokens, self.capacity * 5 // 4)
-            self.free()  # the graphs work on the memory of before
-            self.capacity = capacity
-            for layer in layers:
-                flat = []
-                for states in (layer.keys, layer.values):
-                    # Zeros: attention ignores masked columns, but 0 * NaN is NaN.
-                    shape = (capacity, states.shape[1] * states.shape[3])
-                    flat.append(states.new_zeros(shape))
-                self.memory.append(flat)
         storages = []
-        for layer, flat in zip(layers, self.memory, strict=True):
-            keys = flat[0][:num_tokens].view(rows, layer.keys.shape[1], columns, -1)
-            values = flat[1][:num_tokens].view(rows, layer.values.shape[1], columns, -1)
+        for layer, (keys, values) in zip(layers, self.memory, strict=True):
+            keys = keys[: rows * columns].view(rows, layer.keys.shape[1], columns, -1)
+            values = values[: rows * columns].view(rows, layer.values.shape[1], columns, -1)
             storages.append([keys, values])
         return storages
 
@@ -335,33 +372,41 @@ class FixedStep:
     """A step of one shape. Rows and columns that are not in use are masked.
 
     Args:
-        storages: of each layer, for keys and for values, [rows, heads, columns, dim], finite.
+        storages: of each layer, for keys and for values, [rows, heads, columns, dim].
+        logits: [rows, vocabulary], where its result is written.
     """
 
-    def __init__(self, model: PreTrainedModel, storages: list[list[torch.Tensor]]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        storages: list[list[torch.Tensor]],
+        logits: torch.Tensor,
+        recorder: "Recorder",
+    ):
         device = model.device
         self.storages = storages
+        self.logits = logits
         num_rows, _, self.num_columns, _ = storages[0][0].shape
-        self.columns = torch.arange(self.num_columns, device=device)
-        self.column = torch.zeros(1, dtype=torch.long, device=device)
+        self.column_ids = torch.arange(self.num_columns, device=device)
+        self.newest_column = torch.zeros(1, dtype=torch.long, device=device)
         self.token_ids = torch.zeros((num_rows, 1), dtype=torch.long, device=device)
         self.position_ids = torch.zeros_like(self.token_ids)
-        # True from the beginning: a softmax over nothing would be NaN.
+        # Rows that are not in use may see anything, but not nothing: its softmax would be NaN.
         shape = (num_rows, 1, 1, self.num_columns)
         self.mask = torch.ones(shape, dtype=torch.bool, device=device)
         cache = DynamicCache(config=model.config)
-        cache.layers = [FixedLayer(keys, values, self.column) for keys, values in storages]
+        cache.layers = [FixedLayer(*pair, self.newest_column) for pair in storages]
 
-        def read_newest() -> torch.Tensor:
+        def read_newest() -> None:
             output = model(
                 input_ids=self.token_ids,
                 attention_mask=self.mask,
                 position_ids=self.position_ids,
                 past_key_values=cache,
             )
-            return output.logits[:, -1]
+            logits.copy_(output.logits[:, -1])
 
-        self.read_newest = repeatable(read_newest, device)
+        self.read_newest = recorder.repeatable(read_newest)
 
     def __call__(self, tokens: torch.Tensor, lengths: torch.Tensor, width: int) -> torch.Tensor:
         """Read one more token per row, into the last of `width` columns.
@@ -374,53 +419,72 @@ class FixedStep:
             logits [rows, vocabulary], which the next step overwrites.
         """
         num_rows = len(tokens)
-        self.column.fill_(width - 1)
+        self.newest_column.fill_(width - 1)
         self.token_ids[:num_rows, 0] = tokens
         self.position_ids[:num_rows, 0] = lengths - 1
         first_token = (width - lengths)[:, None]
-        self.mask.copy_(self.columns == width - 1)  # of the rows that are not in use
-        self.mask[:num_rows, 0, 0] = (self.columns >= first_token) & (self.columns < width)
-        return self.read_newest()[:num_rows]
+        sees = (self.column_ids >= first_token) & (self.column_ids < width)
+        self.mask[:num_rows, 0, 0] = sees
+        self.read_newest()
+        return self.logits[:num_rows]
 
 
 class FixedLayer(DynamicLayer):
-    """Keys and values of one layer at a fixed place. column: of the newest token, int64 [1]."""
+    """Keys and values of one layer at a fixed place. A token is written into `newest_column`."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, column: torch.Tensor):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, newest_column: torch.Tensor):
         super().__init__()
-        self.keys, self.values, self.column = keys, values, column
+        self.keys, self.values, self.newest_column = keys, values, newest_column
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.index_copy_(2, self.column, key_states)
-        self.values.index_copy_(2, self.column, value_states)
+        self.keys.index_copy_(2, self.newest_column, key_states)
+        self.values.index_copy_(2, self.newest_column, value_states)
         return self.keys, self.values
 
 
-def repeatable(
-    work: Callable[[], torch.Tensor], device: torch.device
-) -> Callable[[], torch.Tensor]:
-    """Return a function that does `work` again, on the tensors that it has read and written.
+class Recorder:
+    """Records work as CUDA graphs. They share one stream, and memory for intermediate results."""
 
-    On a GPU it replays a CUDA graph, in which everything but the contents of tensors is fixed.
-    """
-    if device.type != "cuda":
-        return work
-    # Kernels are compiled and workspaces allocated in the first call, which a graph must not
-    # contain. The documentation of torch.cuda.graph asks for a stream of its own.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = work()
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+            self.pool = torch.cuda.graph_pool_handle()
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
+    def repeatable(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does `work` again, on the tensors that it reads and writes.
 
-    return replay
+        On a GPU this is a CUDA graph, in which everything but the contents of tensors is fixed.
+
+        Raises InputError if the model does what a graph cannot contain.
+        """
+        if self.device.type != "cuda":
+            return work
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            # The first call compiles kernels and allocates workspaces, which must not happen while
+            # a graph is recorded. Recording itself computes nothing.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                work()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    work()
+            except RuntimeError as error:
+                self._explain(error)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        return graph.replay
+
+    @staticmethod
+    def _explain(error: RuntimeError) -> NoReturn:
+        """Raise OutOfMemoryError, also for memory that torch does not manage, or InputError."""
+        reason = str(error).strip().partition("\n")[0]
+        if "out of memory" in reason:
+            raise torch.OutOfMemoryError(reason) from error
+        raise InputError(
+            f"--cuda-graphs: a step of these agents cannot be recorded ({reason}); "
+            f"leave out --cuda-graphs"
+        ) from error

@@ -86,12 +86,12 @@ def _shift_right(numbers: torch.Tensor, places: int) -> torch.Tensor:
     return shifted
 
 
-# Recorded with every run: another way of sampling gives other messages.
-SAMPLER = "Gumbel-max of blocks of 1,024 tokens, then of tokens, SplitMix64"
-
 # ---- Sampling ------------------------------------------------------------------------------------
 
 BLOCK_SIZE = 1024  # tokens of the vocabulary that are first sampled as one
+
+# Recorded with every run: another way of sampling gives other messages.
+SAMPLER = f"Gumbel-max of blocks of {BLOCK_SIZE:,} tokens, then of tokens, SplitMix64"
 
 
 def sample_tokens(
@@ -161,24 +161,24 @@ def _sample_tokens(
 
     Noise for every token of a large vocabulary can take a third of the time of the model. So a
     block of tokens is sampled first, by the log-sum-exp of its logits, then a token of this block:
-    p(token) = p(block) p(token | block). The sums are the same for all messages of a row.
+    p(token) = p(block) p(token | block). Blocks are summed up once for all messages of a row.
 
     Source: Maddison, Tarlow and Minka, "A* sampling" (2014), section 3: sampling Gumbels top-down.
     """
     vocabulary = logits.shape[-1]
     block_size = min(BLOCK_SIZE, vocabulary)
     blocks = _split_into_blocks(logits, block_size)
-    sums = blocks.logsumexp(-1)
-    normalizers = sums.logsumexp(-1)
+    block_logits = blocks.logsumexp(-1)
+    normalizers = block_logits.logsumexp(-1)
     filtered = filter_logits(logits, **filters)
     if filtered is not logits:
         blocks = _split_into_blocks(filtered, block_size)
-        sums = blocks.logsumexp(-1)
+        block_logits = blocks.logsumexp(-1)
 
-    # 1. A block of tokens for every message. Its noise has an id that no token has.
-    block_ids = torch.arange(sums.shape[-1], device=logits.device)
-    noise = gumbel_noise(keys, steps, vocabulary + block_ids)
-    block = (sums[row_of_message] + noise).argmax(-1)
+    # 1. A block for every message. Blocks are numbered after the tokens: no noise is used twice.
+    block_ids = vocabulary + torch.arange(block_logits.shape[-1], device=logits.device)
+    noise = gumbel_noise(keys, steps, block_ids)
+    block = (block_logits[row_of_message] + noise).argmax(-1)
 
     # 2. A token of this block.
     token_ids = block[:, None] * block_size + torch.arange(block_size, device=logits.device)

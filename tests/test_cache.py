@@ -1,5 +1,8 @@
 """Tests of cache.py: columns with room, rows that are copied and added, steps of fixed shape."""
 
+import copy
+import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +11,13 @@ from conftest import PROMPT, VOCABULARY, make_decoder, make_tiny_policy
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import cache
 from cache import (
     CacheRows,
     FixedRows,
     FixedSteps,
     PreallocatedLayer,
+    Recorder,
     pad_left,
-    repeatable,
     takes_fixed_steps,
 )
 from generate_rollouts import make_root
@@ -215,7 +217,7 @@ def test_padding_is_zero_because_attention_multiplies_it():
 # ---- Steps of fixed shape: CUDA graphs -----------------------------------------------------------
 
 
-def repeat_operations(work, device):
+def repeat_operations(recorder, work):
     """Stand in for a CUDA graph: record the operations on tensors, and repeat nothing else.
 
     As in a graph, numbers and shapes are those of the first call, and a tensor that is replaced by
@@ -225,10 +227,10 @@ def repeat_operations(work, device):
     return make_fx(work)()
 
 
-@pytest.fixture(params=[repeatable, repeat_operations], ids=["on a CPU", "as a graph"])
+@pytest.fixture(params=[Recorder.repeatable, repeat_operations], ids=["on a CPU", "as a graph"])
 def fixed_steps(request, monkeypatch):
     """Let steps of fixed shape be repeated as on a CPU, or as on a GPU."""
-    monkeypatch.setattr(cache, "repeatable", request.param)
+    monkeypatch.setattr(Recorder, "repeatable", request.param)
 
 
 def decode_messages(decoder, *, capacity):
@@ -316,13 +318,27 @@ def layers_with(num_rows, num_columns):
     return layers
 
 
+@torch.inference_mode()
+def test_what_is_loaded_is_all_that_is_in_the_memory(small_model):
+    """A NaN of a batch before would reach rows of this one: zero times NaN is NaN."""
+    steps = FixedSteps(small_model)
+    FixedRows(small_model, [PROMPT] * 4, pad_id=0, steps=steps).append(torch.tensor([1, 2, 3, 4]))
+    for keys_and_values in steps.memory:
+        for numbers in keys_and_values:
+            numbers.fill_(math.nan)
+    rows = FixedRows(small_model, [PROMPT] * 3, pad_id=0, steps=steps)
+    for _ in range(3):
+        rows.append(torch.tensor([1, 2, 3]))
+    assert rows.logits.isfinite().all()
+
+
 def test_steps_share_one_memory_which_grows_by_a_quarter_or_more(small_model):
     steps = FixedSteps(small_model)
 
     def load(num_rows, width):
         layers = layers_with(num_rows, width)
         before = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
-        step = steps.load(layers, width)
+        step = steps.load(layers, width, torch.zeros(num_rows, VOCABULARY))
         for layer, (keys, values), storages in zip(layers, before, step.storages, strict=True):
             assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
             assert torch.equal(storages[0][:num_rows, :, :width], keys)
@@ -341,10 +357,15 @@ def test_steps_share_one_memory_which_grows_by_a_quarter_or_more(small_model):
     assert len(pointers) == 4
 
     # As much as there is: nothing changes. More: what works on the old memory is dropped.
-    load(16, 100)
-    assert (steps.capacity, list(steps.steps)) == (8 * 256, [(8, 256), (4, 128), (16, 128)])
-    load(1, 8 * 256 + 1)
-    assert (steps.capacity, list(steps.steps)) == (10 * 256, [(1, 17 * 128)])
+    load(8, 100)
+    assert (steps.capacity, list(steps.steps)) == (8 * 256, [(8, 256), (4, 128), (8, 128)])
+    assert steps.logits.shape == (8, VOCABULARY)
+    load(9, 100)  # memory for keys and values, but not for logits
+    assert (steps.capacity, list(steps.steps)) == (10 * 256, [(16, 128)])
+    assert steps.logits.shape == (16, VOCABULARY)
+    load(1, 10 * 256)
+    assert (steps.capacity, list(steps.steps)) == (25 * 128, [(1, 21 * 128)])
+    assert steps.logits.shape == (16, VOCABULARY)
     load(9, 128)
     assert (steps.capacity, list(steps.steps)) == (16 * 256, [(16, 256)])
     load(8, 639)
@@ -364,11 +385,11 @@ def test_rows_that_are_not_in_use_stay_finite(small_model, monkeypatch):
             assert attention_mask.any(-1).all()
         return forward(attention_mask=attention_mask, **options)
 
-    def call_first(work, device):  # as on a GPU, before the graph is made
+    def call_first(recorder, work):  # as on a GPU, before the graph is recorded
         work()
         return work
 
-    monkeypatch.setattr(cache, "repeatable", call_first)
+    monkeypatch.setattr(Recorder, "repeatable", call_first)
     monkeypatch.setattr(small_model, "forward", look)
     decoder = make_decoder(small_model, cuda_graphs=True)
     decode_messages(decoder, capacity=12)
@@ -400,11 +421,115 @@ def test_fixed_steps_need_our_mask_and_one_column_per_token(
         _check_cuda_graphs(SimpleNamespace(adapter=None, model="windows"), model_with_windows)
     with pytest.raises(InputError, match="--cuda-graphs: not with --adapter"):
         _check_cuda_graphs(SimpleNamespace(adapter="a/agents", model="small"), small_model)
-    with monkeypatch.context() as patch:
-        patch.setattr(small_model.config, "_attn_implementation", "eager")
-        assert not takes_fixed_steps(small_model)
+    for name, value in (
+        ("_attn_implementation", "eager"),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        ("rope_parameters", {"full_attention": {"rope_type": "dynamic"}}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(small_model.config, name, value)
+            assert not takes_fixed_steps(small_model)
     monkeypatch.setattr(CacheRows, "is_resizable_for", staticmethod(lambda model: False))
     assert not takes_fixed_steps(small_model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("capacity", [3, 12])
+def test_cuda_graphs_give_the_same_messages(small_model, capacity):
+    model = copy.deepcopy(small_model).to("cuda")
+    expected = decode_messages(make_decoder(model), capacity=capacity)
+    actual = decode_messages(make_decoder(model, cuda_graphs=True), capacity=capacity)
+    assert [tokens for tokens, _ in actual] == [tokens for tokens, _ in expected]
+
+
+class FakeCuda:
+    """Stands in for torch.cuda, and notes what is done in which stream and on which device."""
+
+    def __init__(self):
+        self.events = []
+        self.device_index = 0
+        self.current = "default"
+        self.error = None
+
+    def Stream(self, device):
+        return SimpleNamespace(
+            name=f"own of {device}",
+            wait_stream=lambda other: self.events.append(f"own waits for {other.name}"),
+        )
+
+    def current_stream(self):
+        name = f"{self.current} of cuda:{self.device_index}"
+
+        def wait_stream(other):
+            self.events.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, wait_stream=wait_stream)
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.events.append("replay"))
+
+    @contextmanager
+    def device(self, device):
+        self.device_index = device.index
+        yield
+        self.device_index = 0
+
+    @contextmanager
+    def stream(self, stream):
+        self.current = stream.name
+        yield
+        self.current = "default"
+
+    @contextmanager
+    def graph(self, graph, pool, stream):
+        self.current = f"graph in {pool} and {stream.name}"
+        if self.error is not None:
+            raise self.error
+        yield
+        self.current = "default"
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    fake = FakeCuda()
+    for name in ("Stream", "current_stream", "graph_pool_handle", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+def test_work_is_done_once_then_recorded_then_replayed(fake_cuda):
+    """As the documentation of torch.cuda.graph asks for, on the device of the model."""
+    recorder = Recorder(torch.device("cuda", 1))
+
+    def work():
+        fake_cuda.events.append(f"work in {fake_cuda.current} on {fake_cuda.device_index}")
+
+    repeat = recorder.repeatable(work)
+    repeat()
+    repeat()
+    assert fake_cuda.events == [
+        "own waits for default of cuda:1",
+        "work in own of cuda:1 on 1",
+        "work in graph in pool and own of cuda:1 on 1",
+        "default of cuda:1 waits for own of cuda:1",
+        "replay",
+        "replay",
+    ]
+
+
+def test_what_cannot_be_recorded_is_named_and_no_memory_is_out_of_memory(fake_cuda):
+    recorder = Recorder(torch.device("cuda", 0))
+    fake_cuda.error = RuntimeError("operation not permitted when stream is capturing\nmore")
+    with pytest.raises(InputError, match=r"recorded \(operation not .* capturing\); leave out"):
+        recorder.repeatable(lambda: None)
+    fake_cuda.error = RuntimeError("CUDA error: out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.repeatable(lambda: None)
 
 
 def test_the_flag_lets_agents_decode_with_fixed_steps_on_a_cpu_too(chain):

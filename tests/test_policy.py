@@ -623,11 +623,13 @@ def test_out_of_memory_lowers_the_batches_and_loses_nothing(chain, policy, monke
     expected, expected_costs = first_messages(policy, PROBLEMS)
 
     small = make_tiny_policy(chain, batch_tokens=8000)
+    freed = []
+    monkeypatch.setattr(small.decoder, "free_memory", lambda: freed.append(small.batch_tokens))
     run_out_of_memory(monkeypatch, max_messages=2)  # less than the three of a prompt
     reported = []
     small.on_batch = lambda num_prompts, num_messages: reported.append(num_messages)
     messages, costs = first_messages(small, PROBLEMS)
-    assert small.batch_tokens < 8000
+    assert small.batch_tokens < 8000 and freed[0] == 8000
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line == f"out of memory: --batch-tokens lowered to {small.batch_tokens}"
     assert isinstance(small.batch_tokens, int)

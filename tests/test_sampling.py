@@ -45,6 +45,12 @@ def test_uniforms_of_another_key_are_independent(key):
     assert abs((draws * others).mean() - 0.25) < 0.05
 
 
+def test_the_keys_are_those_of_earlier_runs():
+    """Another key gives other messages, and a journal would mix both."""
+    assert message_key(*KEY) == 4132359778552634624
+    assert uniforms(2, 0, "p", (0, 1)).tolist() == [0.980234034495447, 0.0819247099945386]
+
+
 # ---- Noise ---------------------------------------------------------------------------------------
 
 
@@ -223,6 +229,15 @@ def test_a_token_does_not_depend_on_the_rows_that_are_sampled_together(top_p):
         assert logprobs[row].item() == pytest.approx(
             logits[row].log_softmax(-1)[tokens[row]].item(), abs=1e-5
         )
+
+
+def test_only_differences_of_logits_count():
+    """Nothing is drawn from what is missing in the last block."""
+    logits, keys = large_vocabulary(), keys_of(800)
+    tokens, _ = sample_large(logits, keys)
+    shifted_tokens, _ = sample_large(logits.double() - 1000, keys)
+    assert (tokens == shifted_tokens).float().mean() > 0.99
+    assert shifted_tokens.max() < 3000
 
 
 def test_tokens_of_all_blocks_are_drawn_as_often_as_they_should_be():
