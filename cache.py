@@ -324,7 +324,6 @@ class FixedSteps:
         for layer, storages in zip(layers, step.storages, strict=True):
             for storage in storages:
                 # Attention multiplies masked columns by zero, which leaves a NaN what it is.
-                storage[num_rows:] = 0
                 storage[:num_rows, :, width:] = 0
             layer.move_to([storage[:num_rows] for storage in storages])
         return step
