@@ -55,6 +55,11 @@ def test_all_files_are_there_when_mutants_are_tested():
     copied = re.search(r"source_paths = \[(.*?)\]", settings, re.DOTALL)[1]
     assert re.findall(r'"(\w+)\.py"', copied) == ORDER
 
+    also_copied = re.search(r"also_copy = \[(.*?)\]", settings, re.DOTALL)[1]
+    read_by_tests = {path.name for path in HERE.iterdir() if path.suffix in (".md", ".mk", ".txt")}
+    read_by_tests |= {"Makefile", "docs", "templates", "tiny"}
+    assert set(re.findall(r'"([\w.-]+)"', also_copied)) == read_by_tests
+
 
 # ---- Imports -------------------------------------------------------------------------------------
 
