@@ -181,7 +181,7 @@ def cli(parse_args, main) -> None:
     """Run a script.
 
     Bad input prints one line and exits with code 2. An interrupt prints one line and exits with
-    code 130. Programming errors raise.
+    code 130. Output that nobody reads ends it with code 141. Programming errors raise.
     """
     script = Path(sys.argv[0]).name
     try:
@@ -193,6 +193,11 @@ def cli(parse_args, main) -> None:
         message = "interrupted; what is finished is kept, the command without --overwrite resumes"
         print(f"\n{script}: {message}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Nobody reads the output any more, as in `report.py RUN | head`. Python writes what is left
+        # when it exits, so that goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 # ---- Progress ------------------------------------------------------------------------------------

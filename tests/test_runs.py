@@ -115,6 +115,28 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "stage.py: error: no such file\n"
 
 
+def test_output_that_nobody_reads_any_more_is_no_error():
+    """As in `report.py RUN | head`: what is still in the buffer has no reader, either."""
+    script = (
+        "import sys; from runs import cli\n"
+        "def main(args):\n"
+        "    print('first', flush=True); sys.stdin.read(); print('second', flush=True)\n"
+        "cli(lambda: None, main)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=runs.HERE,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as child:
+        assert child.stdout.readline() == b"first\n"
+        child.stdout.close()
+        child.stdin.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 141
+
+
 def test_an_interrupt_is_one_line_and_code_130(monkeypatch, capsys):
     def main(args):
         raise KeyboardInterrupt
