@@ -50,6 +50,7 @@ from runs import (
     read_jsonl,
     read_records,
     shard_path,
+    without_shard,
 )
 from search import (
     Method,
@@ -504,6 +505,10 @@ def write_report(
             f"{MATH_VERIFY.SECONDS:g} s each and count as unequal."
         )
     print(f"\n{folder} holds the records, summary.json, table.md and em_vs_calls.png")
+    recorded = {without_shard(path).stem for path in folder.glob("*.jsonl")}
+    others = sorted(recorded - records.keys())
+    if others:
+        print(f"recorded, but not in this table: {', '.join(others)}; --methods names its methods")
 
 
 if __name__ == "__main__":

@@ -194,10 +194,12 @@ def test_running_again_changes_nothing_and_more_methods_or_problems_add(copied_r
     before = contents(run, "*.jsonl")
     output_of(generate_rollouts, "--run", run, *ROLLOUTS)
     assert "finished already" in output_of(train_value, "--run", run, *VALUE)
-    output_of(evaluate, "--run", run, *EVALUATE)
+    assert "not in this table" not in output_of(evaluate, "--run", run, *EVALUATE)
     assert contents(run, "*.jsonl") == before
 
-    output_of(evaluate, "--run", run, "--num-problems", 7, "--methods", "greedy", "vote-2")
+    output = output_of(evaluate, "--run", run, "--num-problems", 7, "--methods", "greedy", "vote-2")
+    others = sorted(set(METHODS) - {"greedy", "vote-2"})
+    assert f"recorded, but not in this table: {', '.join(others)}; --methods" in output
     assert len(read_shards(run / "eval" / "greedy.jsonl")) == 7
     assert len(read_shards(run / "eval" / "vote-2.jsonl")) == 7
 
