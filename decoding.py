@@ -277,10 +277,12 @@ class Decoder:
             row_of_message = rows.add_prompts(new_prompts, row_of_message)
         return rows, row_of_message
 
-    def free_memory(self) -> None:
-        """Give back the memory that is kept between calls."""
-        if self.fixed_steps is not None:
-            self.fixed_steps.free()
+    def free_memory(self) -> bool:
+        """Give back the memory that is kept between calls. Returns whether there was some."""
+        if self.fixed_steps is None or not self.fixed_steps.memory:
+            return False
+        self.fixed_steps.free()
+        return True
 
     @contextmanager
     def _timed(self, activity: str):

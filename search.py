@@ -523,6 +523,9 @@ def make_handlers(
     if method.lam > 0:
         handlers[Outcome] = scorers["outcome"]
     handlers[Sample] = policy
+    for handler in handlers.values():
+        if isinstance(handler, ModelScorer):
+            handler.model.free_memory = policy.decoder.free_memory
     return handlers
 
 

@@ -91,6 +91,8 @@ class ValueModel(nn.Module):
 
     Attributes:
         on_rows: called with the number of rows after each scored batch, to show progress.
+        free_memory: called when memory runs out while scoring; returns True if it has given back
+            memory that others keep (`Decoder.free_memory`).
     """
 
     NUM_BINS = 21
@@ -115,6 +117,7 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.token_cost = token_cost_for(backbone.config)
         self.on_rows: Callable[[int], None] = ignore
+        self.free_memory: Callable[[], bool | None] = ignore
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
 
     def _segment_ids(self, segment: str) -> list[int]:
@@ -177,7 +180,10 @@ class ValueModel(nn.Module):
             try:
                 batch_values = self(batch, label_places(batch, rows)).cpu()
             except torch.OutOfMemoryError:
-                batches += self._split(batch, sequences)
+                if self.free_memory():
+                    batches.append(batch)
+                else:
+                    batches += self._split(batch, sequences)
                 continue
             indices = sequences_of(batch)  # in the order of `label_places`
             sizes = [len(rows[index].positions) for index in indices]

@@ -23,6 +23,7 @@ from cache import (
 from generate_rollouts import make_root
 from policy import Sample, _check_cuda_graphs
 from runs import InputError
+from search import ModelScorer, make_handlers, parse_method
 from tasks import load_problems
 
 # ---- The key-value cache -------------------------------------------------------------------------
@@ -544,5 +545,11 @@ def test_the_flag_lets_agents_decode_with_fixed_steps_on_a_cpu_too(chain):
         assert texts == [candidate.text for candidate in expected_reply[0]]
         assert cost.generated_tokens == expected_cost.generated_tokens
     assert policy.decoder.fixed_steps.steps
-    policy.decoder.free_memory()
+
+    # V can have the memory.
+    scorer = ModelScorer(SimpleNamespace(free_memory=None), batch_tokens=99)
+    method = parse_method("sbs-2x2-value", chain, num_candidates="2", lam=0.0)
+    make_handlers(method, {"value": scorer}, policy)
+    assert scorer.model.free_memory()
     assert not policy.decoder.fixed_steps.memory
+    assert not scorer.model.free_memory()

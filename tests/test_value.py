@@ -456,6 +456,30 @@ def test_out_of_memory_splits_the_batch(records, model, monkeypatch, capsys):
     assert "out of memory" in capsys.readouterr().err
 
 
+def test_memory_that_others_keep_is_freed_before_a_batch_is_split(
+    records, model, monkeypatch, capsys
+):
+    states = states_of(records[:2])
+    expected = score(model, states, batch_tokens=100_000)
+    kept_by_others = [True]
+    original_outputs = ValueModel.outputs
+
+    def scarce_outputs(self, rows, positions):
+        if kept_by_others:
+            raise torch.OutOfMemoryError("no room")
+        return original_outputs(self, rows, positions)
+
+    def free_memory():
+        was_kept = bool(kept_by_others)
+        kept_by_others.clear()
+        return was_kept
+
+    monkeypatch.setattr(ValueModel, "outputs", scarce_outputs)
+    monkeypatch.setattr(model, "free_memory", free_memory)
+    assert score(model, states, batch_tokens=100_000) == expected
+    assert capsys.readouterr().err == ""
+
+
 def test_a_batch_is_split_in_its_middle_and_a_single_sequence_is_an_error(model, capsys):
     """Also if the batch is a single packed row."""
     sequences = [[5, 5, 5, *range(10, 20 + number)] for number in range(4)] + [[7] * 77]
