@@ -531,7 +531,9 @@ def make_policy(args, mas: MAS) -> Policy:
         name=f"--model {args.model}",
         template_kwargs=args.chat_template_kwargs,
     )
-    cuda_graphs = getattr(args, "cuda_graphs", False)
+    cuda_graphs = getattr(
+        args, "cuda_graphs", False
+    )  # stage 5 trains adapters: it has no such flag
     if cuda_graphs:
         _check_cuda_graphs(args, model)
     decoder = Decoder(

@@ -163,6 +163,21 @@ def test_rows_are_copied_only_if_messages_differ_or_many_have_ended(
     assert [parent_of_row[row] for row in new_row_of_message] == row_of_message
 
 
+def check_logits(cache_rows, rows):
+    """Compare the logits of each row with those of its tokens alone."""
+    for row, logits in zip(rows, cache_rows.logits, strict=True):
+        alone = cache_rows.model(input_ids=torch.tensor([row])).logits[0, -1]
+        assert logits.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
+
+
+def append_to(cache_rows, rows, tokens):
+    """Append a token to each row of the cache and of `rows`, and check the logits."""
+    cache_rows.append(torch.tensor(tokens))
+    for row, token in zip(rows, tokens, strict=True):
+        row.append(token)
+    check_logits(cache_rows, rows)
+
+
 @torch.inference_mode()
 def test_prompts_that_are_added_are_read_as_if_each_were_alone(model_with_absolute_positions):
     """A shorter and a longer one than what is there. Rows are dropped, and columns with them."""
@@ -173,14 +188,10 @@ def test_prompts_that_are_added_are_read_as_if_each_were_alone(model_with_absolu
     def check():
         assert cache_rows.lengths.tolist() == [len(row) for row in rows]
         assert cache_rows.width == cache_rows.cache.get_seq_length()
-        for row, logits in zip(rows, cache_rows.logits, strict=True):
-            alone = model(input_ids=torch.tensor([row])).logits[0, -1]
-            assert logits.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
+        check_logits(cache_rows, rows)
 
     def append(tokens):
-        cache_rows.append(torch.tensor(tokens))
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
+        append_to(cache_rows, rows, tokens)
         check()
 
     append([5, 6])
@@ -272,27 +283,16 @@ def test_fixed_steps_read_each_row_as_if_it_were_alone(model_with_absolute_posit
     rows = [[3, 1], [2, 7, 1, 7], [6]]
     fixed_rows = FixedRows(model, rows, pad_id=0, steps=FixedSteps(model))
 
-    def check():
-        for row, logits in zip(rows, fixed_rows.logits, strict=True):
-            alone = model(input_ids=torch.tensor([row])).logits[0, -1]
-            assert logits.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
-
-    def append(tokens):
-        fixed_rows.append(torch.tensor(tokens))
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
-        check()
-
-    append([5, 6, 7])
-    append([1, 2, 3])
+    append_to(fixed_rows, rows, [5, 6, 7])
+    append_to(fixed_rows, rows, [1, 2, 3])
     rows = [list(rows[index]) for index in (2, 0, 0, 0, 1)]
     fixed_rows._select(torch.tensor([2, 0, 0, 0, 1]))  # more rows than there is memory for
-    append([1, 2, 3, 4, 5])
+    append_to(fixed_rows, rows, [1, 2, 3, 4, 5])
     row_of_message = fixed_rows.add_prompts([[7, 7, 7]], torch.tensor([4, 0, 3]))
     assert row_of_message.tolist() == [2, 0, 1]
     rows = [rows[0], rows[3], rows[4], [7, 7, 7]]
-    append([6, 5, 4, 3])
-    append([3, 3, 3, 3])
+    append_to(fixed_rows, rows, [6, 5, 4, 3])
+    append_to(fixed_rows, rows, [3, 3, 3, 3])
 
 
 SHAPES = [  # rows and columns in use, and of the step
