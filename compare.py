@@ -11,7 +11,7 @@ from pathlib import Path
 
 from metrics import seeds_and_problems, seeds_and_problems_difference, within_runs_difference
 from pictures import plot_learning
-from runs import InputError, read_config, read_jsonl, read_records, without_shard
+from runs import InputError, read_config, read_jsonl, read_records, record_names
 from tables import (
     markdown_table,
     mean_and_deviation,
@@ -279,8 +279,5 @@ def _is_same_problem(record: dict, other: dict) -> bool:
 
 def _common_methods(runs: list[Path]) -> list[str]:
     """Return the names of the records files that every run has, whatever their shards."""
-    names_of_runs = []
-    for run in runs:
-        paths = (run / "eval").glob("*.jsonl")
-        names_of_runs.append({without_shard(path).name for path in paths})
-    return sorted(set.intersection(*names_of_runs))
+    names = set.intersection(*[record_names(run / "eval") for run in runs])
+    return sorted(f"{name}.jsonl" for name in names)

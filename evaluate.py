@@ -49,8 +49,8 @@ from runs import (
     process_rank,
     read_jsonl,
     read_records,
+    record_names,
     shard_path,
-    without_shard,
 )
 from search import (
     Method,
@@ -505,8 +505,7 @@ def write_report(
             f"{MATH_VERIFY.SECONDS:g} s each and count as unequal."
         )
     print(f"\n{folder} holds the records, summary.json, table.md and em_vs_calls.png")
-    recorded = {without_shard(path).stem for path in folder.glob("*.jsonl")}
-    others = sorted(recorded - records.keys())
+    others = sorted(record_names(folder) - records.keys())
     if others:
         print(f"recorded, but not in this table: {', '.join(others)}; --methods names its methods")
 

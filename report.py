@@ -39,7 +39,7 @@ from runs import (
     read_config,
     read_finished_lines,
     read_records,
-    without_shard,
+    record_names,
 )
 from tables import (
     METHODS_NOTE,
@@ -568,7 +568,7 @@ def load_tree(run: Path, problem_id: str, method: str | None) -> tuple[dict, dic
     config = read_config(folder)
     records = read_records(folder / f"{name}.jsonl")
     if method is not None and not records:
-        methods = sorted({without_shard(path).stem for path in folder.glob("*.jsonl")})
+        methods = sorted(record_names(folder))
         raise InputError(f"--method {method}: not in {folder}; it has {', '.join(methods)}")
     record = records.get(problem_id)
     if record is None:

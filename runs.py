@@ -486,6 +486,11 @@ def without_shard(path: Path) -> Path:
     return path.with_name(re.sub(r"\.\d+of\d+\.jsonl$", ".jsonl", path.name))
 
 
+def record_names(folder: Path) -> set[str]:
+    """Return the names of the record files of a folder, without suffix, whatever their shards."""
+    return {without_shard(path).stem for path in folder.glob("*.jsonl")}
+
+
 def read_records(
     path: Path, keep: Callable[[dict], dict] = lambda record: record
 ) -> dict[str, dict]:
