@@ -12,7 +12,7 @@ demo: .venv/.installed
 	$(PY) train_value.py
 	$(PY) search.py
 	$(PY) evaluate.py
-	$(PY) report.py runs/tiny
+	$(PY) -m report runs/tiny
 
 test: .venv/.installed-dev
 	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -49,4 +49,4 @@ clean:
 clean-runs:
 	rm -rf runs
 
-include experiments.mk
+include experiments/experiments.mk

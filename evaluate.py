@@ -14,16 +14,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from answers import MATH_VERIFY
-from compare import compare_runs, read_groups, write_curves
-from diagnosis import answer_signatures, warning_text
-from extraction import extract_answer
-from generate_rollouts import Node, run_searches
-from mas import MAS, load_graph
-from metrics import paired, wilson
-from pictures import plot_accuracy
-from policy import (
-    Cost,
+from llm.policy import (
     Policy,
     add_policy_arguments,
     add_tree_search_arguments,
@@ -32,26 +23,11 @@ from policy import (
     make_policy,
     search_settings,
 )
-from runs import (
-    InputError,
-    Parser,
-    SearchProgress,
-    add_overwrite_argument,
-    append_jsonl,
-    cli,
-    finished_message,
-    is_mine,
-    non_negative_int,
-    only,
-    open_run,
-    open_to_append,
-    positive_int,
-    process_rank,
-    read_jsonl,
-    read_records,
-    record_names,
-    shard_path,
-)
+from mas import MAS, load_graph
+from report.compare import compare_runs, read_groups, write_curves
+from report.diagnosis import answer_signatures, warning_text
+from report.pictures import plot_accuracy
+from report.tables import breakdown_table, markdown_table, method_table, screen
 from search import (
     Method,
     add_search_arguments,
@@ -63,8 +39,33 @@ from search import (
     report_to,
     search_tree,
 )
-from tables import breakdown_table, markdown_table, method_table, screen
-from tasks import Problem, check_same_problems, is_correct, load_problems, question_key
+from support.flags import (
+    InputError,
+    Parser,
+    add_overwrite_argument,
+    cli,
+    non_negative_int,
+    positive_int,
+)
+from support.progress import SearchProgress
+from support.records import (
+    append_jsonl,
+    finished_message,
+    is_mine,
+    only,
+    open_to_append,
+    process_rank,
+    read_jsonl,
+    read_records,
+    record_names,
+    shard_path,
+)
+from support.runs import open_run
+from support.statistics import paired, wilson
+from tasks.answers import MATH_VERIFY
+from tasks.extraction import extract_answer
+from tasks.problems import Problem, check_same_problems, is_correct, load_problems, question_key
+from tree import Cost, Node, run_searches
 from value import weights_fingerprint
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import InputError
+from support.flags import InputError
 
 try:
     import tomllib

@@ -30,47 +30,40 @@ from pathlib import Path
 
 import numpy as np
 
-from answers import same_answer
-from extraction import extract_answer
-from generate_rollouts import (
+from generate_rollouts import expected_work_of_tree
+from llm.policy import (
+    Policy,
+    add_policy_arguments,
+    add_tree_search_arguments,
+    journal_of,
+    make_policy,
+)
+from llm.sampling import uniforms
+from mas import MAS, State, counts_per_agent, load_graph
+from report.__main__ import tree_page, write_page
+from support.flags import InputError, Parser, cli, positive_int, unit_float
+from support.progress import SearchProgress, Work
+from support.records import device_of_this_process
+from support.runs import read_config
+from tasks.answers import same_answer
+from tasks.extraction import extract_answer
+from tasks.problems import TASKS, Problem, check_task, is_correct, problem_at
+from tree import (
+    Candidate,
+    Cost,
+    Handler,
     Node,
+    Outcome,
+    Sample,
+    Score,
     backup,
     expand,
-    expected_work_of_tree,
     make_child,
     make_root,
     run_searches,
     select,
     tree_fields,
 )
-from mas import MAS, State, counts_per_agent, load_graph
-from policy import (
-    Candidate,
-    Cost,
-    Handler,
-    Outcome,
-    Policy,
-    Sample,
-    Score,
-    add_policy_arguments,
-    add_tree_search_arguments,
-    journal_of,
-    make_policy,
-)
-from report import tree_page, write_page
-from runs import (
-    InputError,
-    Parser,
-    SearchProgress,
-    Work,
-    cli,
-    device_of_this_process,
-    positive_int,
-    read_config,
-    unit_float,
-)
-from sampling import uniforms
-from tasks import TASKS, Problem, check_task, is_correct, problem_at
 from value import ValueModel
 
 # A search yields requests and returns the terminal node whose answer is given.

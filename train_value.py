@@ -33,13 +33,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from adapters import add_lora
-from checkpoints import resolve_dtype
-from diagnosis import value_signatures, with_warnings
-from generate_rollouts import Edge, tree_paths
-from mas import MAS, State
-from metrics import value_metrics
-from packing import (
+from llm.adapters import add_lora
+from llm.loading import resolve_dtype
+from llm.packing import (
     Batch,
     PackedRow,
     cut_into_batches,
@@ -48,33 +44,34 @@ from packing import (
     sequences_of,
     width_of,
 )
-from runs import (
+from mas import MAS, State
+from report.diagnosis import value_signatures, with_warnings
+from report.tables import value_table
+from support.flags import (
     HERE,
     InputError,
     Parser,
-    Progress,
     add_overwrite_argument,
     add_run_arguments,
-    append_jsonl,
     cli,
-    device_of_this_process,
-    fingerprint,
-    ignore,
-    open_run,
-    open_to_append,
     positive_float,
     positive_int,
+)
+from support.progress import Progress, ignore
+from support.records import (
+    append_jsonl,
+    device_of_this_process,
+    open_to_append,
     process_rank,
-    read_config,
     read_finished_lines,
     read_jsonl,
     read_records,
-    seeded,
-    write_config,
     write_line,
 )
-from tables import value_table
-from tasks import question_key
+from support.runs import fingerprint, open_run, read_config, seeded, write_config
+from support.statistics import value_metrics
+from tasks.problems import question_key
+from tree import Edge, tree_paths
 from value import (
     Row,
     ValueModel,

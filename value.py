@@ -22,15 +22,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel
 
-from adapters import load_lora
-from checkpoints import (
-    beginning_ids,
-    checkpoint_fingerprint,
-    context_length,
-    load_pretrained,
-)
-from mas import MAS, State
-from packing import (
+from llm.adapters import load_lora
+from llm.loading import beginning_ids, checkpoint_fingerprint, context_length, load_pretrained
+from llm.packing import (
     Batch,
     collate,
     num_distinct_tokens,
@@ -40,7 +34,10 @@ from packing import (
     sequences_of,
     token_cost_for,
 )
-from runs import InputError, fingerprint, ignore, read_config
+from mas import MAS, State
+from support.flags import InputError
+from support.progress import ignore
+from support.runs import fingerprint, read_config
 
 # ---- Batches -------------------------------------------------------------------------------------
 

@@ -13,11 +13,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import generate_rollouts
-import sampling
-from decoding import Decoder
+from llm import sampling
+from llm.decoding import Decoder
+from llm.policy import Policy, make_policy
 from mas import CHAIN, MAS, Agent
-from policy import Candidate, Cost, Policy, Sample, make_policy
-from runs import HERE
+from support.flags import HERE
+from tree import Candidate, Cost, Sample
 
 torch.set_num_threads(1)
 AGENTS = str(HERE / "tiny" / "agents")
@@ -175,7 +176,7 @@ def make_tiny_policy(mas: MAS, *, model: str = AGENTS, **changes) -> Policy:
 
 def sample_tiny_rollouts(policy: Policy, problems, *, counts, num_agents, seed):
     """Sample rollouts of stage 5, all at once."""
-    from rewards import sample_rollouts  # imported late: peft takes a second
+    from train_agents import sample_rollouts
 
     return sample_rollouts(
         problems,

@@ -20,33 +20,32 @@ from conftest import (
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import train_agents
-from adapters import AgentAdapters, adapters_setting
-from checkpoints import load_pretrained
-from generate_rollouts import Node
+from llm.adapters import AgentAdapters, adapters_setting
+from llm.loading import load_pretrained
+from llm.packing import pack, sequences_of
 from mas import CHAIN, State
-from packing import pack, sequences_of
-from pictures import plot_training
-from policy import Candidate, Sample
-from rewards import (
+from report.pictures import plot_training
+from report.tables import training_line, training_table
+from support.flags import InputError
+from support.records import read_jsonl
+from support.runs import seeded
+from tasks.problems import Problem, load_problems
+from train_agents import (
     REWARDS,
+    CannotGoOnError,
+    DistinctMessage,
+    Learner,
     Rollout,
+    Training,
     advantages,
     descendants,
+    distinct_messages,
     mean_outcomes,
     mix_with_outcome,
     returns,
     sample_tree,
 )
-from runs import InputError, read_jsonl, seeded
-from tables import training_line, training_table
-from tasks import Problem, load_problems
-from train_agents import (
-    CannotGoOnError,
-    DistinctMessage,
-    Learner,
-    Training,
-    distinct_messages,
-)
+from tree import Candidate, Node, Sample
 
 # ---- Pieces --------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from conftest import PROMPT, VOCABULARY, make_decoder, make_tiny_policy
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from cache import (
+from llm.cache import (
     CacheRows,
     FixedRows,
     FixedSteps,
@@ -20,11 +20,11 @@ from cache import (
     pad_left,
     takes_fixed_steps,
 )
-from generate_rollouts import make_root
-from policy import Sample, _check_cuda_graphs
-from runs import InputError
+from llm.policy import _check_cuda_graphs
 from search import ModelScorer, make_handlers, parse_method
-from tasks import load_problems
+from support.flags import InputError
+from tasks.problems import load_problems
+from tree import Sample, make_root
 
 # ---- The key-value cache -------------------------------------------------------------------------
 

@@ -25,24 +25,23 @@ from transformers import (
 from transformers.utils import chat_template_utils
 
 import generate_rollouts
-from adapters import add_lora
-from checkpoints import (
-    ChatFormat,
+from llm.adapters import add_lora
+from llm.chat import ChatFormat, without_reasoning
+from llm.decoding import Decoder
+from llm.loading import (
     checkpoint_fingerprint,
     context_length,
     end_of_message_ids,
     load_pretrained,
     resolve_dtype,
-    without_reasoning,
 )
-from decoding import Decoder
-from generate_rollouts import make_root
+from llm.packing import pack
+from llm.policy import policy_settings
+from llm.sampling import message_key
 from mas import CHAIN, State
-from packing import pack
-from policy import Sample, policy_settings
-from runs import InputError
-from sampling import message_key
-from tasks import load_problems
+from support.flags import InputError
+from tasks.problems import load_problems
+from tree import Sample, make_root
 from value import Row, ValueModel, load_backbone
 
 # ---- Families ------------------------------------------------------------------------------------
@@ -603,7 +602,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end(monkeypatch):
     """As that of Llama 3."""
     backend = AutoTokenizer.from_pretrained(AGENTS).backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    monkeypatch.setattr("checkpoints.AutoTokenizer.from_pretrained", lambda name: tokenizer)
+    monkeypatch.setattr("llm.loading.AutoTokenizer.from_pretrained", lambda name: tokenizer)
     _, loaded = load_pretrained(
         "--model", AGENTS, AutoModelForCausalLM, quantize=False, device="cpu", dtype="float32"
     )

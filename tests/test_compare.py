@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
-import compare
 import evaluate
-from compare import Group, compare_runs, read_groups, write_curves
-from metrics import seeds_and_problems, seeds_and_problems_difference, within_runs_difference
-from runs import InputError
-from tables import percent_interval
+from report import compare
+from report.compare import Group, compare_runs, read_groups, write_curves
+from report.tables import percent_interval
+from support.flags import InputError
+from support.statistics import (
+    seeds_and_problems,
+    seeds_and_problems_difference,
+    within_runs_difference,
+)
 
 # ---- Records by hand -----------------------------------------------------------------------------
 

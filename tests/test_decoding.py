@@ -10,11 +10,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from cache import CacheRows
-from decoding import Decoder, MessageQueue
-from generate_rollouts import make_root
-from policy import Sample
-from tasks import load_problems
+from llm.cache import CacheRows
+from llm.decoding import Decoder, MessageQueue
+from tasks.problems import load_problems
+from tree import Sample, make_root
 
 # ---- Frequencies of messages ---------------------------------------------------------------------
 

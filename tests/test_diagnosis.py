@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from diagnosis import (
+from report.diagnosis import (
     Signature,
     agents_signatures,
     answer_signatures,

@@ -10,13 +10,15 @@ import pytest
 from conftest import NoProgress, ScriptedPolicy
 
 import evaluate
-from answers import MATH_VERIFY
-from generate_rollouts import make_child, make_root
+from llm.policy import Policy
 from mas import CHAIN, GRAPHS
-from policy import Candidate, Cost, Policy
-from runs import InputError, Work, is_mine, read_jsonl
 from search import Method, parse_method
-from tasks import Problem
+from support.flags import InputError
+from support.progress import Work
+from support.records import is_mine, read_jsonl
+from tasks.answers import MATH_VERIFY
+from tasks.problems import Problem
+from tree import Candidate, Cost, make_child, make_root
 
 PROBLEMS = ["p1", "p2", "p3", "p4", "p5"]
 

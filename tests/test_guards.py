@@ -10,9 +10,10 @@ import torch
 import train_value
 from evaluate import refuse_leaks, scorer_fingerprint
 from mas import CHAIN, SINGLE
-from runs import InputError, open_run
 from search import parse_method
-from tasks import Problem, question_key
+from support.flags import InputError
+from support.runs import open_run
+from tasks.problems import Problem, question_key
 from train_value import Labels, value_settings
 
 # ---- Settings of V -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import generate_rollouts
 import search
 import train_agents
 import train_value
-from runs import HERE, Parser
+from support.flags import HERE, Parser
 
 # Files import only upwards: from the files before them.
 ORDER = [

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 from conftest import NoProgress, make_tiny_policy
 
-from generate_rollouts import expand, make_root, parse_args, run_searches
-from journal import Journal
+from generate_rollouts import parse_args
+from llm.journal import Journal
+from llm.policy import journal_of
 from mas import CHAIN, MAS
-from policy import Sample, journal_of
-from runs import InputError
 from search import RandomScorer, make_handlers, parse_method
-from tasks import load_problems
+from support.flags import InputError
+from tasks.problems import load_problems
+from tree import Sample, expand, make_root, run_searches
 
 PROBLEMS = load_problems(task="tiny", data=None, split="test", num=3)
 SETTINGS = {"model": "m", "seed": 0}

@@ -13,7 +13,7 @@ import search
 import train_agents
 import train_value
 from mas import CHAIN, GRAPHS
-from runs import HERE
+from support.flags import HERE
 
 TARGETS = ["demo", "main", "seeds", "hard", "rollout-count", "lambda", "transfer", "losses"]
 TARGETS += ["refine", "train-agents", "loop", "credit", "cures"]

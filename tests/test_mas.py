@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import pytest
 
-from extraction import extract_answer
 from mas import (
     CHAIN,
     GRAPHS,
@@ -17,7 +16,8 @@ from mas import (
     load_graph,
     normalize_words,
 )
-from runs import InputError
+from support.flags import InputError
+from tasks.extraction import extract_answer
 
 # ---- The chain -----------------------------------------------------------------------------------
 

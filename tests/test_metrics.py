@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-import metrics
-from generate_rollouts import Edge
 from mas import State
-from metrics import (
+from support import statistics as metrics
+from support.statistics import (
     auc,
     bootstrap_interval,
     calibration_error,
@@ -17,6 +16,7 @@ from metrics import (
     wilson,
     within_runs_difference,
 )
+from tree import Edge
 
 # ---- V against labels ----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from packing import (
+from llm.packing import (
     MAX_WIDTH,
     best_width,
     collate,

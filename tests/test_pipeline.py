@@ -23,10 +23,11 @@ import evaluate
 import generate_rollouts
 import search
 import train_value
-from decoding import Decoder
-from extraction import extract_answer
+from llm.decoding import Decoder
 from mas import REFINE
-from runs import HERE, cli, open_to_append
+from support.flags import HERE, cli
+from support.records import open_to_append
+from tasks.extraction import extract_answer
 
 ROLLOUTS = ["--num-train", 10, "--num-heldout", 4, "--num-simulations", 6]
 ROLLOUTS += ["--num-candidates", 2, "--max-active", 5]

@@ -15,15 +15,17 @@ from conftest import AGENTS, NoProgress, StopError, make_tiny_policy
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-import decoding
 import generate_rollouts
-from decoding import MessageQueue
-from generate_rollouts import expand, label_tree, make_root, run_searches, tree_record
+from generate_rollouts import label_tree
+from llm import decoding
+from llm.decoding import MessageQueue
+from llm.policy import make_policy, policy_settings, search_settings
+from llm.sampling import gumbel_noise, message_key
 from mas import CHAIN
-from policy import Candidate, Cost, Sample, make_policy, policy_settings, search_settings
-from runs import InputError, seeded
-from sampling import gumbel_noise, message_key
-from tasks import Problem, load_problems
+from support.flags import InputError
+from support.runs import seeded
+from tasks.problems import Problem, load_problems
+from tree import Candidate, Cost, Sample, expand, make_root, run_searches, tree_record
 
 PROBLEMS = load_problems(task="tiny", data=None, split="test", num=8)
 
@@ -442,7 +444,7 @@ def test_the_fingerprint_is_that_of_the_model_that_was_loaded(chain, monkeypatch
         asked.append((name, model))
         return "fingerprint"
 
-    monkeypatch.setattr("policy.checkpoint_fingerprint", recorded_fingerprint)
+    monkeypatch.setattr("llm.policy.checkpoint_fingerprint", recorded_fingerprint)
     policy = make_tiny_policy(chain)
     assert asked == [(AGENTS, policy.decoder.model)]
     assert policy.settings["model"] == {"name": AGENTS, "fingerprint": "fingerprint"}
@@ -484,7 +486,7 @@ def test_a_launched_process_loads_the_agents_on_its_own_gpu(chain, monkeypatch):
         asked.append(device)
         raise StopError
 
-    monkeypatch.setattr("policy.load_pretrained", load)
+    monkeypatch.setattr("llm.policy.load_pretrained", load)
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(StopError):
         make_tiny_policy(chain, device="cuda")
@@ -493,7 +495,7 @@ def test_a_launched_process_loads_the_agents_on_its_own_gpu(chain, monkeypatch):
 
 def test_messages_of_another_sampler_are_others(chain, monkeypatch):
     before = settings_with(chain)
-    monkeypatch.setattr("policy.SAMPLER", "another")
+    monkeypatch.setattr("llm.policy.SAMPLER", "another")
     after = settings_with(chain)
     assert {key for key in before if before[key] != after[key]} == {"sampler"}
 

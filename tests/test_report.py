@@ -8,14 +8,16 @@ import re
 import pytest
 from conftest import NoProgress, ScriptedPolicy, dom_of
 
-import report
 import search
-from generate_rollouts import label_tree, run_searches, tree_fields, tree_record
+from generate_rollouts import label_tree
 from mas import CHAIN
-from policy import Cost, Sample, Score
-from runs import InputError, read_jsonl, seeded
+from report import __main__ as report
 from search import mcts, path_to, sbs, search_tree
-from tasks import Problem
+from support.flags import InputError
+from support.records import read_jsonl
+from support.runs import seeded
+from tasks.problems import Problem
+from tree import Cost, Sample, Score, run_searches, tree_fields, tree_record
 
 PROBLEM = Problem("p", "test", "How many? </script><b>", gold="4", answer_type="number")
 GRAPH = {

@@ -17,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import generate_rollouts
-import rewards
 import train_agents
-from generate_rollouts import Node
+import train_agents as rewards
+from llm.coach import Coach
 from mas import CHAIN, REFINE
-from policy import Candidate, Sample
-from rewards import (
-    Coach,
+from search import sample_passes
+from support.flags import InputError
+from support.runs import seeded
+from tasks.problems import Problem
+from train_agents import (
     Rollout,
     advantages,
     descendants,
@@ -38,9 +40,7 @@ from rewards import (
     value_delta_rewards,
     value_rewards,
 )
-from runs import InputError, seeded
-from search import sample_passes
-from tasks import Problem
+from tree import Candidate, Node, Sample
 
 PROBLEM = Problem("p", "train", "What is 3 + 4?", "7", "number")
 

@@ -10,11 +10,11 @@ import pytest
 from conftest import dom_of
 
 import evaluate
-import report
 from mas import CHAIN
-from pictures import plot_epochs, plot_reliability, plot_targets
-from runs import InputError
+from report import __main__ as report
+from report.pictures import plot_epochs, plot_reliability, plot_targets
 from search import parse_method
+from support.flags import InputError
 
 # ---- A run folder --------------------------------------------------------------------------------
 

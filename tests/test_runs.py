@@ -11,31 +11,24 @@ from pathlib import Path
 
 import pytest
 
-import runs
-from generate_rollouts import without_texts
-from runs import (
-    InputError,
-    Parser,
-    Progress,
-    SearchProgress,
-    Work,
+from support import runs
+from support.flags import InputError, Parser, cli
+from support.progress import Progress, SearchProgress, Work
+from support.records import (
     all_shards,
     append_jsonl,
-    cli,
     device_of_this_process,
     is_mine,
     only,
-    open_run,
     open_to_append,
-    read_config,
     read_jsonl,
     read_records,
-    seeded,
     shard_path,
     without_shard,
-    write_config,
     write_line,
 )
+from support.runs import open_run, read_config, seeded, write_config
+from tree import without_texts
 
 # ---- Flags and bad input -------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from conftest import keys_of
 from scipy.stats import chisquare, gumbel_r, kstest
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import sampling
-from sampling import (
+from llm import sampling
+from llm.sampling import (
     GOLDEN_GAMMA,
     _mix_bits,
     _smallest_in_nucleus,

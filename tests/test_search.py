@@ -17,12 +17,8 @@ from hypothesis import strategies as st
 
 import generate_rollouts
 import search
-from extraction import extract_answer
-from generate_rollouts import expand, make_root, run_searches
+from llm.sampling import uniforms
 from mas import CHAIN, GRAPHS, MAS, SINGLE, Agent
-from policy import Candidate, Cost, Outcome, Sample, Score
-from runs import InputError, ignore, write_config
-from sampling import uniforms
 from search import (
     Method,
     ModelScorer,
@@ -39,7 +35,12 @@ from search import (
     sbs,
     vote,
 )
-from tasks import Problem
+from support.flags import InputError
+from support.progress import ignore
+from support.runs import write_config
+from tasks.extraction import extract_answer
+from tasks.problems import Problem
+from tree import Candidate, Cost, Outcome, Sample, Score, expand, make_root, run_searches
 
 # ---- Searches without a model --------------------------------------------------------------------
 

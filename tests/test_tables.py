@@ -7,8 +7,8 @@ import pytest
 from conftest import dev_record
 
 from evaluate import DEFAULT_METHODS
-from pictures import family_of, plot_accuracy, plot_learning, plot_training
-from tables import (
+from report.pictures import family_of, plot_accuracy, plot_learning, plot_training
+from report.tables import (
     headline_comparisons,
     labels_table,
     method_table,

@@ -6,10 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 
-import tasks
-from extraction import extract_answer
-from runs import InputError
-from tasks import EMBEDDED, TASKS, Problem, is_correct, load_problems, problem_at, question_key
+from support.flags import InputError
+from tasks import problems as tasks
+from tasks.extraction import extract_answer
+from tasks.problems import (
+    EMBEDDED,
+    TASKS,
+    Problem,
+    is_correct,
+    load_problems,
+    problem_at,
+    question_key,
+)
 from tiny import problems as tiny_problems
 from tiny.problems import make_puzzle, size_of
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import AGENTS
 
-from diagnosis import LostAnswer
 from mas import CHAIN
-from runs import InputError, fingerprint
-from tasks import question_key
-from tiny import check_blame, make_tiny, problems
+from report.diagnosis import LostAnswer
+from support.flags import InputError
+from support.runs import fingerprint
+from tasks.problems import question_key
+from experiments import blame as check_blame, make_tiny, problems
 from tiny.problems import FAMILIES, SPLITS, make_puzzle, numbers_of, total
 
 

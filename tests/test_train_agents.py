@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import generate_rollouts
-import rewards
 import search
 import train_agents
+import train_agents as rewards
 from mas import CHAIN, DEBATE, MAS
-from rewards import advantages
-from runs import HERE, InputError, read_config, read_jsonl, seeded
-from tasks import load_problems
-from train_agents import Training, distinct_messages
+from support.flags import HERE, InputError
+from support.records import read_jsonl
+from support.runs import read_config, seeded
+from tasks.problems import load_problems
+from train_agents import Training, advantages, distinct_messages
 
 # ---- It learns -----------------------------------------------------------------------------------
 

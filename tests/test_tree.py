@@ -15,24 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import generate_rollouts
-from generate_rollouts import (
+from generate_rollouts import label_tree, load_training_problems, make_searches
+from llm.sampling import uniforms
+from mas import CHAIN, GRAPHS, SINGLE, State
+from support.runs import seeded
+from tasks.problems import Problem
+from tree import (
+    Candidate,
+    Cost,
+    Sample,
+    Score,
     backup,
     expand,
     label_statistics,
-    label_tree,
-    load_training_problems,
     make_root,
-    make_searches,
     run_searches,
     select,
     tree_paths,
     tree_record,
 )
-from mas import CHAIN, GRAPHS, SINGLE, State
-from policy import Candidate, Cost, Sample, Score
-from runs import seeded
-from sampling import uniforms
-from tasks import Problem
 
 PROBLEM = Problem("p", split="train", question="q", gold="1", answer_type="number")
 

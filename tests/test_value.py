@@ -34,24 +34,17 @@ import generate_rollouts
 import train_agents
 import train_value
 import value
-from adapters import add_lora, lora_config
-from checkpoints import load_pretrained
-from generate_rollouts import Edge, Sample, label_tree, run_searches, tree_paths, tree_record
+from generate_rollouts import label_tree
+from llm.adapters import add_lora, lora_config
+from llm.loading import load_pretrained
+from llm.packing import collate, num_distinct_tokens, pack, packed_batches, sequences_of
+from llm.sampling import uniforms
 from mas import CHAIN, SINGLE, State
-from packing import collate, num_distinct_tokens, pack, packed_batches, sequences_of
-from runs import (
-    HERE,
-    InputError,
-    append_jsonl,
-    fingerprint,
-    ignore,
-    open_run,
-    open_to_append,
-    read_jsonl,
-    seeded,
-)
-from sampling import uniforms
-from tasks import Problem
+from support.flags import HERE, InputError
+from support.progress import ignore
+from support.records import append_jsonl, open_to_append, read_jsonl
+from support.runs import fingerprint, open_run, seeded
+from tasks.problems import Problem
 from train_value import (
     epoch_batches,
     learning_rate_factor,
@@ -63,13 +56,8 @@ from train_value import (
     training_rows,
     verify_saved,
 )
-from value import (
-    Row,
-    ValueModel,
-    backbone_setting,
-    load_backbone,
-    rendering_fingerprint,
-)
+from tree import Edge, Sample, run_searches, tree_paths, tree_record
+from value import Row, ValueModel, backbone_setting, load_backbone, rendering_fingerprint
 
 # ---- Scripted trees ------------------------------------------------------------------------------
 
@@ -1897,7 +1885,7 @@ def test_a_further_process_trains_on_its_own_gpu_and_saves_nothing(
     monkeypatch.setattr(train_value, "start_data_parallel", lambda device: calls.append(device))
     monkeypatch.setattr(train_value, "train", lambda *args, **options: calls.append("train"))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("leave"))
-    monkeypatch.setattr("runs.provenance", lambda device: {})
+    monkeypatch.setattr("support.runs.provenance", lambda device: {})
     for name, text in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, text)
     flags = ["--run", str(tmp_path), "--no-quantize", "--lora-rank", "2", "--num-threads", "1"]
@@ -2034,7 +2022,7 @@ def test_a_script_uses_as_many_threads_as_it_is_told(module, records, tmp_path, 
     asked = []
     write_labels(tmp_path / "rollouts", records)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr("policy.load_pretrained", stop)
+    monkeypatch.setattr("llm.policy.load_pretrained", stop)
     monkeypatch.setattr(value, "load_pretrained", stop)
     with pytest.raises(StopError):
         module.main(module.parse_args(["--run", str(tmp_path), "--num-threads", "5"]))

@@ -44,8 +44,8 @@ from transformers import (
 # Python puts the folder of this script on sys.path, but the modules below are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from extraction import extract_answer
 from mas import GRAPHS, Agent, State
+from tasks.extraction import extract_answer
 from tiny.problems import FAMILIES, Puzzle, make_puzzle, total
 
 HERE = Path(__file__).resolve().parent

@@ -16,11 +16,13 @@ from statistics import fmean
 # Python puts the folder of this script on sys.path, but the modules below are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diagnosis import LostAnswer, blame
 from mas import MAS, State
-from metrics import bootstrap_interval
-from runs import InputError, Parser, cli, read_config, read_jsonl, read_records
-from tables import text_table
+from report.diagnosis import LostAnswer, blame
+from report.tables import text_table
+from support.flags import InputError, Parser, cli
+from support.records import read_jsonl, read_records
+from support.runs import read_config
+from support.statistics import bootstrap_interval
 from tiny.make_tiny import is_correct_work
 from tiny.problems import make_puzzle
 

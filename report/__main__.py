@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from diagnosis import (
+from report.diagnosis import (
     Signature,
     agents_signatures,
     answer_signatures,
@@ -30,18 +30,14 @@ from diagnosis import (
     label_signatures,
     value_signatures,
 )
-from pictures import plot_accuracy, plot_epochs, plot_reliability, plot_targets, plot_training
-from runs import (
-    HERE,
-    InputError,
-    Parser,
-    cli,
-    read_config,
-    read_finished_lines,
-    read_records,
-    record_names,
+from report.pictures import (
+    plot_accuracy,
+    plot_epochs,
+    plot_reliability,
+    plot_targets,
+    plot_training,
 )
-from tables import (
+from report.tables import (
     METHODS_NOTE,
     Table,
     breakdown_table,
@@ -52,6 +48,9 @@ from tables import (
     methods_table,
     targets_of,
 )
+from support.flags import HERE, InputError, Parser, cli
+from support.records import read_finished_lines, read_records, record_names
+from support.runs import read_config
 
 # ---- The tree page -------------------------------------------------------------------------------
 
@@ -512,7 +511,9 @@ def lost_to_vote(records: dict[str, list[dict]]) -> list[Instance]:
 def render(template: str, **values) -> str:
     """Fill a template of templates/. Texts are escaped: a message cannot become HTML."""
     environment = Environment(
-        loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(HERE / "report" / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
     )
     return environment.get_template(template).render(**values)
 

@@ -36,18 +36,20 @@ from transformers import (
 )
 
 import generate_rollouts
-from adapters import AgentAdapters, add_lora
-from cache import CacheRows, PreallocatedLayer
-from checkpoints import ChatFormat
-from decoding import Decoder
-from generate_rollouts import make_searches, run_searches, tree_record
+from generate_rollouts import make_searches
+from llm.adapters import AgentAdapters, add_lora
+from llm.cache import CacheRows, PreallocatedLayer
+from llm.chat import ChatFormat
+from llm.decoding import Decoder
+from llm.packing import pack, sequences_of
+from llm.policy import Policy, make_policy
+from llm.sampling import message_key, sample_tokens
 from mas import CHAIN, counts_per_agent
-from packing import pack, sequences_of
-from policy import Policy, Sample, make_policy
-from runs import HERE, Parser, SearchProgress, Work, cli, positive_float, positive_int
-from sampling import message_key, sample_tokens
-from tasks import load_problems
+from support.flags import HERE, Parser, cli, positive_float, positive_int
+from support.progress import SearchProgress, Work
+from tasks.problems import load_problems
 from train_value import peak_memory, training_loss
+from tree import Sample, run_searches, tree_record
 from value import Row, ValueModel, label_places, load_backbone
 
 # ---- Decoders that lack a feature ----------------------------------------------------------------

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from cache import CacheRows, FixedRows, FixedSteps
-from runs import ignore
-from sampling import sample_tokens
+from llm.cache import CacheRows, FixedRows, FixedSteps
+from llm.sampling import sample_tokens
+from support.progress import ignore
 
 # ---- The decoder ---------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 import scipy.stats
 
-from generate_rollouts import Edge
+from tree import Edge
 
 NUM_RESAMPLES = 2000  # of a bootstrap
 

@@ -27,7 +27,7 @@ answers.py says what an answer of each type is. No torch here.
 import re
 from typing import NamedTuple
 
-from answers import canonical, find_numbers, plain_text
+from tasks.answers import canonical, find_numbers, plain_text
 
 # ---- The answer of a message ---------------------------------------------------------------------
 

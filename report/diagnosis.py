@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from statistics import fmean
 from typing import NamedTuple
 
-from tables import reading_of_v
+from report.tables import reading_of_v
 
 # ---- Signatures of failure -----------------------------------------------------------------------
 

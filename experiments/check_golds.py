@@ -15,10 +15,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from answers import MATH_VERIFY
-from extraction import extract_answer
-from runs import read_jsonl
-from tasks import Problem, is_correct, load_problems, read_row
+from support.records import read_jsonl
+from tasks.answers import MATH_VERIFY
+from tasks.extraction import extract_answer
+from tasks.problems import Problem, is_correct, load_problems, read_row
 
 # ---- Changed versions of a gold answer -----------------------------------------------------------
 

@@ -15,14 +15,9 @@ import json
 import os
 from pathlib import Path
 
-from runs import (
-    FileInUseError,
-    InputError,
-    append_jsonl,
-    fingerprint,
-    open_to_append,
-    without_names,
-)
+from support.flags import FileInUseError, InputError
+from support.records import append_jsonl, open_to_append
+from support.runs import fingerprint, without_names
 
 
 class Journal:

@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from packing import takes_our_mask
-from runs import InputError
+from llm.packing import takes_our_mask
+from support.flags import InputError
 
 # ---- The key-value cache -------------------------------------------------------------------------
 

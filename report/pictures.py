@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import BinaryIO
 
-from tables import reading_of_v
+from report.tables import reading_of_v
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart, without their yellow, and
 # grey and wine. Families of methods take them in this order.

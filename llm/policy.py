@@ -18,124 +18,43 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cache import takes_fixed_steps
-from checkpoints import (
-    TEMPLATE_DATE,
-    ChatFormat,
+from llm.cache import takes_fixed_steps
+from llm.chat import TEMPLATE_DATE, ChatFormat
+from llm.decoding import Decoder
+from llm.journal import Journal
+from llm.loading import (
     checkpoint_fingerprint,
     context_length,
     end_of_message_ids,
     load_pretrained,
     resolve_dtype,
 )
-from decoding import Decoder
-from journal import Journal
+from llm.sampling import SAMPLER, message_key
 from mas import GRAPHS, MAS
-from runs import (
+from support.flags import (
     HERE,
     InputError,
     Parser,
     add_run_arguments,
-    device_of_this_process,
-    fingerprint,
-    ignore,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
     positive_unit_float,
 )
-from sampling import SAMPLER, message_key
-from tasks import EMBEDDED, TASKS, Problem, source
-
-# ---- Requests ------------------------------------------------------------------------------------
-# What a search may ask for. A request names nodes of a tree: whatever has a `state` (mas.State) and
-# a `path` (which candidate was taken at each step from the root). The reply has one entry per node.
-
-
-class Candidate(NamedTuple):
-    """One sampled message.
-
-    Attributes:
-        text: without reasoning blocks; other agents, V and the answer see nothing of them.
-        tokens: number of tokens generated, reasoning and the end-of-message token included.
-        logprob: sum over the tokens of log pi(token | prefix) in nats, before temperature, top-k
-            and top-p.
-        truncated: whether its limit stopped the message, before an end-of-message token.
-    """
-
-    text: str
-    tokens: int
-    logprob: float
-    truncated: bool
-
-
-class Sample(NamedTuple):
-    """Ask for `num` messages of the next agent at each node. Reply: `num` Candidates per node.
-
-    greedy: take the most likely token at every step instead of sampling.
-    """
-
-    nodes: list
-    num: int
-    greedy: bool = False
-
-
-class Score(NamedTuple):
-    """Ask for the value of each node's state, by V or another scorer.
-
-    Reply: a float in [-1, 1] per node.
-    """
-
-    nodes: list
-
-
-class Outcome(NamedTuple):
-    """Ask for the value of each terminal node's state, by the outcome model (ORM).
-
-    Reply: a float in [-1, 1] per node.
-    """
-
-    nodes: list
-
-
-@dataclass
-class Cost:
-    """Resources that a search has used.
-
-    Attributes:
-        agent_calls: sampled messages.
-        prompt_tokens: prefilled tokens; a prompt counts once for all candidates sampled from it.
-        generated_tokens: sampled tokens, end-of-message tokens included.
-        scored_tokens: tokens read by a value or outcome model.
-        truncated: agent -> messages that their limit stopped.
-        seconds: share of the wall time of the steps and batches that it was part of.
-    """
-
-    agent_calls: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    scored_tokens: int = 0
-    truncated: Counter = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    def __iadd__(self, other: "Cost") -> "Cost":
-        for entry in fields(self):
-            total = getattr(self, entry.name) + getattr(other, entry.name)
-            setattr(self, entry.name, total)
-        return self
-
-
-# A handler answers all waiting requests of one type: [(problem, request)] -> [(reply, cost)].
-Handler = Callable[[list[tuple[Problem, Any]]], list[tuple[Any, Cost]]]
+from support.progress import ignore
+from support.records import device_of_this_process
+from support.runs import fingerprint
+from tasks.problems import EMBEDDED, TASKS, Problem, source
+from tree import Candidate, Cost, Sample
 
 # ---- The policy ----------------------------------------------------------------------------------
 
@@ -572,7 +491,7 @@ def _check_cuda_graphs(args, model: PreTrainedModel) -> None:
 
 def load_adapters(policy: Policy, folder: str) -> None:
     """Let finetuned agents speak. folder: RUN/agents of stage 5."""
-    from adapters import AgentAdapters, adapters_setting  # imported late: peft takes a second
+    from llm.adapters import AgentAdapters, adapters_setting
 
     adapters = AgentAdapters.load(policy.decoder.model, policy.mas, Path(folder), policy.settings)
     policy.adapters = adapters

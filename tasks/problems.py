@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from answers import canonical, is_comparable, same_answer
-from extraction import last_box
-from runs import InputError, read_jsonl
+from support.flags import InputError
+from support.records import read_jsonl
+from tasks.answers import canonical, is_comparable, same_answer
+from tasks.extraction import last_box
 from tiny import problems as tiny_problems
 
 SPLITS = ("train", "heldout", "test")

@@ -26,7 +26,8 @@ from peft.tuners import lora
 from torch import nn
 
 from mas import MAS
-from runs import InputError, read_config
+from support.flags import InputError
+from support.runs import read_config
 
 SHARED = "shared"  # the name of an adapter that all agents share
 

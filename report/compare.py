@@ -9,15 +9,21 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from metrics import seeds_and_problems, seeds_and_problems_difference, within_runs_difference
-from pictures import plot_learning
-from runs import InputError, read_config, read_jsonl, read_records, record_names
-from tables import (
+from report.pictures import plot_learning
+from report.tables import (
     markdown_table,
     mean_and_deviation,
     number_or_dash,
     percent_interval,
     reading_of_v,
+)
+from support.flags import InputError
+from support.records import read_jsonl, read_records, record_names
+from support.runs import read_config
+from support.statistics import (
+    seeds_and_problems,
+    seeds_and_problems_difference,
+    within_runs_difference,
 )
 
 

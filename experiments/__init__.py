@@ -1,0 +1,1 @@
+"""Experiments and benchmarks: `python -m experiments.NAME`."""

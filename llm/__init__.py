@@ -1,0 +1,1 @@
+"""The agents' language model: policy, decoding, packing, loading, adapters."""

@@ -1,0 +1,1 @@
+"""Tables, pictures, pages and comparisons, from the records of runs alone."""

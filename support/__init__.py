@@ -1,0 +1,1 @@
+"""How a script runs: flags, bad input, run folder, records, progress; statistics."""
