@@ -6,29 +6,23 @@ target for V at next(s, a). No value model is involved.
 
     python generate_rollouts.py            # the embedded default -> runs/tiny/rollouts/trees.jsonl
     accelerate launch --num_processes 4 generate_rollouts.py    # the same trees, by four processes
-
-A search is a plain sequential generator: it knows one problem and no model, yields requests, and is
-resumed with replies. `run_searches` advances hundreds of searches together and answers their
-requests in batches.
 """
 
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from llm.policy import (
     Policy,
-    add_policy_arguments,
+    add_agent_arguments,
     add_tree_search_arguments,
-    describe_messages,
-    journal_of,
     make_policy,
     search_settings,
+    with_journal,
 )
 from mas import MAS, counts_per_agent, load_graph
-from report.diagnosis import label_signatures, with_warnings
-from support.flags import Parser, add_overwrite_argument, cli, positive_int
-from support.progress import SearchProgress, Work
+from support.flags import Parser, add_overwrite_argument, add_run_arguments, cli, positive_int
+from support.progress import Progress
 from support.records import (
     append_jsonl,
     finished_message,
@@ -41,19 +35,24 @@ from support.records import (
 )
 from support.runs import open_run, seeded
 from tasks.extraction import extract_answer
-from tasks.problems import Problem, check_same_problems, is_correct, load_problems
+from tasks.problems import (
+    Problem,
+    add_problem_arguments,
+    add_training_problems_arguments,
+    check_same_problems,
+    is_correct,
+    load_training_problems,
+)
 from tree import (
     Candidate,
     Node,
     Sample,
     backup,
     expand,
-    label_statistics,
     make_root,
     run_searches,
     select,
     tree_record,
-    without_texts,
 )
 
 # ---- Labelling one problem -----------------------------------------------------------------------
@@ -90,27 +89,22 @@ def label_tree(
                 grade_terminals(problem, mas, children)
                 node = rng.choice(children)  # uniform among the fresh children
                 for sibling in children:
-                    if sibling is not node and sibling.reward is not None:
-                        backup(sibling, sibling.reward)
+                    if sibling is not node and sibling.outcome is not None:
+                        backup(sibling, sibling.outcome)
                         graded_siblings.append(sibling)
             else:
                 node = select(node, c_uct)  # Eq. 2
-        backup(node, node.reward)
+        backup(node, node.outcome)
         root.simulations.append([*graded_siblings, node])  # to replay the search on a page
     return root
 
 
 def grade_terminals(problem: Problem, mas: MAS, nodes: list[Node]) -> None:
-    """Grade those nodes that are terminal."""
+    """Set the outcome of those nodes that are terminal: +1 if the answer is right, else -1."""
     for node in nodes:
         if mas.is_terminal(node.state):
-            node.reward = grade(problem, node)
-
-
-def grade(problem: Problem, leaf: Node) -> float:
-    """Return +1 if the answer of a terminal state is right, else -1."""
-    answer = extract_answer(leaf.message.text, problem.answer_type)
-    return 1.0 if is_correct(problem, answer.value) else -1.0
+            answer = extract_answer(node.message.text, problem.answer_type)
+            node.outcome = 1.0 if is_correct(problem, answer.value) else -1.0
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -118,9 +112,11 @@ def grade(problem: Problem, leaf: Node) -> float:
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add_policy_arguments(parser)
-    add_tree_search_arguments(parser)
+    add_run_arguments(parser)
+    add_problem_arguments(parser)
     add_training_problems_arguments(parser)
+    add_agent_arguments(parser)
+    add_tree_search_arguments(parser)
     parser.add_argument(
         "--num-simulations", type=positive_int, default=40, help="N, simulations per problem"
     )
@@ -128,23 +124,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def add_training_problems_arguments(parser: Parser) -> None:
-    """Add the flags of the scripts that use training problems (`load_training_problems`)."""
-    parser.add_argument("--num-train", type=positive_int, default=300, help="training problems")
-    parser.add_argument(
-        "--num-heldout",
-        type=positive_int,
-        default=45,
-        help="held-out problems, on which V and the agents are measured; 45 is all that `tiny` has",
-    )
-
-
 def main(args) -> None:
     # 1. Load the graph, the problems and the agents.
     mas = load_graph(args.graph)
     num_candidates = counts_per_agent(mas, args.num_candidates, "--num-candidates")
     problems = load_training_problems(args)
-    policy = make_policy(args, mas)
+    progress = Progress(shown=process_rank()[0] == 0)
+    policy = make_policy(args, mas, progress=progress)
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / "rollouts"
@@ -155,97 +141,72 @@ def main(args) -> None:
 
     # 3. Label the problems that are not labelled yet, one line per tree.
     path = folder / "trees.jsonl"
-    label_problems(problems, mas, policy, num_candidates, path, args)
+    with open_to_append(shard_path(path)) as file, with_journal(policy, args) as policy:
+        labelled = read_records(path, only("question", "gold"))
+        check_same_problems(problems, labelled, path)
+        mine = [problem for problem in problems if is_mine(problem.id)]
+        todo = [problem for problem in mine if problem.id not in labelled]
+        print(f"labelling {len(todo)} of {len(mine)} problems -> {shard_path(path)}")
+        with progress.over("trees", len(mine), unit="problems", done=len(mine) - len(todo)):
+            for record in label_problems(todo, policy, num_candidates, args):
+                append_jsonl(file, record)
+    print(progress.describe_messages())
 
     # 4. Report, once all processes have finished.
-    records = read_records(path, without_texts)
-    num_missing = sum(problem.id not in records for problem in problems)
+    trees = read_records(path, _without_texts)
+    num_missing = sum(problem.id not in trees for problem in problems)
     if num_missing > 0:
         print(finished_message(num_missing, "problems"))
     else:
-        trees = list(records.values())
-        agents = [agent.name for agent in mas.agents]
-        signatures = label_signatures(trees, agents, num_candidates)
-        print(with_warnings(label_statistics(trees, mas), signatures))
-
-
-def load_training_problems(args) -> list[Problem]:
-    """Load training problems, and held-out ones to measure on. Test problems are never loaded."""
-    problems = []
-    for split, num in (("train", args.num_train), ("heldout", args.num_heldout)):
-        problems += load_problems(task=args.task, data=args.data, split=split, num=num)
-    return problems
+        print(describe_labels(list(trees.values()), mas))
 
 
 def label_problems(
-    problems: list[Problem],
-    mas: MAS,
-    policy: Policy,
-    num_candidates: tuple[int, ...],
-    path: Path,
-    args,
-) -> None:
-    """Label those of this process's problems that have no record yet.
-
-    Each tree is appended to this process's shard as it finishes.
-    """
-    with open_to_append(shard_path(path)) as file, journal_of(policy, args):
-        # 1. See which records exist already.
-        labelled = read_records(path, only("question", "gold"))
-        check_same_problems(problems, labelled, path)
-        my_problems = [problem for problem in problems if is_mine(problem.id)]
-        todo = [problem for problem in my_problems if problem.id not in labelled]
-        num_labelled = sum(problem.id in labelled for problem in problems)
-        print(
-            f"labelling {len(todo)} problems, N = {args.num_simulations}, C = {num_candidates}; "
-            f"{num_labelled} of {len(problems)} are finished already\n"
-            f"-> {shard_path(path)}"
-        )
-        if not todo:
-            return
-
-        # 2. Label the others.
-        progress = SearchProgress(
-            len(todo),
-            expected_work_of_tree(args.num_simulations, num_candidates),
-            description="trees",
-            num_finished_before=len(my_problems) - len(todo),
-            shown=process_rank()[0] == 0,
-        )
-        policy.on_batch = progress.sampled
-        searches = make_searches(todo, mas, num_candidates, args)
-        with progress:
-            for problem, root, cost in run_searches(
-                searches, {Sample: policy}, max_active=args.max_active, progress=progress
-            ):
-                append_jsonl(file, tree_record(problem, root, cost))
-        print(describe_messages(policy))
-
-
-def expected_work_of_tree(num_simulations: int, num_candidates: tuple[int, ...]) -> Work:
-    """Estimate how many prompts and messages a tree search needs.
-
-    The first simulation expands once per agent. Each later one adds about one message, because most
-    of its path exists already.
-    """
-    later_messages = num_simulations - 1
-    prompts = len(num_candidates) + later_messages / num_candidates[-1]
-    return Work(prompts, sum(num_candidates) + later_messages)
-
-
-def make_searches(
-    problems: list[Problem], mas: MAS, num_candidates: tuple[int, ...], args
-) -> Iterator[tuple[Problem, Generator]]:
+    problems: list[Problem], policy: Policy, num_candidates: tuple[int, ...], args
+) -> Generator[dict, None, None]:
+    """Label problems together; yield the record of each tree as it finishes."""
+    searches = []
     for problem in problems:
         search = label_tree(
             problem,
-            mas,
+            policy.mas,
             num_simulations=args.num_simulations,
             num_candidates=num_candidates,
             c_uct=args.c_uct,
             rng=seeded(args.seed, problem.id),
         )
-        yield problem, search
+        searches.append((problem, search))
+    handlers = {Sample: policy}
+    for problem, root, cost in run_searches(
+        searches, handlers, max_active=args.max_active, progress=policy.progress
+    ):
+        yield tree_record(problem, root, cost, policy.mas)
+
+
+def _without_texts(record: dict) -> dict:
+    """Return the nodes of a tree without their messages, which take most of its memory."""
+    nodes = []
+    for node in record["nodes"]:
+        nodes.append({name: node[name] for name in node if name != "message"})
+    return {"nodes": nodes}
+
+
+def describe_labels(trees: list[dict], mas: MAS) -> str:
+    """Show the labels per agent, from the records alone."""
+    from report.tables import labels_table, text_table
+    from report.warnings import cut_messages
+
+    num_mixed, leaves = 0, []
+    for tree in trees:
+        leaves_of_tree = [node for node in tree["nodes"] if "reward" in node]
+        num_mixed += len({leaf["reward"] for leaf in leaves_of_tree}) == 2
+        leaves += leaves_of_tree
+    num_unanswered = sum(leaf["answer"] is None for leaf in leaves)
+    table = text_table(*labels_table(trees, [agent.name for agent in mas.agents]))
+    return (
+        f"{table}\n{len(trees)} trees, {num_mixed} of them with both right and wrong answers\n"
+        f"{num_unanswered} of {len(leaves)} final messages held no answer (graded wrong)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The tree: nodes, what a search may ask for, Eq. 2, the driver of searches, records and labels.
+"""The tree of messages: requests, nodes, Eq. 2, the driver of searches, records and labels.
 
 A search is a plain sequential generator: it knows one problem and no model, yields requests, and is
 resumed with replies. `run_searches` advances hundreds of searches together and answers their
-requests in batches. No torch here.
+requests in batches. Labelling (generate_rollouts.py) and search (search.py) share all of it.
 """
 
 import math
@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from mas import MAS, Message, State
-from report.tables import labels_table, text_table
-from support.progress import SearchProgress
+from support.progress import Progress
 from tasks.extraction import extract_answer
 from tasks.problems import Problem
 
@@ -31,12 +30,14 @@ class Candidate(NamedTuple):
         logprob: sum over the tokens of log pi(token | prefix) in nats, before temperature, top-k
             and top-p.
         truncated: whether its limit stopped the message, before an end-of-message token.
+        token_ids: as sampled; () if the message comes from the journal.
     """
 
     text: str
     tokens: int
     logprob: float
     truncated: bool
+    token_ids: tuple[int, ...] = ()
 
 
 class Sample(NamedTuple):
@@ -59,7 +60,7 @@ class Score(NamedTuple):
     nodes: list
 
 
-class Outcome(NamedTuple):
+class OrmScore(NamedTuple):
     """Ask for the value of each terminal node's state, by the outcome model (ORM).
 
     Reply: a float in [-1, 1] per node.
@@ -112,10 +113,9 @@ class Node:
         W: sum of the values backed up through the edge.
         V: score of the state in [-1, 1], by the scorer of a search (stage 3) or by V (stage 5);
             None if it was not scored.
-        outcome: the ORM's score of a terminal state; None if the ORM was not asked.
-        reward: value of a terminal state. By the gold answer, +1 or -1 (stages 1 and 5); in MCTS
-            the terminal value that is backed up, in SBS its V. None if not terminal, or not
-            reached by MCTS.
+        outcome: of a terminal state, +1 if its answer is right, else -1 (stages 1 and 5).
+        orm: the ORM's score of a terminal state; None if the ORM was not asked.
+        value: of a terminal state, what MCTS backs up; None if no simulation has reached it.
         simulations: at the root, the terminal nodes that each simulation has backed up, its own
             last. The search can be replayed from them.
     """
@@ -136,7 +136,8 @@ class Node:
         self.W = 0.0
         self.V: float | None = None
         self.outcome: float | None = None
-        self.reward: float | None = None
+        self.orm: float | None = None
+        self.value: float | None = None
         self.simulations: list[list[Node]] = []
 
     @property
@@ -210,7 +211,7 @@ def run_searches(
     handlers: dict[type, Handler],
     *,
     max_active: int,
-    progress: SearchProgress,
+    progress: Progress,
 ) -> Iterator[tuple[Problem, Any, Cost]]:
     """Advance up to `max_active` searches together; yield (problem, result, cost) as each finishes.
 
@@ -229,7 +230,7 @@ def run_searches(
         try:
             active.request = active.search.send(reply)
         except StopIteration as stop:
-            progress.search_finished(active.cost.agent_calls)
+            progress.advance()
             yield active.problem, stop.value, active.cost
         else:
             waiting[type(active.request)].append(active)
@@ -263,7 +264,7 @@ def run_searches(
 # ---- Records -------------------------------------------------------------------------------------
 
 
-def tree_record(problem: Problem, root: Node, cost: Cost) -> dict:
+def tree_record(problem: Problem, root: Node, cost: Cost, mas: MAS) -> dict:
     """Return a whole tree as one JSON-lines record, enough to grade and label it again offline."""
     return {
         "id": problem.id,
@@ -273,12 +274,12 @@ def tree_record(problem: Problem, root: Node, cost: Cost) -> dict:
         "kind": problem.answer_type,  # the name in the file format
         "subject": problem.subject,
         "level": problem.level,
-        **tree_fields(root, problem.answer_type),
+        **tree_fields(root, mas, problem.answer_type, chosen=None),
         "cost": vars(cost),
     }
 
 
-def tree_fields(root: Node, answer_type: str, chosen: Node | None = None) -> dict:
+def tree_fields(root: Node, mas: MAS, answer_type: str, chosen: Node | None) -> dict:
     """Return the nodes of a tree, depth first, so that parents come before their children.
 
     `simulations`: `Node.simulations` as indices of nodes; `chosen`: the index of the node whose
@@ -290,63 +291,38 @@ def tree_fields(root: Node, answer_type: str, chosen: Node | None = None) -> dic
     while stack:
         node = stack.pop()
         index_of[node] = len(nodes)
-        nodes.append(_node_record(node, index_of.get(node.parent), answer_type))
+        record = _node_record(node, index_of.get(node.parent))
+        if mas.is_terminal(node.state):
+            answer = extract_answer(node.message.text, answer_type)
+            record |= {"answer": answer.value, "rung": answer.rung}
+        nodes.append(record)
         stack += reversed(node.children or [])
     simulations = []
     for leaves in root.simulations:
         simulations.append([index_of[leaf] for leaf in leaves])
-    fields = {"nodes": nodes, "simulations": simulations}
+    tree = {"nodes": nodes, "simulations": simulations}
     if chosen is not None:
-        fields["chosen"] = index_of[chosen]
-    return fields
+        tree["chosen"] = index_of[chosen]
+    return tree
 
 
-def _node_record(node: Node, parent_index: int | None, answer_type: str) -> dict:
+def _node_record(node: Node, parent_index: int | None) -> dict:
     record = {"parent": parent_index}
     if node.parent is not None:
-        record |= _message_fields(node)
+        record |= {
+            "agent": node.message.agent,
+            "message": node.message.text,
+            "tokens": node.candidate.tokens,
+            "logprob": round(node.candidate.logprob, 4),
+            "truncated": node.candidate.truncated,
+        }
     record |= {"N": node.N, "W": node.W}
-    for name in ("V", "outcome", "reward"):
-        if getattr(node, name) is not None:
-            record[name] = getattr(node, name)
-    if node.reward is not None:  # a final answer
-        answer = extract_answer(node.message.text, answer_type)
-        record |= {"answer": answer.value, "rung": answer.rung}
+    numbers = {"V": node.V, "orm": node.orm, "value": node.value}
+    numbers["reward"] = node.outcome  # the name in the file format
+    for name, number in numbers.items():
+        if number is not None:
+            record[name] = number
     return record
-
-
-def _message_fields(node: Node) -> dict:
-    return {
-        "agent": node.message.agent,
-        "message": node.message.text,
-        "tokens": node.candidate.tokens,
-        "logprob": round(node.candidate.logprob, 4),
-        "truncated": node.candidate.truncated,
-    }
-
-
-def without_texts(record: dict) -> dict:
-    """Return the nodes of a tree without their messages, which take most of its memory."""
-    nodes = []
-    for node in record["nodes"]:
-        nodes.append({name: node[name] for name in node if name != "message"})
-    return {"nodes": nodes}
-
-
-def label_statistics(records: list[dict], mas: MAS) -> str:
-    """Show the labels per agent, from the records alone."""
-    table = text_table(*labels_table(records, [agent.name for agent in mas.agents]))
-    num_mixed, num_leaves, num_unanswered = 0, 0, 0
-    for record in records:
-        leaves = [node for node in record["nodes"] if "reward" in node]
-        rewards = {leaf["reward"] for leaf in leaves}
-        num_mixed += len(rewards) == 2
-        num_leaves += len(leaves)
-        num_unanswered += sum(leaf["answer"] is None for leaf in leaves)
-    return (
-        f"{table}\n{len(records)} trees, {num_mixed} of them with both right and wrong answers\n"
-        f"{num_unanswered} of {num_leaves} final messages held no answer (graded wrong)"
-    )
 
 
 # ---- Labels: one per visited edge ----------------------------------------------------------------

@@ -8,7 +8,6 @@ itself speaks.
     RUN/agents/adapter/agent_Reader/    one for each of them; peft loads each of these folders
 """
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from torch import nn
 
 from mas import MAS
 from support.flags import InputError
-from support.runs import read_config
+from support.runs import file_fingerprint, read_config
 
 SHARED = "shared"  # the name of an adapter that all agents share
 
@@ -124,6 +123,14 @@ class AgentAdapters:
         """Write each adapter to a folder of its own in `folder`/adapter."""
         self.model.save_pretrained(folder / "adapter", selected_adapters=self.names)
 
+    def setting(self, folder: Path) -> dict:
+        """Return how adapters are recorded: their folder, and a fingerprint of what is in it."""
+        paths = []
+        for name in self.names:
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                paths.append(folder / "adapter" / name / file)
+        return {"name": str(folder), "fingerprint": file_fingerprint(paths)}
+
     def name_for(self, agent: str) -> str:
         """Return the name of the adapter that an agent speaks with."""
         return SHARED if self.names == [SHARED] else _agent_adapter_name(agent)
@@ -215,16 +222,3 @@ def adapter_names(mas: MAS, sharing: str) -> list[str]:
 def _agent_adapter_name(agent: str) -> str:
     # peft makes the name an attribute: an agent may be called "layers" or "default".
     return f"agent_{agent}"
-
-
-def adapters_setting(folder: str, names: list[str]) -> dict:
-    """Return how the adapters of the agents are recorded: their folder, and a fingerprint.
-
-    The fingerprint is of their weights and of what scales them (`lora_alpha`).
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name in names:
-        digest.update(name.encode())
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            digest.update((Path(folder) / "adapter" / name / file).read_bytes())
-    return {"name": folder, "fingerprint": digest.hexdigest()}

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm.cache import CacheRows
-from llm.chat import ChatFormat
+from llm.policy import ChatFormat
 from llm.loading import context_length, load_pretrained
 from llm.packing import token_batches
 from mas import MAS
@@ -54,26 +54,25 @@ class Coach:
                 raise InputError(f"--coach {name}: the digit {digit} is not one of its tokens")
             self.digit_ids += ids
 
-    def __call__(self, rollout) -> dict[Node, float | None]:
-        """Return the expected digit / 9 of each message, in [0, 1].
+    def __call__(self, problem: Problem, nodes: list[Node]) -> dict[Node, float | None]:
+        """Return the expected digit / 9 of each node's message, in [0, 1].
 
         Raises InputError if a prompt does not fit into the coach.
         """
-        chats = [self.chat(rollout.problem, node) for node in rollout.nodes]
-        prompts = self.chat_format.encode(chats)
+        prompts = self.chat_format.encode([self.chat(problem, node) for node in nodes])
         lengths = [len(prompt) for prompt in prompts]
         context = context_length(self.model)
         if max(lengths) > context:
             raise InputError(
-                f"problem {rollout.problem.id}: a prompt of {max(lengths)} tokens does not fit "
-                f"into the coach's {context}; lower --max-new-tokens or take another --coach"
+                f"problem {problem.id}: a prompt of {max(lengths)} tokens does not fit "
+                f"into the coach's {context}; lower --max-new-tokens or take another coach"
             )
         order = sorted(range(len(prompts)), key=lengths.__getitem__)
         rewards = {}
         for batch in token_batches(lengths, order, self.batch_tokens):
             scores = self.scores([prompts[index] for index in batch])
             for index, score in zip(batch, scores, strict=True):
-                rewards[rollout.nodes[index]] = score
+                rewards[nodes[index]] = score
         return rewards
 
     @torch.inference_mode()

@@ -18,9 +18,12 @@ from transformers import PreTrainedModel
 
 from llm.cache import CacheRows, FixedRows, FixedSteps
 from llm.sampling import sample_tokens
-from support.progress import ignore
 
 # ---- The decoder ---------------------------------------------------------------------------------
+
+
+def ignore(*a):
+    pass
 
 
 class PromptMessages(NamedTuple):

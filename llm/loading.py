@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from support.flags import InputError
+from support.runs import file_fingerprint
 
 # ---- Weights and tokenizer -----------------------------------------------------------------------
 
@@ -98,8 +99,11 @@ def load_pretrained(
 
 
 def _check_there_is(device: str) -> None:
-    """Raise InputError if `device` is a GPU that torch does not see."""
-    wanted = torch.device(device)
+    """Raise InputError if `device` is none, or a GPU that torch does not see."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: it is none of cpu, cuda and cuda:N") from None
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
         raise InputError(f"--device {device}: torch sees {num_gpus} GPUs here; give another one")
@@ -148,19 +152,14 @@ def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 CHECKPOINT_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
 
 
-def checkpoint_fingerprint(name: str, model: PreTrainedModel) -> str:
-    """Return a fingerprint of a checkpoint: of the files of a folder, or the commit on the hub.
+def checkpoint_setting(name: str, model: PreTrainedModel) -> dict:
+    """Return how a checkpoint is recorded: its name, and a fingerprint that moves with it.
 
-    It does not depend on where the folder is. model: as loaded from `name`.
+    The fingerprint is of the files of a folder, or the commit on the hub. model: as loaded from
+    `name`.
     """
     folder = Path(name)
     if not folder.is_dir():
-        return f"{name}@{model.config._commit_hash}"
-    digest = hashlib.blake2b(digest_size=16)
+        return {"name": name, "fingerprint": f"{name}@{model.config._commit_hash}"}
     paths = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern)}
-    for path in sorted(paths):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return {"name": name, "fingerprint": file_fingerprint(sorted(paths))}

@@ -1,60 +1,155 @@
-"""The agents' language model: what a search may ask for, and the policy that answers it.
+"""The policy: all agents, as one causal language model whose roles differ by system prompt.
 
-All agents share one causal language model; their roles differ by system prompt. A search asks for
-messages with a `Sample` request, and `Policy` answers many such requests in one batch.
-
-Given the model, its sampling settings and the prompt, a message is a function of (seed, problem,
-path in the tree, candidate index), not of the batch it is sampled in. One problem alone, a resumed
-run and another batch size give the same text, up to floating-point rounding: no difference was seen
-in float32, few in bfloat16 (README, "Limits").
-Messages are kept in a journal (journal.py) and never generated twice.
+A search asks for messages with a `Sample` request, and `Policy` answers many such requests in one
+batch. Given the model, its sampling settings and the prompt, a message is a function of (seed,
+problem, path in the tree, candidate index), not of the batch it is sampled in. One problem alone, a
+resumed run and another batch size give the same text, up to floating-point rounding: no difference
+was seen in float32, few in bfloat16 (README, "Limits").
 """
 
 import argparse
+import inspect
 import json
 import math
-import os
+import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm.cache import takes_fixed_steps
-from llm.chat import TEMPLATE_DATE, ChatFormat
+from llm.adapters import AgentAdapters
 from llm.decoding import Decoder
-from llm.journal import Journal
 from llm.loading import (
-    checkpoint_fingerprint,
+    checkpoint_setting,
     context_length,
     end_of_message_ids,
     load_pretrained,
     resolve_dtype,
 )
 from llm.sampling import SAMPLER, message_key
-from mas import GRAPHS, MAS
+from mas import GRAPHS, MAS, State
 from support.flags import (
-    HERE,
+    TINY_AGENTS,
     InputError,
     Parser,
-    add_run_arguments,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
     positive_unit_float,
 )
-from support.progress import ignore
-from support.records import device_of_this_process
-from support.runs import fingerprint
-from tasks.problems import EMBEDDED, TASKS, Problem, source
+from support.progress import Progress
+from support.records import Journal
+from support.runs import fingerprint, without_names
+from tasks.problems import Problem, source
 from tree import Candidate, Cost, Sample
+
+# ---- Chats: how an agent is asked, and how its message is read -----------------------------------
+
+# The date that a template is told if it asks for today's: Llama 3's own default. A message must not
+# depend on the day it was sampled.
+TEMPLATE_DATE = date(2024, 7, 26)
+
+
+class ChatFormat:
+    """Turns chats into token ids by the checkpoint's own template, and token ids into messages.
+
+    A template may refuse the system role, or leave it out. The system text then begins the user's
+    turn. This is found by rendering an example.
+
+    Args:
+        name: the flag and the model that it names, for the messages of errors.
+        template_kwargs: further variables of the template, e.g. {"enable_thinking": False}.
+
+    Attributes:
+        merges_system: whether the system text becomes part of the user's turn.
+        opens_reasoning: whether prompts end with an open reasoning block.
+
+    Raises:
+        InputError: if there is no template, or if it fails or leaves out the user's text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, name: str, template_kwargs: dict):
+        self.tokenizer = tokenizer
+        self.name = name
+        self.template_kwargs = template_kwargs
+        if tokenizer.chat_template is None:
+            raise self._error("its tokenizer has no chat template; the agents need a chat model")
+        reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+        for key in reserved & set(template_kwargs):
+            raise InputError(f"--chat-template-kwargs: {key} is set by this program")
+
+        # Render an example to learn what the template does with the two roles.
+        example = [
+            {"role": "system", "content": "EXAMPLE-OF-SYSTEM"},
+            {"role": "user", "content": "EXAMPLE-OF-USER"},
+        ]
+        self.merges_system = False
+        try:
+            self.merges_system = "EXAMPLE-OF-SYSTEM" not in self._render([example])[0]
+        except InputError:  # the template refuses the role
+            self.merges_system = True
+        [text] = self._render([example])
+        if "EXAMPLE-OF-USER" not in text:
+            raise self._error("its chat template leaves out the user's text")
+        self.opens_reasoning = text.rstrip().endswith("<think>")
+
+    def encode(self, chats: list[list[dict[str, str]]]) -> list[list[int]]:
+        """Return the token ids of each chat, up to where the model's message begins.
+
+        A chat has a system turn and a user turn. Raises InputError if the template fails.
+        """
+        # The template writes the special tokens itself.
+        return self.tokenizer(self._render(chats), add_special_tokens=False)["input_ids"]
+
+    def message(self, token_ids: list[int]) -> str:
+        """Return the text of a message, without special tokens and without its reasoning."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        if self.opens_reasoning:
+            text = "<think>" + text
+        return without_reasoning(text).strip()
+
+    def _render(self, chats: list[list[dict[str, str]]]) -> list[str]:
+        if self.merges_system:
+            chats = [_merge_system(*chat) for chat in chats]
+        try:
+            return self.tokenizer.apply_chat_template(
+                chats,
+                add_generation_prompt=True,
+                tokenize=False,
+                strftime_now=TEMPLATE_DATE.strftime,
+                **self.template_kwargs,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise self._error(f"its chat template fails: {reason}") from None
+
+    def _error(self, reason: str) -> InputError:
+        return InputError(f"{self.name}: {reason}")
+
+
+def _merge_system(system: dict[str, str], user: dict[str, str]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}]
+
+
+def without_reasoning(text: str) -> str:
+    """Remove reasoning blocks, <think> ... </think>, from a message.
+
+    An unclosed block is reasoning up to the end. If only the closing tag is there, everything
+    before it is reasoning.
+    """
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    text = text.rpartition("</think>")[2]
+    return text.partition("<think>")[0]
+
 
 # ---- The policy ----------------------------------------------------------------------------------
 
@@ -91,6 +186,9 @@ class PromptJob:
         place = (self.problem_id, self.path, candidate_index)
         return fingerprint([*place, self.greedy, self.max_new_tokens, self.prompt_ids])
 
+    def missing(self) -> list[int]:
+        return [index for index in range(self.num_messages) if index not in self.candidates]
+
     def messages(self) -> list[Candidate]:
         return [self.candidates[index] for index in range(self.num_messages)]
 
@@ -106,59 +204,30 @@ class PromptJob:
         )
 
 
-class PendingMessages(NamedTuple):
-    """Messages of one job that have to be generated."""
-
-    job: PromptJob
-    candidate_indices: list[int]
-
-    def without_finished(self) -> "PendingMessages":
-        indices = [index for index in self.candidate_indices if index not in self.job.candidates]
-        return PendingMessages(self.job, indices)
-
-
+@dataclass
 class Policy:
     """pi: the agents. Answers Sample requests; nothing else in this project generates text.
 
-    Args:
+    Attributes:
         decoder: the language model of all agents.
         chat_format: renders their prompts and reads their messages.
         settings: what determines a message, apart from its key (see `PromptJob.key`).
         max_new_tokens: limit of a message, in addition to the agent's own.
         batch_tokens: limit of messages x (prompt + limit) that are decoded together.
-
-    Attributes:
         adapters: of agents that were finetuned (stage 5); None for the model as it is.
         journal: where messages are looked up and written down; None generates every message.
-        num_generated, num_recalled: messages so far, by the model and from the journal.
-        on_batch: called with (prompts, messages) that are finished, to show progress.
-        on_message: called with (job, candidate index, token ids) for each generated message.
     """
 
-    def __init__(
-        self,
-        mas: MAS,
-        decoder: Decoder,
-        chat_format: ChatFormat,
-        *,
-        settings: dict,
-        seed: int,
-        max_new_tokens: int,
-        batch_tokens: int,
-    ):
-        self.mas = mas
-        self.decoder = decoder
-        self.chat_format = chat_format
-        self.settings = settings
-        self.seed = seed
-        self.max_new_tokens = max_new_tokens
-        self.batch_tokens = batch_tokens
-        self.adapters = None
-        self.journal: Journal | None = None
-        self.num_generated = 0
-        self.num_recalled = 0
-        self.on_batch: Callable[[int, int], None] = ignore
-        self.on_message: Callable[[PromptJob, int, list[int]], None] = ignore
+    mas: MAS
+    decoder: Decoder
+    chat_format: ChatFormat
+    settings: dict
+    seed: int | str
+    max_new_tokens: int
+    batch_tokens: int
+    progress: Progress
+    adapters: AgentAdapters | None = None
+    journal: Journal | None = None
 
     def __call__(
         self, requests: list[tuple[Problem, Sample]]
@@ -174,21 +243,18 @@ class Policy:
         jobs = self._make_jobs(requests)
         self._check_context(jobs)
 
-        # 2. Look up the messages that were generated before. The others are pending.
-        pending = []
+        # 2. Look up the messages that were generated before.
         for job in jobs:
-            missing = self._load_from_journal(job)
-            if missing:
-                pending.append(PendingMessages(job, missing))
+            self._load_from_journal(job)
 
-        # 3. Decode these, the longest first: memory runs out early or never. Messages that are
+        # 3. Decode the others, the longest first: memory runs out early or never. Messages that are
         #    decoded together have the same adapter.
-        pending.sort(key=lambda messages: -messages.job.row_tokens)
-        pending_of_adapter = defaultdict(list)
-        for messages in pending:
-            pending_of_adapter[self._adapter_of(messages.job)].append(messages)
-        for pending_of_one in pending_of_adapter.values():
-            self._sample(pending_of_one)
+        jobs_of_adapter = defaultdict(list)
+        for job in sorted(jobs, key=lambda job: -job.row_tokens):
+            if job.missing():
+                jobs_of_adapter[self._adapter_of(job)].append(job)
+        for jobs_of_one in jobs_of_adapter.values():
+            self._sample(jobs_of_one)
 
         # 4. Jobs are in the order of the requests' nodes.
         replies: list[tuple[list, Cost]] = [([], Cost()) for _ in requests]
@@ -197,6 +263,11 @@ class Policy:
             reply.append(job.messages())
             cost += job.cost()
         return replies
+
+    def prompt_ids(self, state: State, answer_type: str) -> list[int]:
+        """Return the token ids that ask the next agent for its message."""
+        [ids] = self.chat_format.encode([self.mas.prompt(state, answer_type)])
+        return ids
 
     def _make_jobs(self, requests: list[tuple[Problem, Sample]]) -> list[PromptJob]:
         jobs, chats = [], []
@@ -230,72 +301,50 @@ class Policy:
                     f"lower --max-new-tokens or remove the problem"
                 )
 
-    def _load_from_journal(self, job: PromptJob) -> list[int]:
-        """Fill in the messages that are in the journal. Returns the indices of the others."""
-        if self.journal is None:
-            return list(range(job.num_messages))
-        missing = []
-        for candidate_index in range(job.num_messages):
-            entry = self.journal.find(job.key(candidate_index))
-            if entry is None:
-                missing.append(candidate_index)
-                continue
-            job.candidates[candidate_index] = Candidate(
-                entry["text"], entry["tokens"], entry["logprob"], entry["truncated"]
-            )
-            job.seconds[candidate_index] = entry["seconds"]
-        if job.candidates:
-            self.num_recalled += len(job.candidates)
-            self.on_batch(0 if missing else 1, len(job.candidates))
-        return missing
+    def _adapter_of(self, job: PromptJob) -> str | None:
+        return None if self.adapters is None else self.adapters.name_for(job.agent)
 
-    def _adapter_of(self, job: PromptJob) -> str:
-        return "" if self.adapters is None else self.adapters.name_for(job.agent)
+    def _sample(self, jobs: list[PromptJob]) -> None:
+        """Sample the missing messages of jobs with one adapter.
 
-    def _sample(self, pending: list[PendingMessages]) -> None:
-        """Sample messages of one adapter. Running out of memory lowers batch_tokens."""
-        while pending:
-            try:
-                with self._adapter_merged(pending[0].job.agent):
-                    self._decode(pending)
-            except torch.OutOfMemoryError:
-                self.decoder.free_memory()
-                pending = [messages.without_finished() for messages in pending]
-                pending = [messages for messages in pending if messages.candidate_indices]
-                self._halve_batch_tokens(pending)
-            else:
-                return
+        Running out of memory halves batch_tokens. Raises InputError if this cannot help.
+        """
+        adapted = nullcontext() if self.adapters is None else self.adapters.merged(jobs[0].agent)
+        with adapted:
+            while jobs:
+                try:
+                    self._decode(jobs)
+                except torch.OutOfMemoryError:
+                    jobs = [job for job in jobs if job.missing()]
+                    self._halve_batch_tokens(jobs)
+                else:
+                    return
 
-    def _adapter_merged(self, agent: str) -> AbstractContextManager:
-        return nullcontext() if self.adapters is None else self.adapters.merged(agent)
-
-    def _decode(self, pending: list[PendingMessages]) -> None:
-        """Decode messages; write each down when it has ended."""
+    def _decode(self, jobs: list[PromptJob]) -> None:
+        """Decode the missing messages; write each down when it has ended."""
         # 1. Each message has its own key, from which its noise follows.
-        places, limits, greedy, keys = [], [], [], []
-        for job, candidate_indices in pending:
-            for candidate_index in candidate_indices:
-                keys.append(message_key(self.seed, job.problem_id, job.path, candidate_index))
-                limits.append(job.max_new_tokens)
-                greedy.append(job.greedy)
-                places.append((job, candidate_index))
+        places, repeats, keys = [], [], []
+        for job in jobs:
+            missing = job.missing()
+            repeats.append(len(missing))
+            for index in missing:
+                places.append((job, index))
+                keys.append(message_key(self.seed, job.problem_id, job.path, index))
 
         # 2. Decode them together.
-        def on_message(index: int, tokens: list[int], logprobs: list[float], seconds: float):
-            job, candidate_index = places[index]
-            job.candidates[candidate_index] = self._make_candidate(tokens, logprobs)
-            job.seconds[candidate_index] = seconds
-            self._save_to_journal(job, candidate_index, seconds)
-            self.on_message(job, candidate_index, tokens)
-            self.num_generated += 1
-            self.on_batch(int(len(job.candidates) == job.num_messages), 1)
+        def on_message(place: int, tokens: list[int], logprobs: list[float], seconds: float):
+            job, index = places[place]
+            job.candidates[index] = self._make_candidate(tokens, logprobs)
+            job.seconds[index] = seconds
+            self._save_to_journal(job, index)
+            self.progress.message_generated(len(tokens))
 
         self.decoder.decode(
-            [job.prompt_ids for job, _ in pending],
-            [len(candidate_indices) for _, candidate_indices in pending],
-            limits,
+            [job.prompt_ids for job in jobs],
+            repeats,
+            [job.max_new_tokens for job, _ in places],
             keys,
-            greedy,
+            [job.greedy for job, _ in places],
             batch_tokens=self.batch_tokens,
             on_message=on_message,
         )
@@ -303,20 +352,11 @@ class Policy:
     def _make_candidate(self, tokens: list[int], logprobs: list[float]) -> Candidate:
         truncated = tokens[-1] not in self.decoder.eos_ids
         text = self.chat_format.message(tokens if truncated else tokens[:-1])
-        return Candidate(text, len(tokens), sum(logprobs), truncated)
+        return Candidate(text, len(tokens), sum(logprobs), truncated, tuple(tokens))
 
-    def _save_to_journal(self, job: PromptJob, candidate_index: int, seconds: float) -> None:
-        if self.journal is None:
-            return
-        place = {"problem": job.problem_id, "path": job.path, "candidate": candidate_index}
-        message = job.candidates[candidate_index]._asdict()
-        entry = place | {"agent": job.agent} | message | {"seconds": seconds}
-        self.journal.add(job.key(candidate_index), entry)
-
-    def _halve_batch_tokens(self, pending: list[PendingMessages]) -> None:
-        """Lower the batch size after running out of memory. Raises InputError if it cannot help."""
-        longest = max(messages.job.row_tokens for messages in pending)
-        num_messages = sum(len(candidate_indices) for _, candidate_indices in pending)
+    def _halve_batch_tokens(self, jobs: list[PromptJob]) -> None:
+        longest = max(job.row_tokens for job in jobs)
+        num_messages = sum(len(job.missing()) for job in jobs)
         batch_tokens = min(self.batch_tokens, num_messages * longest)
         if batch_tokens < 2 * longest:
             raise InputError(
@@ -327,25 +367,44 @@ class Policy:
         note = f"out of memory: --batch-tokens lowered to {self.batch_tokens}"
         tqdm.write(note, file=sys.stderr)
 
+    # -- The journal --
+
+    def _load_from_journal(self, job: PromptJob) -> None:
+        """Fill in the messages that are in the journal."""
+        if self.journal is None:
+            return
+        for index in range(job.num_messages):
+            entry = self.journal.find(job.key(index))
+            if entry is not None:
+                job.candidates[index] = Candidate(
+                    entry["text"], entry["tokens"], entry["logprob"], entry["truncated"]
+                )
+                job.seconds[index] = entry["seconds"]
+                self.progress.message_recalled()
+
+    def _save_to_journal(self, job: PromptJob, index: int) -> None:
+        if self.journal is None:
+            return
+        message = job.candidates[index]
+        entry = {
+            "problem": job.problem_id,
+            "path": job.path,
+            "candidate": index,
+            "agent": job.agent,
+            "text": message.text,
+            "tokens": message.tokens,
+            "logprob": message.logprob,
+            "truncated": message.truncated,
+            "seconds": job.seconds[index],
+        }
+        self.journal.add(job.key(index), entry)
+
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
 
-def add_policy_arguments(parser: Parser) -> None:
-    """Add the flags of all stages with agents: the problems, the agents, how they are sampled."""
-    add_run_arguments(parser)
-    # the problems
-    embedded = ", ".join(EMBEDDED)
-    parser.add_argument(
-        "--task", default="tiny", help=f"{embedded} (embedded), or {', '.join(TASKS)}"
-    )
-    parser.add_argument(
-        "--data",
-        default=None,
-        help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`; "
-        "graded as --task, or by the narrowest answer type that fits if that is embedded",
-    )
-    # the agents
+def add_agent_arguments(parser: Parser) -> None:
+    """Add the flags of all stages with agents: who they are, and how they speak."""
     parser.add_argument(
         "--graph",
         default="chain",
@@ -353,7 +412,7 @@ def add_policy_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--model",
-        default=os.path.relpath(HERE / "tiny" / "agents"),
+        default=TINY_AGENTS,
         help="the agents' causal language model: folder or hub name",
     )
     parser.add_argument(
@@ -362,17 +421,27 @@ def add_policy_arguments(parser: Parser) -> None:
         help="use finetuned agents: a folder RUN/agents of train_agents.py",
     )
     parser.add_argument(
-        "--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards"
-    )
-    parser.add_argument(
         "--chat-template-kwargs",
         type=json_object,
         default="{}",
         help='variables of the chat template as JSON, e.g. {"enable_thinking": false}',
     )
-    # how their messages are sampled
     parser.add_argument(
         "--temperature", type=positive_float, default=1.0, help="of every sampled message"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=192,
+        help="limit of a message, in addition to the agent's own; suits the tiny agents, "
+        "give 512 or so for a real model",
+    )
+
+
+def add_tree_search_arguments(parser: Parser) -> None:
+    """Add the further flags of the stages that search a tree and keep a journal: 1, 3 and 4."""
+    parser.add_argument(
+        "--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards"
     )
     parser.add_argument(
         "--top-k",
@@ -387,36 +456,19 @@ def add_policy_arguments(parser: Parser) -> None:
         help="sample among the most likely tokens that together have this probability; 1: all",
     )
     parser.add_argument(
-        "--max-new-tokens",
-        type=positive_int,
-        default=192,
-        help="limit of a message, in addition to the agent's own; suits the tiny agents, "
-        "give 512 or so for a real model",
-    )
-    # the search
-    parser.add_argument(
         "--num-candidates",
         default="3",
         help="C, messages per expansion: 3, or 1.8.1.1, or Planner=8,Reader=2",
     )
+    parser.add_argument("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
     parser.add_argument(
         "--max-active", type=positive_int, default=512, help="problems that are searched together"
     )
-
-
-def add_tree_search_arguments(parser: Parser) -> None:
-    """Add the flags of the stages that search a tree and keep a journal: 1, 3 and 4."""
-    parser.add_argument("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
     parser.add_argument(
         "--messages",
         default=None,
         help="folder of the journal of messages; runs with the same agents can share it "
         "(default: RUN/messages)",
-    )
-    parser.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="generate with CUDA graphs: a step does not wait for Python (not run on a GPU yet)",
     )
 
 
@@ -431,7 +483,7 @@ def json_object(text: str) -> dict:
     return value
 
 
-def make_policy(args, mas: MAS) -> Policy:
+def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:
     """Load the agents that the flags name.
 
     Raises InputError if they are not a chat model, or if their adapters do not belong to them.
@@ -442,7 +494,7 @@ def make_policy(args, mas: MAS) -> Policy:
         args.model,
         AutoModelForCausalLM,
         quantize=args.quantize_policy,
-        device=device_of_this_process(args.device),
+        device=args.device,
         dtype=args.dtype,
     )
     chat_format = ChatFormat(
@@ -450,11 +502,6 @@ def make_policy(args, mas: MAS) -> Policy:
         name=f"--model {args.model}",
         template_kwargs=args.chat_template_kwargs,
     )
-    cuda_graphs = getattr(
-        args, "cuda_graphs", False
-    )  # stage 5 trains adapters: it has no such flag
-    if cuda_graphs:
-        _check_cuda_graphs(args, model)
     decoder = Decoder(
         model,
         eos_ids=end_of_message_ids(model, tokenizer),
@@ -462,46 +509,30 @@ def make_policy(args, mas: MAS) -> Policy:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        cuda_graphs=cuda_graphs,
     )
-    policy = Policy(
+    settings = policy_settings(args, model)
+    adapters = None
+    if args.adapter is not None:
+        folder = Path(args.adapter)
+        adapters = AgentAdapters.load(model, mas, folder, settings)
+        settings["adapter"] = adapters.setting(folder)
+    return Policy(
         mas,
         decoder,
         chat_format,
-        settings=policy_settings(args, model),
+        settings=settings,
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
         batch_tokens=args.batch_tokens,
+        progress=progress,
+        adapters=adapters,
     )
-    if args.adapter is not None:
-        load_adapters(policy, args.adapter)
-    return policy
-
-
-def _check_cuda_graphs(args, model: PreTrainedModel) -> None:
-    """Raise InputError if CUDA graphs cannot decode with these agents."""
-    if args.adapter is not None:
-        raise InputError("--cuda-graphs: not with --adapter, as a graph keeps one set of adapters")
-    if not takes_fixed_steps(model):
-        raise InputError(
-            f"--cuda-graphs: not with --model {args.model}; every layer has to attend to all "
-            f"tokens, with attention 'sdpa'"
-        )
-
-
-def load_adapters(policy: Policy, folder: str) -> None:
-    """Let finetuned agents speak. folder: RUN/agents of stage 5."""
-    from llm.adapters import AgentAdapters, adapters_setting
-
-    adapters = AgentAdapters.load(policy.decoder.model, policy.mas, Path(folder), policy.settings)
-    policy.adapters = adapters
-    policy.settings["adapter"] = adapters_setting(folder, adapters.names)
 
 
 def policy_settings(args, model: PreTrainedModel) -> dict:
     """Return the settings that determine the agents' messages, apart from graph and limits."""
     return {
-        "model": {"name": args.model, "fingerprint": checkpoint_fingerprint(args.model, model)},
+        "model": checkpoint_setting(args.model, model),
         "quantize_policy": args.quantize_policy,
         "sampler": SAMPLER,
         "seed": args.seed,
@@ -510,7 +541,7 @@ def policy_settings(args, model: PreTrainedModel) -> dict:
         "top_p": args.top_p,
         "dtype": resolve_dtype(args.dtype, args.device),
         "chat_template_kwargs": args.chat_template_kwargs,
-        "template_date": TEMPLATE_DATE,
+        "template_date": TEMPLATE_DATE.isoformat(),
     }
 
 
@@ -525,16 +556,9 @@ def search_settings(args, policy: Policy) -> dict:
 
 
 @contextmanager
-def journal_of(policy: Policy, args) -> Iterator[None]:
-    """Let the policy keep a journal of its messages in the run folder, or where --messages says."""
+def with_journal(policy: Policy, args) -> Iterator[Policy]:
+    """Give the policy with a journal of its messages, in the run folder or where --messages says."""
     folder = Path(args.messages or f"{args.run}/messages")
-    with Journal(folder, policy.settings) as journal:
-        policy.journal = journal
-        try:
-            yield
-        finally:
-            policy.journal = None
-
-
-def describe_messages(policy: Policy) -> str:
-    return f"{policy.num_generated:,} messages generated, {policy.num_recalled:,} from the journal"
+    name = fingerprint(without_names(policy.settings))[:12]
+    with Journal(folder, name, policy.settings) as journal:
+        yield replace(policy, journal=journal)

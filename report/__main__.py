@@ -48,7 +48,7 @@ from report.tables import (
     methods_table,
     targets_of,
 )
-from support.flags import HERE, InputError, Parser, cli
+from support.flags import ROOT, InputError, Parser, cli
 from support.records import read_finished_lines, read_records, record_names
 from support.runs import read_config
 
@@ -511,7 +511,7 @@ def lost_to_vote(records: dict[str, list[dict]]) -> list[Instance]:
 def render(template: str, **values) -> str:
     """Fill a template of templates/. Texts are escaped: a message cannot become HTML."""
     environment = Environment(
-        loader=FileSystemLoader(HERE / "report" / "templates"),
+        loader=FileSystemLoader(ROOT / "report" / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
     )

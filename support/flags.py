@@ -1,23 +1,25 @@
-"""Flags, bad input, and how a script ends."""
+"""Flags, bad input, and how a script ends.
+
+Every stage is a script with `parse_args(argv=None)` and `main(args)`, called through `cli`. A default
+stands in the parser and nowhere else.
+"""
 
 import argparse
 import math
 import os
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
-
-# ---- Flags and bad input -------------------------------------------------------------------------
+ROOT = Path(__file__).resolve().parent.parent  # of this project
+TINY_AGENTS = os.path.relpath(ROOT / "tiny" / "agents")  # the embedded language model
 
 
 class InputError(Exception):
     """Bad input from the user. Its one line says what is wrong and what would be right."""
 
 
-class FileInUseError(InputError):
-    """Another process is writing a file."""
+# ---- Flags ---------------------------------------------------------------------------------------
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -47,71 +49,39 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def positive_int(text: str) -> int:
-    if not re.fullmatch(r"\+?\d+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def _number(kind: type, description: str, is_valid: Callable[[float], bool]):
+    """Return an argparse type: a number for which `is_valid` holds. NaN fails every comparison."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+        return value
+
+    return parse
 
 
-def non_negative_int(text: str) -> int:
-    if not re.fullmatch(r"\+?\d+|-0+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    return _float_in_range(text, above=0)
-
-
-def non_negative_float(text: str) -> float:
-    return _float_in_range(text, at_least=0)
-
-
-def unit_float(text: str) -> float:
-    return _float_in_range(text, at_least=0, at_most=1)
-
-
-def positive_unit_float(text: str) -> float:
-    return _float_in_range(text, above=0, at_most=1)
-
-
-def device_name(text: str) -> str:
-    import torch  # imported late, see _default_device
-
-    try:
-        torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N") from None
-    return text
-
-
-def _float_in_range(
-    text: str, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf
-) -> float:
-    bounds = []
-    if above > -math.inf:
-        bounds.append(f"above {above}")
-    if at_least > -math.inf:
-        bounds.append(f"at least {at_least}")
-    if at_most < math.inf:
-        bounds.append(f"at most {at_most}")
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    # A comparison with nan is false, so nan is refused as well.
-    if not (above < value < math.inf and at_least <= value <= at_most):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number {' and '.join(bounds)}")
-    return value
+positive_int = _number(int, "a whole number of at least 1", lambda value: value >= 1)
+non_negative_int = _number(int, "a whole number of at least 0", lambda value: value >= 0)
+positive_float = _number(float, "a number above 0", lambda value: 0 < value < math.inf)
+non_negative_float = _number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+unit_float = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+positive_unit_float = _number(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
 
 
 def add_run_arguments(parser: Parser) -> None:
-    """Add the flags that every script has."""
+    """Add the flags that every stage has."""
+    import torch  # imported late: mas.py and tasks/ import this file and need no torch
+
+    default_device = "cpu"
+    if torch.cuda.is_available():
+        default_device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process
     parser.add_argument("--run", default="runs/tiny", help="run folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
-    parser.add_argument(
-        "--device", type=device_name, default=_default_device(), help="cpu, cuda or cuda:N"
-    )
+    parser.add_argument("--device", default=default_device, help="cpu, cuda or cuda:N")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -145,15 +115,12 @@ def add_overwrite_argument(parser: Parser) -> None:
 def _default_num_threads() -> int:
     """Return OMP_NUM_THREADS, or 2 if there are two cores."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if re.fullmatch(r"[1-9]\d*", wanted):
+    if wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)
     return min(2, os.cpu_count() or 1)
 
 
-def _default_device() -> str:
-    import torch  # imported late: mas.py and tasks.py import this file and need no torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+# ---- The end of a script -------------------------------------------------------------------------
 
 
 def cli(parse_args, main) -> None:
@@ -173,7 +140,6 @@ def cli(parse_args, main) -> None:
         print(f"\n{script}: {message}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # Nobody reads the output any more, as in `report.py RUN | head`. Python writes what is left
-        # when it exits, so that goes nowhere.
+        # As in `evaluate.py | head`. What Python writes when it exits, goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -1,141 +1,90 @@
-"""Progress: a bar on a terminal, lines in a log."""
+"""Progress of a script: a bar on a terminal, a plain line every half minute in a log."""
 
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
-# ---- Progress ------------------------------------------------------------------------------------
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Show work done and time left: a bar on a terminal, a plain line every half minute in a log.
+    """Counts messages and tokens of a whole script, and shows them beside what is finished.
 
-    The time left assumes that every unit of work takes the time of the average unit so far.
+    Searches that advance together finish together, so messages and tokens a second tell more than
+    the time left, which is shown only once something has finished.
 
-    Args:
-        total: amount of work. May be corrected later through the attribute `total`.
-        description: what is being done.
-        shown: False shows nothing at all.
+    Attributes:
+        num_generated, num_recalled: messages so far, by the model and from the journal.
+        num_tokens: generated so far.
     """
 
-    SECONDS_BETWEEN_LINES = 30.0
-
-    def __init__(self, total: float, *, description: str, shown: bool = True):
-        self.total, self.done = total, 0
-        self.description = description
-        self.start = self.last_line = time.perf_counter()
+    def __init__(self, *, shown: bool):
         on_terminal = sys.stderr.isatty()
+        self.bar_shown = shown and on_terminal
         self.lines_shown = shown and not on_terminal
+        self.num_generated = 0
+        self.num_recalled = 0
+        self.num_tokens = 0
+        self.bar: tqdm | None = None
+
+    @contextmanager
+    def over(self, description: str, total: int, *, unit: str, done: int = 0) -> Iterator[None]:
+        """Show how many of `total` units are finished, inside a `with` block.
+
+        done: how many an earlier run has finished.
+        """
+        self.start = self.last_line = time.perf_counter()
+        self.tokens_before = self.num_tokens
+        self.description, self.total, self.unit = description, total, unit
+        self.finished = done
         self.bar = tqdm(
             total=total,
+            initial=done,
             desc=description,
-            disable=not (shown and on_terminal),
+            unit=f" {unit}",
+            disable=not self.bar_shown,
             smoothing=0,  # average speed since the start
-            miniters=1,  # show every update that comes 0.1 s after the one before
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
+        with self.bar:
+            yield
+        self.bar = None
 
-    def __enter__(self) -> "Progress":
-        return self
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Count units as finished. note: shown in place of messages and tokens."""
+        if self.bar is not None:
+            self.finished += amount
+            self.bar.update(amount)
+            self._show(note)
 
-    def __exit__(self, *exception) -> None:
-        self.bar.close()
+    def message_generated(self, num_tokens: int) -> None:
+        self.num_generated += 1
+        self.num_tokens += num_tokens
+        self._show()
 
-    def advance(self, amount: float, note: str = "") -> None:
-        """Count `amount` more as done. note: shown after the time left."""
-        self.done += amount
-        self.total = max(self.total, self.done)
-        self.bar.total = self.total
-        if note:
-            self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update(amount)
-        self._write_line(note)
+    def message_recalled(self) -> None:
+        self.num_recalled += 1
+        self._show()
 
-    def _write_line(self, note: str) -> None:
-        now = time.perf_counter()
-        if not self.lines_shown or now - self.last_line < self.SECONDS_BETWEEN_LINES:
+    def describe_messages(self) -> str:
+        generated, recalled = f"{self.num_generated:,}", f"{self.num_recalled:,}"
+        return f"{generated} messages generated, {recalled} from the journal"
+
+    def _show(self, note: str = "") -> None:
+        if self.bar is None:
             return
-        self.last_line = now
+        now = time.perf_counter()
         elapsed = now - self.start
-        left = elapsed * (self.total - self.done) / max(self.done, 1e-9)
-        times = f"{tqdm.format_interval(elapsed)} so far, about {tqdm.format_interval(left)} left"
-        share = self.done / max(self.total, 1e-9)
-        line = f"{self.description}: {share:.0%}, {times}"
-        print(f"{line}; {note}" if note else line, file=sys.stderr, flush=True)
-
-
-def ignore(*arguments) -> None:
-    """Do nothing: the default of a hook."""
-
-
-class Work(NamedTuple):
-    """Work of a search: prompts read, messages sampled, and states scored by a model."""
-
-    prompts: float
-    messages: float
-    states: float = 0
-
-    @property
-    def units(self) -> float:
-        """The work as one number. On a CPU, scoring a state takes about as long as two messages."""
-        return self.prompts + self.messages + 2 * self.states
-
-
-class SearchProgress(Progress):
-    """Progress of many searches.
-
-    Searches that advance together all finish at the very end, so the number of finished searches
-    says little. The bar counts work instead, whose amount is not known beforehand: each unfinished
-    search is expected to need `expected.messages`, or a quarter more than the average so far if
-    that is more, and prompts and states in proportion.
-
-    Args:
-        expected: the expected work of one search.
-        num_finished_before: problems that an earlier run has finished, for the note.
-    """
-
-    def __init__(
-        self,
-        num_searches: int,
-        expected: Work,
-        *,
-        description: str,
-        num_finished_before: int = 0,
-        shown: bool = True,
-    ):
-        super().__init__(num_searches * expected.units, description=description, shown=shown)
-        self.num_searches = num_searches
-        self.expected = expected
-        self.num_finished_before = num_finished_before
-        self.num_finished = 0
-        self.num_messages = 0
-        self.messages_of_finished = 0
-
-    def sampled(self, num_prompts: int, num_messages: int) -> None:
-        self.num_messages += num_messages
-        self._update(Work(num_prompts, num_messages).units)
-
-    def scored(self, num_states: int) -> None:
-        self._update(Work(0, 0, num_states).units)
-
-    def search_finished(self, num_messages: int) -> None:
-        self.num_finished += 1
-        self.messages_of_finished += num_messages
-        self._update(0)
-
-    def _update(self, units: float) -> None:
-        num_unfinished = self.num_searches - self.num_finished
-        if num_unfinished == 0:
-            self.total = self.done + units
-        else:
-            average = self.num_messages / self.num_searches
-            expected_messages = max(self.expected.messages, 1.25 * average)
-            messages = self.messages_of_finished + num_unfinished * expected_messages
-            self.total = messages * self.expected.units / self.expected.messages
-        num_finished = self.num_finished_before + self.num_finished
-        num_problems = self.num_finished_before + self.num_searches
-        note = f"{num_finished}/{num_problems} problems, {self.num_messages} messages"
-        self.advance(units, note)
+        if not note:
+            num_messages = self.num_generated + self.num_recalled
+            tokens_per_second = (self.num_tokens - self.tokens_before) / max(elapsed, 1e-9)
+            note = f"{num_messages:,} messages, {tokens_per_second:.0f} tokens/s"
+        self.bar.set_postfix_str(note, refresh=False)
+        if self.lines_shown and now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            share = f"{self.finished}/{self.total} {self.unit}"
+            line = f"{self.description}: {share} in {tqdm.format_interval(elapsed)}; {note}"
+            print(line, file=sys.stderr, flush=True)

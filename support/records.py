@@ -1,44 +1,35 @@
-"""Records: JSON lines that survive a kill, written by one process or by several."""
+"""Records: JSON lines that survive a kill, written by one process or by several; the journal.
+
+Every finished problem is one line, flushed when it is finished. A line that a kill has torn is skipped
+by readers and cut off by the next writer, and what it recorded is done again.
+"""
 
 import fcntl
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from support.flags import FileInUseError, InputError
+from support.flags import InputError
 
 # ---- JSON lines ----------------------------------------------------------------------------------
+
+
+class FileInUseError(InputError):
+    """Another process is writing a file."""
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """Read a JSON-lines file. Raises InputError that names a missing file or a bad line."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        return list(parse_jsonl(file, path))
-
-
-def parse_jsonl(lines: Iterable[bytes], path: Path) -> Iterator[dict]:
-    """Parse JSON lines, each of which is an object. path: for the message of an error."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            reason = f"not JSON ({error.msg}); the file is torn or not JSON lines"
-            raise InputError(f"{path}, line {number}: {reason}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{path}, line {number}: not UTF-8; save it as UTF-8") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{path}, line {number}: not an object, such as {{...}}")
-        yield record
+    return [record for record, _ in _parse_lines(path, only_finished=False)]
 
 
 def read_finished_lines(path: Path) -> list[dict]:
@@ -46,23 +37,33 @@ def read_finished_lines(path: Path) -> list[dict]:
 
     A last line without its end is ignored. A missing file has no lines.
     """
-    return list(_finished_lines(path))
+    return [record for record, _ in _parse_lines(path, only_finished=True)]
 
 
-def _finished_lines(path: Path) -> Iterator[dict]:
+def _parse_lines(path: Path, *, only_finished: bool) -> Iterator[tuple[dict, int]]:
+    """Yield each record, an object, and the place of its first byte."""
+    start = 0
     if not path.is_file():
         return
     with open(path, "rb") as file:
-        # Stop at the first line without its end: another process may complete it in the meantime.
-        finished = itertools.takewhile(lambda line: line.endswith(b"\n"), file)
-        yield from parse_jsonl(finished, path)
+        for number, line in enumerate(file, 1):
+            if only_finished and not line.endswith(b"\n"):
+                return
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:  # not JSON, or not UTF-8
+                    raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+                if not isinstance(record, dict):
+                    raise InputError(f"{path}, line {number}: not an object, such as {{...}}")
+                yield record, start
+            start += len(line)
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """Open a JSON-lines file as its only writer, until it is closed.
+    """Open a JSON-lines file as its only writer, until it is closed. A torn last line is cut off.
 
-    A last line torn by a kill is cut off; what it recorded is then done again. Only a writer may do
-    that: to a reader, a line that is being written looks the same.
+    Only a writer may do that: to a reader, a line that is being written looks the same.
 
     Raises FileInUseError if another process is writing the file.
     """
@@ -75,25 +76,14 @@ def open_to_append(path: Path) -> BinaryIO:
             f"{path}: another process is writing this file; wait for it, or choose another --run"
         ) from None
     num_bytes = file.seek(0, os.SEEK_END)
-    num_finished_bytes = _end_of_last_line(file, num_bytes)
-    if num_finished_bytes < num_bytes:
-        note = "the last line is torn; it is cut off, and what it recorded is done again"
-        print(f"{path}: {note}", file=sys.stderr)
-        file.truncate(num_finished_bytes)
+    if num_bytes > 0:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            num_finished_bytes = content.rfind(b"\n") + 1
+        if num_finished_bytes < num_bytes:
+            note = "the last line is torn; it is cut off, and what it recorded is done again"
+            print(f"{path}: {note}", file=sys.stderr)
+            file.truncate(num_finished_bytes)
     return file
-
-
-def _end_of_last_line(file: BinaryIO, num_bytes: int) -> int:
-    """Return how many bytes the finished lines of a file have. Reads from its end."""
-    block_end = num_bytes
-    while block_end > 0:
-        block_start = max(0, block_end - 65536)
-        file.seek(block_start)
-        last_newline = file.read(block_end - block_start).rfind(b"\n")
-        if last_newline >= 0:
-            return block_start + last_newline + 1
-        block_end = block_start
-    return 0
 
 
 def append_jsonl(file: BinaryIO, record: dict) -> None:
@@ -139,13 +129,6 @@ def is_mine(problem_id: str) -> bool:
     return int.from_bytes(digest, "big") % world_size == rank
 
 
-def device_of_this_process(device: str) -> str:
-    """Return the GPU of this process if `device` is "cuda" and a launcher has assigned one."""
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
-
-
 def shard_path(path: Path) -> Path:
     """Return the file this process appends to: `path`, or NAME.RANKofWORLD.jsonl next to it."""
     rank, world_size = process_rank()
@@ -154,19 +137,9 @@ def shard_path(path: Path) -> Path:
     return path.with_suffix(f".{rank}of{world_size}.jsonl")
 
 
-def all_shards(path: Path) -> list[Path]:
-    """Return `path` and every shard of it that exists, whatever the number of processes was."""
-    return [path, *sorted(path.parent.glob(f"{path.stem}.*of*.jsonl"))]
-
-
-def without_shard(path: Path) -> Path:
-    """Return the path that `path` is a shard of."""
-    return path.with_name(re.sub(r"\.\d+of\d+\.jsonl$", ".jsonl", path.name))
-
-
 def record_names(folder: Path) -> set[str]:
     """Return the names of the record files of a folder, without suffix, whatever their shards."""
-    return {without_shard(path).stem for path in folder.glob("*.jsonl")}
+    return {re.sub(r"(\.\d+of\d+)?\.jsonl$", "", path.name) for path in folder.glob("*.jsonl")}
 
 
 def read_records(
@@ -174,14 +147,14 @@ def read_records(
 ) -> dict[str, dict]:
     """Read the records of all processes: problem id -> record, sorted by id.
 
-    A last line torn by a kill is ignored; its problem has no record.
+    Shards count whatever the number of processes was. A problem whose line is torn has no record.
 
     Args:
         keep: what to keep of each record, so that large files need not fit into memory.
     """
     records = {}
-    for shard in all_shards(path):
-        for record in _finished_lines(shard):
+    for shard in [path, *sorted(path.parent.glob(f"{path.stem}.*of*.jsonl"))]:
+        for record, _ in _parse_lines(shard, only_finished=True):
             records[record["id"]] = keep(record)
     return dict(sorted(records.items()))
 
@@ -189,3 +162,76 @@ def read_records(
 def only(*names: str) -> Callable[[dict], dict]:
     """Return a function that keeps these fields of a record."""
     return lambda record: {name: record[name] for name in names}
+
+
+# ---- The journal: no message is ever generated twice ---------------------------------------------
+
+
+class Journal:
+    """All messages that were sampled with the same settings, on disk, by key.
+
+    A message is a function of its prompt, of how it is sampled, and of its place in the search. The
+    policy writes each message down when it is finished, and answers an equal request from here. So
+    a killed run loses only unfinished messages, and methods share the messages of equal places.
+
+        RUN/messages/NAME.json     how the messages were sampled: model, temperature, seed, ...
+        RUN/messages/NAME.jsonl    one line per message; NAME.1.jsonl by a second process
+
+    Each process writes to a file of its own, and reads the files of the others when it starts. Only
+    the places of the lines are kept in memory.
+
+    Args:
+        folder: of the journals of a run.
+        name: a fingerprint of the settings.
+        settings: what determines a message, apart from its key.
+
+    Raises:
+        InputError: if the folder cannot be written, or a file in it is damaged.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: dict):
+        self.name = name
+        self.places: dict[str, tuple[Path, int]] = {}  # key -> (file, first byte of its line)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{self.name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+            self._open_own_file(folder)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: messages cannot be kept here ({error.strerror}); give --messages FOLDER"
+            ) from None
+        for path in sorted(folder.glob(f"{self.name}*.jsonl")):
+            for entry, start in _parse_lines(path, only_finished=True):
+                self.places[entry["key"]] = (path, start)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
+
+    def find(self, key: str) -> dict | None:
+        """Return the entry with this key; None if there is none."""
+        if key not in self.places:
+            return None
+        path, start = self.places[key]
+        with open(path, "rb") as file:
+            file.seek(start)
+            return json.loads(file.readline())
+
+    def add(self, key: str, entry: dict) -> None:
+        """Append an entry. It survives a kill from now on."""
+        start = self.file.seek(0, os.SEEK_END)
+        append_jsonl(self.file, {"key": key} | entry)
+        self.places[key] = (self.path, start)
+
+    def _open_own_file(self, folder: Path) -> None:
+        """Open the first file of this journal that no other process is writing."""
+        for number in itertools.count():
+            suffix = f".{number}.jsonl" if number else ".jsonl"
+            self.path = folder / (self.name + suffix)
+            try:
+                self.file = open_to_append(self.path)
+                return
+            except FileInUseError:
+                continue

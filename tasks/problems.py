@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from support.flags import InputError
+from support.flags import InputError, Parser, positive_int
 from support.records import read_jsonl
 from tasks.answers import canonical, is_comparable, same_answer
 from tasks.extraction import last_box
@@ -509,3 +509,37 @@ def _load_dataset(flag: str, *args, **options) -> list[dict]:
         reason = lines[0] if lines else type(error).__name__
         remedy = "; if you are offline, give --data FILE" if flag.startswith("--task") else ""
         raise InputError(f"{flag}: cannot be loaded ({reason}){remedy}") from None
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+
+def add_problem_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--task", default="tiny", help=f"{', '.join(EMBEDDED)} (embedded), or {', '.join(TASKS)}"
+    )
+    parser.add_argument(
+        "--data",
+        default=None,
+        help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`; "
+        "graded as --task, or by the narrowest answer type that fits if that is embedded",
+    )
+
+
+def add_training_problems_arguments(parser: Parser) -> None:
+    """Add the flags of the scripts that use training problems (`load_training_problems`)."""
+    parser.add_argument("--num-train", type=positive_int, default=300, help="training problems")
+    parser.add_argument(
+        "--num-heldout",
+        type=positive_int,
+        default=45,
+        help="held-out problems, on which V and the agents are measured; 45 is all that `tiny` has",
+    )
+
+
+def load_training_problems(args) -> list[Problem]:
+    """Load training problems, and held-out ones to measure on. Test problems are never loaded."""
+    problems = []
+    for split, num in (("train", args.num_train), ("heldout", args.num_heldout)):
+        problems += load_problems(task=args.task, data=args.data, split=split, num=num)
+    return problems
