@@ -194,7 +194,6 @@ def _without_texts(record: dict) -> dict:
 def describe_labels(trees: list[dict], mas: MAS) -> str:
     """Show the labels per agent, from the records alone."""
     from report.tables import labels_table, text_table
-    from report.warnings import cut_messages
 
     num_mixed, leaves = 0, []
     for tree in trees:

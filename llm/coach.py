@@ -4,9 +4,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm.cache import CacheRows
-from llm.policy import ChatFormat
 from llm.loading import context_length, load_pretrained
 from llm.packing import token_batches
+from llm.policy import ChatFormat
 from mas import MAS
 from support.flags import InputError
 from support.runs import seeded

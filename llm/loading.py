@@ -5,7 +5,6 @@ backbone of V are loaded in the same way. Families differ in their chat template
 a text, and in whether they reason before they answer; those differences are handled here.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 

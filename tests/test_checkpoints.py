@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import AGENTS, make_tiny_policy
+from llm.chat import ChatFormat, without_reasoning
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -26,7 +27,6 @@ from transformers.utils import chat_template_utils
 
 import generate_rollouts
 from llm.adapters import add_lora
-from llm.chat import ChatFormat, without_reasoning
 from llm.decoding import Decoder
 from llm.loading import (
     checkpoint_fingerprint,

@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import AGENTS
 
+from experiments import blame as check_blame
+from experiments import make_tiny, problems
 from mas import CHAIN
 from report.diagnosis import LostAnswer
 from support.flags import InputError
 from support.runs import fingerprint
 from tasks.problems import question_key
-from experiments import blame as check_blame, make_tiny, problems
 from tiny.problems import FAMILIES, SPLITS, make_puzzle, numbers_of, total
 
 
