@@ -80,7 +80,42 @@ class MAS:
     agents: tuple[Agent, ...]
 
     def __post_init__(self):
-        check_graph(self)
+        earlier = [QUESTION]
+        always_there = {QUESTION}  # part of every transcript
+        for index, agent in enumerate(self.agents):
+            later = self.agents[index + 1 :]
+            is_seen = any(agent.name in other.sees for other in later)
+            may_be_last = all(other.when is not None for other in later)
+            faults = [
+                (agent.name in (*earlier, QUESTION_SENDER), "needs a name of its own"),
+                (len(set(agent.sees)) < len(agent.sees), "sees the same one twice"),
+                (
+                    not set(agent.sees) <= set(earlier),
+                    f"sees {', '.join(agent.sees)}; it can see {', '.join(earlier)}",
+                ),
+                (
+                    not set(agent.sees) & always_there,
+                    f"must see the question ({QUESTION}) or an agent that always speaks",
+                ),
+                (
+                    agent.when is not None and not self._can_wait_for(agent.when, earlier),
+                    f"speaks when {agent.when}; it can wait for words of an earlier agent",
+                ),
+                (not is_seen and not may_be_last, "is seen by nobody, and gives no answer"),
+            ]
+            for is_faulty, fault in faults:
+                if is_faulty:
+                    raise InputError(f"graph {self.name}: {agent.name} {fault}")
+            earlier.append(agent.name)
+            if agent.when is None:
+                always_there.add(agent.name)
+        if always_there == {QUESTION}:
+            raise InputError(f"graph {self.name}: it needs an agent that always speaks")
+
+    @staticmethod
+    def _can_wait_for(when: tuple[str, str], earlier: list[str]) -> bool:
+        awaited_agent, awaited_words = when
+        return awaited_agent in earlier[1:] and normalize_words(awaited_words) != ""
 
     @classmethod
     def from_dict(cls, fields: dict) -> "MAS":
@@ -173,79 +208,6 @@ def normalize_words(text: str) -> str:
 def _with_sender(message: Message) -> str:
     sender = QUESTION_SENDER if message.agent == QUESTION else message.agent
     return f"{sender}: {message.text}"
-
-
-# ---- Checking a graph ----------------------------------------------------------------------------
-
-
-def check_graph(mas: MAS) -> None:
-    """Raise InputError with the first thing that keeps `mas` from answering a question."""
-    earlier = [QUESTION]
-    always_there = {QUESTION}  # part of every transcript
-    for agent in mas.agents:
-        fault = _fault_of_agent(agent, mas, earlier, always_there)
-        if fault:
-            raise InputError(f"graph {mas.name}: {agent.name} {fault}")
-        earlier.append(agent.name)
-        if agent.when is None:
-            always_there.add(agent.name)
-    if always_there == {QUESTION}:
-        raise InputError(f"graph {mas.name}: it has no agent that always speaks")
-    _check_everyone_is_heard(mas)
-
-
-def _fault_of_agent(
-    agent: Agent, mas: MAS, earlier: list[str], always_there: set[str]
-) -> str | None:
-    """Say what is wrong with an agent, given the names before it; None if nothing is."""
-    seen = ", ".join(agent.sees)
-    if agent.name in (QUESTION, QUESTION_SENDER):
-        return "is the name of the question; give the agent another name"
-    if agent.name in earlier:
-        return "is the name of two agents; each needs its own name"
-    if len(set(agent.sees)) < len(agent.sees):
-        return f"sees {seen}; name each of them once"
-    unseen = [name for name in agent.sees if name not in earlier]
-    if unseen:
-        reason = _why_it_cannot_be_seen(unseen[0], agent, mas)
-        return f"sees {unseen[0]}, {reason}; it can see {', '.join(earlier)}"
-    if not always_there & set(agent.sees):
-        return (
-            f"sees {seen or 'nothing'}; "
-            f"it must see the question ({QUESTION}) or an agent that always speaks"
-        )
-    return None if agent.when is None else _fault_of_condition(agent, earlier[1:])
-
-
-def _fault_of_condition(agent: Agent, earlier_agents: list[str]) -> str | None:
-    awaited_agent, awaited_words = agent.when
-    if awaited_agent not in earlier_agents or not normalize_words(awaited_words):
-        return (
-            f"speaks when {awaited_agent} says {awaited_words!r}; "
-            f"it can wait for words of {', '.join(earlier_agents) or 'nobody'}"
-        )
-    return None
-
-
-def _why_it_cannot_be_seen(name: str, agent: Agent, mas: MAS) -> str:
-    if name == agent.name:
-        return "itself"
-    if name in {other.name for other in mas.agents}:
-        return "a later agent, which closes a cycle"
-    return "which is not an agent of this graph"
-
-
-def _check_everyone_is_heard(mas: MAS) -> None:
-    """Refuse an agent whose message nobody sees, unless it can be the last to speak."""
-    for index, agent in enumerate(mas.agents[:-1]):
-        later = mas.agents[index + 1 :]
-        is_seen = any(agent.name in other.sees for other in later)
-        may_be_last = all(other.when is not None for other in later)
-        if not is_seen and not may_be_last:
-            raise InputError(
-                f"graph {mas.name}: nobody sees {agent.name}, and another agent gives the answer; "
-                f"let a later agent see it, or remove it"
-            )
 
 
 # ---- The named graphs ----------------------------------------------------------------------------
@@ -365,9 +327,23 @@ GRAPHS = {graph.name: graph for graph in (CHAIN, SINGLE, DEBATE, CONSTRAINTS, RE
 
 # ---- A graph from a file -------------------------------------------------------------------------
 
-# The keys of an [[agents]] table and the types of their values.
-AGENT_KEYS = {"name": str, "sees": list, "prompt": str, "max_new_tokens": int, "when": list}
-TYPE_NAMES = {str: "text", list: "list of strings", int: "whole number"}
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+# The keys of an [[agents]] table: whether a value is valid, and what a valid one is.
+AGENT_KEYS = {
+    "name": (lambda value: _is_text(value) and re.fullmatch(r"\w+", value), "one word"),
+    "sees": (_are_texts, "a list of texts"),
+    "prompt": (_is_text, "a text"),
+    "max_new_tokens": (lambda value: type(value) is int and value > 0, "a number of at least 1"),
+    "when": (lambda value: _are_texts(value) and len(value) == 2, '["Agent", "words it says"]'),
+}
 
 
 def load_graph(name: str) -> MAS:
@@ -383,52 +359,28 @@ def load_graph(name: str) -> MAS:
         raise InputError(f"--graph {name}: unknown; it is one of {listed}, or a file FILE.toml")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--graph {name}: no such file") from None
-    except OSError as error:
-        raise InputError(f"--graph {name}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--graph {name}: not TOML in UTF-8 ({error})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"--graph {name}: cannot be read as TOML in UTF-8 ({error})") from None
     tables = table.get("agents")
-    if not isinstance(tables, list) or not all(isinstance(agent, dict) for agent in tables):
-        raise InputError(f"--graph {name}: it has no [[agents]] tables")
-    unknown = sorted(table.keys() - {"name", "agents"})
-    if unknown:
-        raise InputError(
-            f"--graph {name}: unknown key {unknown[0]}; a graph has a name and [[agents]]"
-        )
+    if not isinstance(tables, list) or table.keys() - {"name", "agents"}:
+        raise InputError(f"--graph {name}: give a name and [[agents]] tables, and nothing else")
     agents = []
     for number, fields in enumerate(tables, 1):
-        _check_agent_table(fields, f"--graph {name}, agent {number}")
+        _check_agent(fields, f"--graph {name}, agent {number}")
         agents.append(_make_agent(fields))
     return MAS(str(table.get("name", path.stem)), tuple(agents))
 
 
-def _check_agent_table(fields: dict, place: str) -> None:
+def _check_agent(fields: dict, place: str) -> None:
     """Raise InputError if an [[agents]] table has unknown, missing or wrong values."""
-    for key, value in fields.items():
-        if key not in AGENT_KEYS:
-            listed = ", ".join(AGENT_KEYS)
-            raise InputError(f"{place}: unknown key {key}; an agent has {listed}")
-        if not _has_type(value, AGENT_KEYS[key]):
-            type_name = TYPE_NAMES[AGENT_KEYS[key]]
-            raise InputError(f"{place}: {key} = {value!r} should be a {type_name}")
-    required = [key for key in AGENT_KEYS if key != "when"]
-    for key in required:
-        if key not in fields:
-            raise InputError(f"{place}: {key} is missing")
-    if not re.fullmatch(r"\w+", fields["name"]):
-        raise InputError(f"{place}: name = {fields['name']!r} should be one word")
-    if fields["max_new_tokens"] < 1:
-        raise InputError(f"{place}: max_new_tokens should be at least 1")
-    if "when" in fields and len(fields["when"]) != 2:
-        raise InputError(f'{place}: when should be ["Agent", "words it says"]')
-
-
-def _has_type(value, expected: type) -> bool:
-    if expected is list:
-        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    return isinstance(value, expected) and not isinstance(value, bool)
+    unknown = sorted(fields.keys() - AGENT_KEYS.keys())
+    if unknown:
+        raise InputError(f"{place}: unknown key {unknown[0]}; it has {', '.join(AGENT_KEYS)}")
+    for key, (is_valid, meaning) in AGENT_KEYS.items():
+        if key not in fields and key != "when":
+            raise InputError(f"{place}: {key} is missing; it is {meaning}")
+        if key in fields and not is_valid(fields[key]):
+            raise InputError(f"{place}: {key} = {fields[key]!r} should be {meaning}")
 
 
 def _make_agent(fields: dict) -> Agent:
@@ -454,37 +406,21 @@ def counts_per_agent(mas: MAS, spec: str, flag: str) -> tuple[int, ...]:
         InputError: if there is not one count of at least 1 for each agent.
     """
     names = [agent.name for agent in mas.agents]
+    count_of = {}
     try:
-        counts = _counts_by_name(mas, spec, flag) if "=" in spec else _counts_in_order(spec)
+        if "=" in spec:
+            count_of = dict(pair.split("=") for pair in spec.split(","))
+            counts = [int(count_of.pop(name, 1)) for name in names]
+        else:
+            counts = [int(count) for count in spec.split(".")]
     except ValueError:
-        raise InputError(
-            f"{flag} {spec}: give one whole number, "
-            f"or one per agent as 1.8.1.1 or Planner=8,Solver=2"
-        ) from None
+        counts = []
     if len(counts) == 1:
-        counts = counts * len(names)
-    if len(counts) != len(names) or min(counts) < 1:
-        listed = ", ".join(names)
-        raise InputError(f"{flag} {spec}: needs one number of at least 1 for each of {listed}")
-    return tuple(counts)
-
-
-def _counts_by_name(mas: MAS, spec: str, flag: str) -> list[int]:
-    named = {}
-    for pair in spec.split(","):
-        name, count = pair.split("=")
-        if name in named:
-            raise InputError(f"{flag} {spec}: {name} is named twice")
-        named[name] = int(count)
-    names = [agent.name for agent in mas.agents]
-    unknown = sorted(set(named) - set(names))
-    if unknown:
-        listed = ", ".join(names)
+        counts *= len(names)
+    # What is left in `count_of` is not an agent.
+    if count_of or len(counts) != len(names) or min(counts) < 1:
         raise InputError(
-            f"{flag} {spec}: no agent {unknown[0]} in graph {mas.name}; it has {listed}"
+            f"{flag} {spec}: give one whole number of at least 1, or one for each of "
+            f"{', '.join(names)}, as 1.8.1.1 or Planner=8,Solver=2"
         )
-    return [named.get(name, 1) for name in names]
-
-
-def _counts_in_order(spec: str) -> list[int]:
-    return [int(count) for count in spec.split(".")]
+    return tuple(counts)

@@ -7,7 +7,6 @@ resumed run and another batch size give the same text, up to floating-point roun
 was seen in float32, few in bfloat16 (README, "Limits").
 """
 
-import argparse
 import inspect
 import json
 import math
@@ -376,28 +375,19 @@ class Policy:
         for index in range(job.num_messages):
             entry = self.journal.find(job.key(index))
             if entry is not None:
+                job.seconds[index] = entry["seconds"]
                 job.candidates[index] = Candidate(
                     entry["text"], entry["tokens"], entry["logprob"], entry["truncated"]
                 )
-                job.seconds[index] = entry["seconds"]
                 self.progress.message_recalled()
 
     def _save_to_journal(self, job: PromptJob, index: int) -> None:
         if self.journal is None:
             return
-        message = job.candidates[index]
-        entry = {
-            "problem": job.problem_id,
-            "path": job.path,
-            "candidate": index,
-            "agent": job.agent,
-            "text": message.text,
-            "tokens": message.tokens,
-            "logprob": message.logprob,
-            "truncated": message.truncated,
-            "seconds": job.seconds[index],
-        }
-        self.journal.add(job.key(index), entry)
+        entry = {"problem": job.problem_id, "path": job.path, "candidate": index}
+        entry |= {"agent": job.agent} | job.candidates[index]._asdict()
+        del entry["token_ids"]  # only stage 5 needs them, and it has no journal
+        self.journal.add(job.key(index), entry | {"seconds": job.seconds[index]})
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -405,31 +395,19 @@ class Policy:
 
 def add_agent_arguments(parser: Parser) -> None:
     """Add the flags of all stages with agents: who they are, and how they speak."""
-    parser.add_argument(
-        "--graph",
-        default="chain",
-        help=f"communication graph: {', '.join(GRAPHS)}, or FILE.toml",
-    )
-    parser.add_argument(
-        "--model",
-        default=TINY_AGENTS,
-        help="the agents' causal language model: folder or hub name",
-    )
-    parser.add_argument(
-        "--adapter",
-        default=None,
-        help="use finetuned agents: a folder RUN/agents of train_agents.py",
-    )
-    parser.add_argument(
+    named_graphs = ", ".join(GRAPHS)
+    add = parser.add_argument
+    add("--graph", default="chain", help=f"{named_graphs}, or FILE.toml: who sees whom")
+    add("--model", default=TINY_AGENTS, help="the agents' language model: folder or hub name")
+    add("--adapter", default=None, help="finetuned agents: a folder RUN/agents of train_agents.py")
+    add(
         "--chat-template-kwargs",
         type=json_object,
         default="{}",
         help='variables of the chat template as JSON, e.g. {"enable_thinking": false}',
     )
-    parser.add_argument(
-        "--temperature", type=positive_float, default=1.0, help="of every sampled message"
-    )
-    parser.add_argument(
+    add("--temperature", type=positive_float, default=1.0, help="of every sampled message")
+    add(
         "--max-new-tokens",
         type=positive_int,
         default=192,
@@ -440,31 +418,23 @@ def add_agent_arguments(parser: Parser) -> None:
 
 def add_tree_search_arguments(parser: Parser) -> None:
     """Add the further flags of the stages that search a tree and keep a journal: 1, 3 and 4."""
-    parser.add_argument(
-        "--quantize-policy", action="store_true", help="NF4 weights for the agents, for small cards"
-    )
-    parser.add_argument(
-        "--top-k",
-        type=non_negative_int,
-        default=0,
-        help="sample among the k most likely tokens only; 0: all",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--quantize-policy", action="store_true", help="NF4 weights for the agents")
+    add("--top-k", type=non_negative_int, default=0, help="only the k likeliest tokens; 0: all")
+    add(
         "--top-p",
         type=positive_unit_float,
         default=1.0,
-        help="sample among the most likely tokens that together have this probability; 1: all",
+        help="only the likeliest tokens that together have this probability; 1: all",
     )
-    parser.add_argument(
+    add(
         "--num-candidates",
         default="3",
         help="C, messages per expansion: 3, or 1.8.1.1, or Planner=8,Reader=2",
     )
-    parser.add_argument("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
-    parser.add_argument(
-        "--max-active", type=positive_int, default=512, help="problems that are searched together"
-    )
-    parser.add_argument(
+    add("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
+    add("--max-active", type=positive_int, default=512, help="problems searched together")
+    add(
         "--messages",
         default=None,
         help="folder of the journal of messages; runs with the same agents can share it "
@@ -473,13 +443,10 @@ def add_tree_search_arguments(parser: Parser) -> None:
 
 
 def json_object(text: str) -> dict:
-    """Parse the value of a flag that is a JSON object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error.msg})") from None
+    """Parse the value of a flag that is a JSON object. Raises ValueError if it is none."""
+    value = json.loads(text)
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"name": true}}')
+        raise ValueError
     return value
 
 
@@ -557,7 +524,7 @@ def search_settings(args, policy: Policy) -> dict:
 
 @contextmanager
 def with_journal(policy: Policy, args) -> Iterator[Policy]:
-    """Give the policy with a journal of its messages, in the run folder or where --messages says."""
+    """Give the policy a journal, in the run folder or where --messages says."""
     folder = Path(args.messages or f"{args.run}/messages")
     name = fingerprint(without_names(policy.settings))[:12]
     with Journal(folder, name, policy.settings) as journal:

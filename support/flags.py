@@ -1,7 +1,7 @@
 """Flags, bad input, and how a script ends.
 
-Every stage is a script with `parse_args(argv=None)` and `main(args)`, called through `cli`. A default
-stands in the parser and nowhere else.
+Every stage is a script with `parse_args(argv=None)` and `main(args)`, called through `cli`. A
+default stands in the parser and nowhere else.
 """
 
 import argparse

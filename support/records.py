@@ -1,7 +1,7 @@
 """Records: JSON lines that survive a kill, written by one process or by several; the journal.
 
-Every finished problem is one line, flushed when it is finished. A line that a kill has torn is skipped
-by readers and cut off by the next writer, and what it recorded is done again.
+Every finished problem is one line, flushed when it is finished. A line that a kill has torn is
+skipped by readers and cut off by the next writer, and what it recorded is done again.
 """
 
 import fcntl

@@ -1,6 +1,7 @@
 """The run folder: what its results were made with, and whether a command may resume it.
 
-`config.json` records settings and provenance. The same settings resume a run, others are refused by name.
+`config.json` records settings and provenance. The same settings resume a run, others are refused by
+name.
 """
 
 import hashlib
