@@ -1,11 +1,10 @@
 # make demo: the whole method on the embedded agents. make test, make lint: the tests and the linter;
-# make mutants: wrong programs that the tests must catch; make format: fix what the linter can fix.
-# make clean removes .venv, make clean-runs the results. The experiments are in experiments.mk.
-# All set up .venv if it is missing.
+# make format: fix what the linter can fix. make clean removes .venv, make clean-runs the results.
+# All set up .venv if it is missing. The experiments are scripts: experiments/README.md.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test mutants lint format clean clean-runs
+.PHONY: demo test lint format clean clean-runs
 
 demo: .venv/.installed
 	$(PY) generate_rollouts.py
@@ -15,11 +14,7 @@ demo: .venv/.installed
 	$(PY) -m report runs/tiny
 
 test: .venv/.installed-dev
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-
-# FILES="search.py metrics.py" for some files only
-mutants: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(PY) tests/mutants.py $(FILES)
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff format --check .
@@ -28,6 +23,12 @@ lint: .venv/.installed-dev
 format: .venv/.installed-dev
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+clean:
+	rm -rf .venv
+
+clean-runs:
+	rm -rf runs
 
 # ---- Set-up ----
 
@@ -42,11 +43,3 @@ format: .venv/.installed-dev
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
-
-clean:
-	rm -rf .venv
-
-clean-runs:
-	rm -rf runs
-
-include experiments/experiments.mk

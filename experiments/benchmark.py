@@ -2,29 +2,25 @@
 
 Run it from the root of the repository:
 
-    python -m tests.benchmark trees      # labels: as they are, and without one feature at a time
-    python -m tests.benchmark scaling    # time per problem with 50, 200 and 800 problems
-    python -m tests.benchmark engine --device cuda --bandwidth 4300 --tflops 790 --cuda-graphs
-    python -m tests.benchmark engine --shape tiny --rows 16 64 --prompt 128 --new 32 \
+    python -m experiments.benchmark trees      # labels: as they are made, and in simpler ways
+    python -m experiments.benchmark packing --shape tiny --prompt 200 --new 30
+    python -m experiments.benchmark engine --shape tiny --rows 16 64 --prompt 128 --new 32 \
         --states 64 --state-tokens 256
-    python -m tests.benchmark lengths --shape tiny --prompt 64
-    python -m tests.benchmark packing --shape 0.5B --prompt 500 --new 60
+    python -m experiments.benchmark engine --device cuda --bandwidth 4300 --tflops 790
 
-`engine` measures decoding, scoring and training of V. Speed does not depend on the weights, so they
-are random, and every message has the same length. Its default shape is that of a 1.5B model.
+`packing` compares V on packed rows with V on one row per transcript. `engine` measures decoding,
+scoring and training of V. Speed does not depend on the weights, so they are random, and every
+message has the same length. The default shape is that of a 1.5B model.
 """
 
-import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
-from itertools import product
+from functools import partial
 from typing import NamedTuple
-from unittest import mock
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,9 +33,7 @@ from transformers import (
 
 import generate_rollouts
 from generate_rollouts import make_searches
-from llm.adapters import AgentAdapters, add_lora
-from llm.cache import CacheRows, PreallocatedLayer
-from llm.chat import ChatFormat
+from llm.adapters import add_lora
 from llm.decoding import Decoder
 from llm.packing import pack, sequences_of
 from llm.policy import Policy, make_policy
@@ -52,7 +46,7 @@ from train_value import peak_memory, training_loss
 from tree import Sample, run_searches, tree_record
 from value import Row, ValueModel, label_places, load_backbone
 
-# ---- Decoders that lack a feature ----------------------------------------------------------------
+# ---- Simpler decoders ----------------------------------------------------------------------------
 
 
 def repeat_prompts(prompts: list[list[int]], repeats: list[int]) -> list[list[int]]:
@@ -61,22 +55,6 @@ def repeat_prompts(prompts: list[list[int]], repeats: list[int]) -> list[list[in
     for prompt, num_messages in zip(prompts, repeats, strict=True):
         repeated += [prompt] * num_messages
     return repeated
-
-
-class CopyingDecoder(Decoder):
-    """Copies its cache at every step, as that of transformers does."""
-
-    def decode(self, *batch, **options):
-        with mock.patch.object(PreallocatedLayer, "SPARE_COLUMNS", 0):
-            return super().decode(*batch, **options)
-
-
-class UnfilledDecoder(Decoder):
-    """Decodes batch after batch, each until its longest message has ended."""
-
-    def decode(self, *batch, **options):
-        with mock.patch.object(CacheRows, "is_resizable_for", staticmethod(lambda _: False)):
-            return super().decode(*batch, **options)
 
 
 class UnsharedDecoder(Decoder):
@@ -156,14 +134,10 @@ class NaiveDecoder(Decoder):
 
     def _pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pad prompts on the left. Returns token ids and attention mask, [prompts, longest]."""
-        longest = max(map(len, prompts))
-        token_ids, mask = [], []
-        for prompt in prompts:
-            padding = longest - len(prompt)
-            token_ids.append([self.pad_id] * padding + prompt)
-            mask.append([0] * padding + [1] * len(prompt))
-        device = self.model.device
-        return torch.tensor(token_ids, device=device), torch.tensor(mask, device=device)
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        token_ids = [torch.tensor(prompt, device=self.model.device) for prompt in prompts]
+        mask = [torch.ones_like(ids) for ids in token_ids]
+        return pad(token_ids, padding_value=self.pad_id), pad(mask)
 
     def _length(self, tokens: list[int], limit: int) -> int:
         """Return the length of a message: its end-of-message token is its last token."""
@@ -176,28 +150,6 @@ class NaiveDecoder(Decoder):
 # ---- Trees: the speed of labelling ---------------------------------------------------------------
 
 
-class Measurement(NamedTuple):
-    """How fast problems were labelled.
-
-    Attributes:
-        trees: problem id -> nodes of its tree, without log-probabilities.
-        shares: activity -> share of the time.
-    """
-
-    trees_per_minute: float
-    trees: dict[str, list[dict]]
-    shares: dict[str, float]
-
-    def show_shares(self) -> str:
-        return ", ".join(f"{activity} {share:.1%}" for activity, share in self.shares.items())
-
-
-def make_labelling_args(num_threads: int):
-    """Return the default flags of generate_rollouts.py, on the CPU."""
-    argv = ["--num-threads", str(num_threads), "--device", "cpu"]
-    return generate_rollouts.parse_args(argv)
-
-
 def make_labelling_policy(decoder_class: type[Decoder], args) -> Policy:
     """Load the agents as generate_rollouts.py does, but with another decoder."""
     policy = make_policy(args, CHAIN)
@@ -208,131 +160,53 @@ def make_labelling_policy(decoder_class: type[Decoder], args) -> Policy:
     return policy
 
 
-def load_training_problems(num: int):
-    return load_problems(task="tiny", data=None, split="train", num=num)
-
-
-def label(policy: Policy, problems: list, args, *, max_active: int) -> Measurement:
-    """Label problems and measure the time."""
-    seconds_before = dict(policy.decoder.seconds)
+def label(policy: Policy, problems: list, args, *, max_active: int) -> tuple[float, dict]:
+    """Label problems. Returns the seconds, and problem id -> nodes of its tree."""
     num_candidates = counts_per_agent(CHAIN, args.num_candidates, "--num-candidates")
     searches = make_searches(problems, CHAIN, num_candidates, args)
     progress = SearchProgress(len(problems), Work(1, 1), description="", shown=False)
+    policy.decoder.seconds = dict.fromkeys(policy.decoder.seconds, 0.0)
     trees = {}
     start = time.perf_counter()
-    with decoding_time(policy.decoder) as decoding, tokenizer_time(policy.chat_format) as texts:
-        for problem, root, cost in run_searches(
-            searches, {Sample: policy}, max_active=max_active, progress=progress
-        ):
-            trees[problem.id] = without_logprobs(tree_record(problem, root, cost)["nodes"])
-    seconds = time.perf_counter() - start
-
-    shares = {}
-    for activity, seconds_after in policy.decoder.seconds.items():
-        shares[activity] = (seconds_after - seconds_before[activity]) / seconds
-    shares["rest of the decoder"] = decoding.total() / seconds - sum(shares.values())
-    shares["tokenizer"] = texts.total() / seconds
-    shares["driver and tree"] = 1 - (decoding.total() + texts.total()) / seconds
-    return Measurement(60 * len(problems) / seconds, trees, shares)
-
-
-@contextmanager
-def decoding_time(decoder: Decoder):
-    """Count the seconds in `decode`, without those of what it calls for each message."""
-    seconds = Counter()
-    decode = decoder.decode
-
-    def timed_decode(*args, on_message, **options):
-        own_on_message = timed(on_message, seconds, "on_message", -1)
-        return decode(*args, on_message=own_on_message, **options)
-
-    with mock.patch.object(decoder, "decode", timed(timed_decode, seconds, "decode")):
-        yield seconds
-
-
-@contextmanager
-def tokenizer_time(chat_format: ChatFormat):
-    """Count the seconds in which prompts are rendered and encoded, and messages decoded."""
-    seconds = Counter()
-    with ExitStack() as patches:
-        for name in ("encode", "message"):
-            function = timed(getattr(chat_format, name), seconds, name)
-            patches.enter_context(mock.patch.object(chat_format, name, function))
-        yield seconds
-
-
-def timed(function: Callable, seconds: Counter, activity: str, sign: int = 1) -> Callable:
-    """Let a function add its seconds to those of an activity."""
-
-    def call(*args, **options):
-        start = time.perf_counter()
-        try:
-            return function(*args, **options)
-        finally:
-            seconds[activity] += sign * (time.perf_counter() - start)
-
-    return call
-
-
-def without_logprobs(nodes: list[dict]) -> list[dict]:
-    """Log-probabilities depend on the shape of the batch, by rounding."""
-    stripped = []
-    for node in nodes:
-        stripped.append({key: node[key] for key in node if key != "logprob"})
-    return stripped
-
-
-AS_IT_IS = "all in flight"
+    finished = run_searches(searches, {Sample: policy}, max_active=max_active, progress=progress)
+    for problem, root, cost in finished:
+        trees[problem.id] = tree_record(problem, root, cost)["nodes"]
+        for node in trees[problem.id]:
+            node.pop("logprob", None)  # depends on the shape of the batch, by rounding
+    return time.perf_counter() - start, trees
 
 
 def measure_trees(args) -> None:
     """Label the same problems in several ways, and compare each with the way it is done."""
-    labelling_args = make_labelling_args(args.num_threads)
-    problems = load_training_problems(args.problems)
-    decoders = {
-        AS_IT_IS: Decoder,
-        "batch after batch": UnfilledDecoder,
-        "the library's cache": CopyingDecoder,
-        "a row per message": UnsharedDecoder,
-        "one padded generate per round": NaiveDecoder,
-        "one problem at a time": Decoder,
+    argv = ["--num-threads", str(args.num_threads), "--device", args.device]
+    labelling_args = generate_rollouts.parse_args(argv)
+    problems = load_problems(task="tiny", data=None, split="train", num=args.problems)
+    together = len(problems)
+    ways = {
+        "all in flight": (Decoder, together),
+        "a row per message": (UnsharedDecoder, together),
+        "one padded generate per round": (NaiveDecoder, together),
+        "one problem at a time": (Decoder, 1),
     }
-
-    # 1. measure
-    measurements = {}
-    for way, decoder_class in decoders.items():
+    results = []
+    for way, (decoder_class, max_active) in ways.items():
         policy = make_labelling_policy(decoder_class, labelling_args)
-        max_active = 1 if way == "one problem at a time" else len(problems)
         label(policy, problems[:4], labelling_args, max_active=max_active)  # to warm up
-        measured = label(policy, problems, labelling_args, max_active=max_active)
-        measurements[way] = measured
-        rate = f"{measured.trees_per_minute:7.1f} trees/min"
-        print(f"{way:30s} {rate}   {measured.show_shares()}", flush=True)
+        seconds, trees = label(policy, problems, labelling_args, max_active=max_active)
+        results.append((seconds, trees))
 
-    # 2. compare
-    as_it_is = measurements.pop(AS_IT_IS)
-    for way, measured in measurements.items():
-        ratio = as_it_is.trees_per_minute / measured.trees_per_minute
-        num_equal = sum(as_it_is.trees[p.id] == measured.trees[p.id] for p in problems)
-        equal = f"{num_equal} of {len(problems)} trees are equal"
-        print(f"{AS_IT_IS} / {way}: {ratio:.2f}; {equal}")
-
-
-def measure_scaling(args) -> None:
-    """Label more and more problems together. The peak memory is that of the process so far."""
-    labelling_args = make_labelling_args(args.num_threads)
-    policy = make_labelling_policy(Decoder, labelling_args)
-    for num in (50, 200, 800):
-        measured = label(policy, load_training_problems(num), labelling_args, max_active=num)
-        milliseconds = 60_000 / measured.trees_per_minute
+        first_seconds, first_trees = results[0]
+        num_equal = sum(trees[problem.id] == first_trees[problem.id] for problem in problems)
+        shares = [f"{name} {part / seconds:.1%}" for name, part in policy.decoder.seconds.items()]
         print(
-            f"{num:4d} problems: {milliseconds:6.1f} ms per problem, peak {peak_memory('cpu')}   "
-            f"{measured.show_shares()}",
+            f"{way:30s} {60 * len(problems) / seconds:7.1f} trees/min, all in flight / this: "
+            f"{seconds / first_seconds:5.2f}, {num_equal} of {len(problems)} trees are equal; "
+            f"{', '.join(shares)}",
             flush=True,
         )
 
 
-# ---- Engine: decoding, scoring and training, on random weights -----------------------------------
+# ---- Models with random weights ------------------------------------------------------------------
 
 
 class Shape(NamedTuple):
@@ -349,94 +223,119 @@ SHAPES = {
     "0.5B": Shape(896, 4864, 24, 14, 2, 151936),
     "tiny": Shape(128, 384, 4, 4, 2, 640),
 }
+TINY_AGENTS = HERE / "tiny" / "agents"  # any tokenizer will do
+
+
+def random_model(args) -> PreTrainedModel:
+    """Return a model of a shape, on a device, with random weights."""
+    config = Qwen2Config(
+        **SHAPES[args.shape]._asdict(), max_position_embeddings=8192, tie_word_embeddings=True
+    )
+    dtype = "bfloat16" if args.device != "cpu" else "float32"
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def random_ids(num: int, args) -> list[int]:
+    """Return token ids that are no special tokens."""
+    return torch.randint(10, SHAPES[args.shape].vocab_size, (num,)).tolist()
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Return the seconds of one call, after another to warm up."""
+    for _ in range(2):
+        if device != "cpu":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# ---- Packing: what V reads -----------------------------------------------------------------------
+
+NUM_SIBLINGS = 8
+
+
+def measure_packing(args) -> None:
+    """Score and train on siblings: packed into one row, and each in a row of its own."""
+    torch.set_num_threads(args.num_threads)
+    backbone = add_lora(random_model(args).model.requires_grad_(False), rank=16)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_AGENTS)
+    model = ValueModel(backbone, tokenizer, CHAIN, "full", "huber").to(args.device)
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    prefix = random_ids(args.prompt, args)
+    sequences = [prefix + random_ids(args.new, args) for _ in range(NUM_SIBLINGS)]
+    rows = [Row(ids, positions=[len(ids) - 1]) for ids in sequences]
+    print(f"{args.shape} shape, {args.prompt} shared tokens, {NUM_SIBLINGS} x {args.new} new")
+
+    def values(token_cost: float | None) -> torch.Tensor:
+        batch = pack(sequences, token_cost=token_cost, max_width=10**6)
+        read = model(batch, label_places(batch, rows))
+        order = torch.tensor(sequences_of(batch), device=read.device).argsort()
+        return read[order]
+
+    @torch.inference_mode()
+    def score(token_cost: float | None) -> torch.Tensor:
+        return values(token_cost)
+
+    def train(token_cost: float | None) -> torch.Tensor:
+        model.zero_grad()
+        values(token_cost).square().sum().backward()
+        gradients = [parameter.grad.flatten() for parameter in model.trained_parameters().values()]
+        return torch.cat(gradients)
+
+    for activity, work, result in (("scoring", score, "V"), ("training", train, "gradients")):
+        alone = seconds_of(partial(work, None), args.device)
+        packed = seconds_of(partial(work, model.token_cost), args.device)
+        difference = (work(None) - work(model.token_cost)).abs().max().item()
+        print(
+            f"{activity}: {alone:.2f} s alone, {packed:.2f} s packed, "
+            f"{alone / packed:.2f} times faster; {result} differ by {difference:.1e} at most"
+        )
+
+
+# ---- Engine: decoding, scoring and training ------------------------------------------------------
+
 NUM_CANDIDATES = 3  # messages per prompt
 
 
 def measure_engine(args) -> None:
     """Measure decoding, then scoring and a training step of V, on a model of one shape."""
     torch.set_num_threads(args.num_threads)
-    labelling_args = make_labelling_args(args.num_threads)
-    batch_tokens = labelling_args.batch_tokens
-
-    model = random_agents(args)
+    model = random_model(args)
     measure_decoding(model, args)
-    num_body_parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    flops_per_token = 2 * sum(parameter.numel() for parameter in model.model.parameters())
 
-    # V is loaded as from a checkpoint. Any tokenizer will do.
+    # V is loaded as from a checkpoint.
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(labelling_args.model).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(TINY_AGENTS).save_pretrained(folder)
         del model  # make room
         backbone, tokenizer = load_backbone(folder, quantize=True, device=args.device, dtype="auto")
     backbone = add_lora(backbone, rank=args.lora_rank)
     value_model = ValueModel(backbone, tokenizer, CHAIN, "full", "huber")
-    rows = random_rows(args.states, args.state_tokens, SHAPES[args.shape].vocab_size)
-    measure_scoring(value_model, rows, batch_tokens, 2 * num_body_parameters, args)
+    rows = []
+    for _ in range(args.states):
+        ids = random_ids(args.state_tokens, args)
+        rows.append(Row(ids, positions=[len(ids) - 1], targets=[0.5], groups=[("p", "a")]))
+    measure_scoring(value_model, rows, flops_per_token, args)
     measure_training_step(value_model, rows, args)
-
-
-def random_model(args) -> PreTrainedModel:
-    """Return a model of the shape, type and device that the flags say, with random weights."""
-    config = Qwen2Config(
-        **SHAPES[args.shape]._asdict(), max_position_embeddings=8192, tie_word_embeddings=True
-    )
-    default = "bfloat16" if on_gpu(args.device) else "float32"
-    torch.manual_seed(0)
-    with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=args.dtype or default)
-    return model.eval()
-
-
-def random_agents(args) -> PreTrainedModel:
-    """Return a random model whose next token is about as certain as that of a trained one.
-
-    The sampler is fast because few tokens are likely. With logits of standard deviation 6, the
-    1,024 likeliest of 152,000 tokens have 99.6 % of the probability.
-    """
-    model = random_model(args)
-    embedding_std = model.config.initializer_range
-    logits_std = embedding_std * math.sqrt(model.config.hidden_size)
-    with torch.no_grad():
-        model.model.norm.weight.mul_(6 / logits_std)
-    return model
-
-
-def on_gpu(device: str) -> bool:
-    return device.startswith("cuda")
-
-
-def seconds_of(work: Callable[[], object], device: str) -> float:
-    """Return the seconds of one call, after two others to warm up.
-
-    CUDA graphs are made in the first, and again in the second if their memory has grown.
-    """
-    for _ in range(3):
-        if on_gpu(device):
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if on_gpu(device):
-            torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure_decoding(model: PreTrainedModel, args) -> None:
     """Compare our decoder with `generate` per node, and with the bandwidth of the memory."""
-    prompt = torch.randint(10, model.config.vocab_size, (args.prompt,)).tolist()
+    prompt = random_ids(args.prompt, args)
+    print(f"{args.shape} shape, {args.prompt} prompt tokens, {args.new} new")
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    device_name = torch.cuda.get_device_name() if on_gpu(args.device) else "CPU"
-    print(
-        f"{args.shape} shape, {weight_bytes / 2**30:.2f} GiB of weights, "
-        f"{args.prompt} prompt tokens, {args.new} new, {device_name}"
-    )
     rate_per_node = NUM_CANDIDATES * args.new / seconds_per_node(model, prompt, args)
     print(f"per-node generate, {NUM_CANDIDATES} rows: {rate_per_node:9.0f} tokens/s")
-
-    ways = {"engine": False, "graphs": True} if args.cuda_graphs else {"engine": False}
-    for num_rows, (way, cuda_graphs) in product(args.rows, ways.items()):
-        seconds = seconds_of_decoder(model, prompt, num_rows, args, cuda_graphs=cuda_graphs)
+    for num_rows in args.rows:
+        seconds, sampling = seconds_of_decoder(model, prompt, num_rows, args)
         rate = num_rows * args.new / seconds
-        sampling = args.new * seconds_of_sampler(model, num_rows, args) / seconds
         share = ""
         if args.bandwidth:
             # Every step reads the weights and the keys and values of all rows once.
@@ -445,9 +344,9 @@ def measure_decoding(model: PreTrainedModel, args) -> None:
             limit = num_rows * args.bandwidth * 1e9 / bytes_per_step
             share = f", {rate / limit:.1%} of the bandwidth limit"
         print(
-            f"{way}, {num_rows:5d} rows:         {rate:9.0f} tokens/s, "
-            f"{rate / rate_per_node:5.1f} times per-node generate, sampling takes {sampling:.1%}"
-            f"{share}, peak {peak_memory(args.device)}",
+            f"engine, {num_rows:5d} rows: {rate:9.0f} tokens/s, "
+            f"{rate / rate_per_node:5.1f} times per-node generate, "
+            f"sampling takes {sampling / seconds:.1%}{share}, peak {peak_memory(args.device)}",
             flush=True,
         )
 
@@ -482,18 +381,14 @@ def seconds_per_node(model: PreTrainedModel, prompt: list[int], args) -> float:
 
 
 def seconds_of_decoder(
-    model: PreTrainedModel, prompt: list[int], num_rows: int, args, *, cuda_graphs: bool
-) -> float:
-    """Measure our decoder on `num_rows` messages, NUM_CANDIDATES per prompt."""
-    decoder = Decoder(
-        model,
-        eos_ids={-1},  # so that no message ends before its limit
-        pad_id=0,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        cuda_graphs=cuda_graphs,
-    )
+    model: PreTrainedModel, prompt: list[int], num_rows: int, args
+) -> tuple[float, float]:
+    """Measure our decoder on `num_rows` messages, NUM_CANDIDATES per prompt.
+
+    Returns the seconds of decoding, and those of them that the sampler took.
+    """
+    # No token ends a message before its limit.
+    decoder = Decoder(model, eos_ids={-1}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
     num_prompts, rest = divmod(num_rows, NUM_CANDIDATES)
     repeats = [NUM_CANDIDATES] * num_prompts
     if rest:
@@ -504,42 +399,18 @@ def seconds_of_decoder(
     keys = [message_key(row) for row in range(num_rows)]
 
     def decode() -> None:
+        decoder.seconds["sampling"] = 0.0
         decoder.decode(prompts, repeats, limits, keys, greedy)
 
-    return seconds_of(decode, args.device)
+    seconds = seconds_of(decode, args.device)
+    return seconds, decoder.seconds["sampling"]
 
 
-@torch.inference_mode()
-def seconds_of_sampler(model: PreTrainedModel, num_rows: int, args) -> float:
-    """Measure one step of the sampler. Each message has logits of its own."""
-    generator = torch.Generator(args.device).manual_seed(0)
-    shape = (num_rows, model.config.vocab_size)
-    logits = 6 * torch.randn(shape, generator=generator, device=args.device).to(model.dtype)
-    messages = torch.arange(num_rows, device=args.device)
-    greedy = torch.zeros(num_rows, dtype=torch.bool, device=args.device)
+def measure_scoring(model: ValueModel, rows: list[Row], flops_per_token: int, args) -> None:
+    """Measure how many states V scores, beside what the device could compute."""
 
-    def sample() -> None:
-        sample_tokens(
-            logits, messages, messages, messages, greedy, temperature=1.0, top_k=0, top_p=1.0
-        )
-
-    return seconds_of(sample, args.device)
-
-
-def random_rows(num_rows: int, num_tokens: int, vocab_size: int) -> list[Row]:
-    """Return rows of random tokens with one label each, at the last token."""
-    rows = []
-    for _ in range(num_rows):
-        ids = torch.randint(10, vocab_size, (num_tokens,)).tolist()
-        rows.append(Row(ids, positions=[num_tokens - 1], targets=[0.5], groups=[("p", "a")]))
-    return rows
-
-
-def measure_scoring(
-    model: ValueModel, rows: list[Row], batch_tokens: int, flops_per_token: int, args
-) -> None:
     def score() -> None:
-        model.predict(rows, batch_tokens=batch_tokens)
+        model.predict(rows, batch_tokens=131072)
 
     states_per_second = len(rows) / seconds_of(score, args.device)
     share = ""
@@ -557,16 +428,15 @@ def measure_training_step(model: ValueModel, rows: list[Row], args) -> None:
     """Measure forward and backward of one batch of at most 8,192 tokens."""
     rows = rows[: max(1, 8192 // args.state_tokens)]
     batch = pack([row.ids for row in rows], token_cost=model.token_cost, max_width=8192)
-    targets = torch.full((len(rows),), 0.5, device=args.device)
-    weights = torch.ones_like(targets)
+    weights = torch.ones(len(rows), device=args.device)
     groups = [("p", "a")] * len(rows)
-    if on_gpu(args.device):
+    if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
         model.train()
         outputs = model.outputs(batch, label_places(batch, rows))
-        training_loss(model, outputs, targets, weights, groups, huber_delta=1.0).backward()
+        training_loss(model, outputs, 0.5 * weights, weights, groups, huber_delta=1.0).backward()
 
     tokens_per_second = len(rows) * args.state_tokens / seconds_of(step, args.device)
     print(
@@ -575,144 +445,9 @@ def measure_training_step(model: ValueModel, rows: list[Row], args) -> None:
     )
 
 
-# ---- Messages of different lengths ---------------------------------------------------------------
-
-MEDIAN_LENGTH, LENGTH_SPREAD, LONGEST_LENGTH = 120, 0.7, 512  # lognormal, as of real models
-
-
-def measure_lengths(args) -> None:
-    """Decode messages of different lengths: with refilling, and batch after batch."""
-    torch.set_num_threads(args.num_threads)
-    model = random_agents(args)
-    generator = torch.Generator().manual_seed(0)
-    num = args.messages
-    logs = torch.randn(num, generator=generator) * LENGTH_SPREAD + math.log(MEDIAN_LENGTH)
-    limits = logs.exp().ceil().clamp(max=LONGEST_LENGTH).int().tolist()
-    prompts = torch.randint(10, model.config.vocab_size, (num, args.prompt)).tolist()
-    batch = (prompts, [1] * num, limits, list(range(num)), [False] * num)
-    batch_tokens = args.rows[0] * (args.prompt + LONGEST_LENGTH)
-    print(
-        f"{num} messages of {sum(limits) / num:.0f} tokens on average, "
-        f"at most {args.rows[0]} together"
-    )
-    results = []
-    for name, decoder_class in (("refilled", Decoder), ("batch after batch", UnfilledDecoder)):
-        decoder = decoder_class(model, eos_ids={-1}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
-        rows_of_step = []
-
-        def count(module, args, kwargs, rows_of_step=rows_of_step):
-            if kwargs["input_ids"].shape[1] == 1:
-                rows_of_step.append(len(kwargs["input_ids"]))
-
-        hook = model.register_forward_pre_hook(count, with_kwargs=True)
-        start = time.perf_counter()
-        messages = decoder.decode(*batch, batch_tokens=batch_tokens)
-        seconds = time.perf_counter() - start
-        hook.remove()
-        results.append((seconds, len(rows_of_step), [tokens for tokens, _ in messages]))
-        mean_rows = sum(limits) / len(rows_of_step)
-        print(
-            f"{name:18s} {len(rows_of_step):6d} steps, {mean_rows:6.1f} live messages per step "
-            f"({mean_rows / args.rows[0]:.0%}), {seconds:6.1f} s",
-            flush=True,
-        )
-    (seconds, steps, messages), (other_seconds, other_steps, other_messages) = results
-    num_equal = sum(a == b for a, b in zip(messages, other_messages, strict=True))
-    print(
-        f"{other_steps / steps:.2f} times fewer steps, {other_seconds / seconds:.2f} times faster; "
-        f"{num_equal} of {num} messages are equal"
-    )
-
-
-# ---- Finetuned agents ----------------------------------------------------------------------------
-
-
-def measure_adapters(args) -> None:
-    """Decode by agents with an adapter: beside the weights of the base, and merged into them."""
-    torch.set_num_threads(args.num_threads)
-    model = random_agents(args)
-    adapters = AgentAdapters.add(model, CHAIN, sharing="shared", rank=args.lora_rank)
-    prompt = torch.randint(10, model.config.vocab_size, (args.prompt,)).tolist()
-    print(f"{args.shape} shape, LoRA of rank {args.lora_rank}, {args.prompt} + {args.new} tokens")
-    for num_rows in args.rows:
-        beside = seconds_of_decoder(model, prompt, num_rows, args)
-        with adapters.merged("Reader"):
-            merged = seconds_of_decoder(model, prompt, num_rows, args)
-        print(
-            f"{num_rows:5d} rows: {beside:6.2f} s beside, {merged:6.2f} s merged, "
-            f"{beside / merged:.2f} times faster",
-            flush=True,
-        )
-
-
-# ---- What V reads --------------------------------------------------------------------------------
-
-
-def measure_packing(args) -> None:
-    """Score and train on siblings: packed, and each with a row of its own."""
-    torch.set_num_threads(args.num_threads)
-    model = random_model(args).model.requires_grad_(False)
-    model = ValueModel(
-        add_lora(model, rank=16),
-        AutoTokenizer.from_pretrained(HERE / "tiny" / "agents"),
-        CHAIN,
-        "full",
-        "huber",
-    ).to(args.device)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.head.weight, std=0.02)
-    prefix = torch.randint(10, model.backbone.config.vocab_size, (args.prompt,)).tolist()
-    sequences = []
-    for _ in range(args.candidates):
-        message = torch.randint(10, model.backbone.config.vocab_size, (args.new,)).tolist()
-        sequences.append(prefix + message)
-    rows = [Row(ids, positions=[len(ids) - 1]) for ids in sequences]
-    print(f"{args.shape} shape, {args.prompt} shared tokens, {args.candidates} x {args.new} new")
-
-    def read(token_cost) -> tuple[torch.Tensor, int]:
-        batch = pack(sequences, token_cost=token_cost, max_width=10**6)
-        values = model(batch, label_places(batch, rows))
-        order = torch.tensor(sequences_of(batch), device=values.device).argsort()
-        return values[order], sum(row.width for row in batch)
-
-    def train(token_cost) -> list[torch.Tensor]:
-        model.zero_grad()
-        read(token_cost)[0].square().sum().backward()
-        return [parameter.grad.clone() for parameter in model.trained_parameters().values()]
-
-    with torch.inference_mode():
-        scoring = {
-            cost: seconds_of(lambda cost=cost: read(cost), args.device)
-            for cost in (None, model.token_cost)
-        }
-        (alone, num_alone), (packed, num_packed) = read(None), read(model.token_cost)
-    training = {
-        cost: seconds_of(lambda cost=cost: train(cost), args.device)
-        for cost in (None, model.token_cost)
-    }
-    gradients = zip(train(None), train(model.token_cost), strict=True)
-    largest = max((a - b).abs().max().item() for a, b in gradients)
-    print(
-        f"tokens read: {num_alone} alone, {num_packed} packed\n"
-        f"scoring: {scoring[None]:.2f} s alone, {scoring[model.token_cost]:.2f} s packed, "
-        f"{scoring[None] / scoring[model.token_cost]:.2f} times faster; "
-        f"V differs by {(alone - packed).abs().max():.1e}\n"
-        f"training: {training[None]:.2f} s alone, {training[model.token_cost]:.2f} s packed, "
-        f"{training[None] / training[model.token_cost]:.2f} times faster; "
-        f"gradients differ by {largest:.1e} at most"
-    )
-
-
 # ---- The script ----------------------------------------------------------------------------------
 
-BENCHMARKS = {
-    "trees": measure_trees,
-    "scaling": measure_scaling,
-    "engine": measure_engine,
-    "lengths": measure_lengths,
-    "adapters": measure_adapters,
-    "packing": measure_packing,
-}
+BENCHMARKS = {"trees": measure_trees, "packing": measure_packing, "engine": measure_engine}
 
 
 def parse_args(argv=None):
@@ -720,20 +455,16 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("benchmark", choices=BENCHMARKS, help="what to measure")
     add("--num-threads", type=positive_int, default=1, help="torch threads on the CPU")
-    add("--problems", type=positive_int, default=96, help="trees: problems to label")
+    add("--problems", type=positive_int, default=64, help="trees: problems to label")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--shape", choices=SHAPES, default="1.5B", help="shape of the model")
-    add("--dtype", help="of the weights; default: bfloat16 on a GPU, float32 on a CPU")
     add("--rows", type=positive_int, nargs="+", default=[64, 256, 1024], help="messages together")
     add("--prompt", type=positive_int, default=768, help="tokens of a prompt")
     add("--new", type=positive_int, default=256, help="tokens of a message")
-    add("--messages", type=positive_int, default=1536, help="lengths: messages in all")
-    add("--candidates", type=positive_int, default=8, help="packing: messages of one state")
     add("--states", type=positive_int, default=256, help="engine: states to score")
     add("--state-tokens", type=positive_int, default=1024, help="engine: tokens of a state")
-    add("--lora-rank", type=positive_int, default=256, help="engine and adapters: rank of LoRA")
+    add("--lora-rank", type=positive_int, default=256, help="engine: rank of LoRA")
     add("--bandwidth", type=positive_float, help="engine: of the memory, GB/s; shows the share")
-    add("--cuda-graphs", action="store_true", help="engine: decode with CUDA graphs, too")
     add("--tflops", type=positive_float, help="engine: of the device; shows the share")
     return parser.parse_args(argv)
 
