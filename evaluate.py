@@ -12,42 +12,24 @@ problem; tables and the picture are derived from them. search.py lists the metho
 
 import json
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 
-from llm.policy import (
-    Policy,
-    add_policy_arguments,
-    add_tree_search_arguments,
-    describe_messages,
-    journal_of,
-    make_policy,
-    search_settings,
-)
+from llm.policy import Policy, make_policy, search_settings, with_journal
 from mas import MAS, load_graph
-from report.compare import compare_runs, read_groups, write_curves
-from report.diagnosis import answer_signatures, warning_text
-from report.pictures import plot_accuracy
-from report.tables import breakdown_table, markdown_table, method_table, screen
 from search import (
+    MODELS,
     Method,
     add_search_arguments,
     load_scorers,
-    make_handlers,
     model_folder,
     parse_method,
     path_to,
-    report_to,
-    search_tree,
+    run_method,
 )
-from support.flags import (
-    InputError,
-    Parser,
-    add_overwrite_argument,
-    cli,
-    non_negative_int,
-    positive_int,
-)
-from support.progress import SearchProgress
+from support.flags import InputError, Parser, add_overwrite_argument, cli, positive_int
+from support.progress import Progress
 from support.records import (
     append_jsonl,
     finished_message,
@@ -57,16 +39,13 @@ from support.records import (
     process_rank,
     read_jsonl,
     read_records,
-    record_names,
     shard_path,
 )
-from support.runs import open_run
+from support.runs import file_fingerprint, open_run
 from support.statistics import paired, wilson
-from tasks.answers import MATH_VERIFY
-from tasks.extraction import extract_answer
+from tasks.grading import extract_answer
 from tasks.problems import Problem, check_same_problems, is_correct, load_problems, question_key
-from tree import Cost, Node, run_searches
-from value import weights_fingerprint
+from tree import Cost, Node, tree_fields
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")
 
@@ -74,97 +53,65 @@ COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "s
 
 
 def answer_record(
-    problem: Problem, leaf: Node, cost: Cost, scorer: str | None, *, keep_tree: bool
+    problem: Problem, leaf: Node, cost: Cost, method: Method, scorer: str | None, mas: MAS
 ) -> dict:
-    """Return the record of one answer. leaf: the terminal node whose answer is given.
-
-    keep_tree: whether to include the tree of a search; report.py shows it.
-    """
-    answer = extract_answer(leaf.message.text, problem.answer_type)
+    """Return the record of one answer: that of the terminal node `leaf`."""
+    root, *path = path_to(leaf)
     transcript = []
-    for node in path_to(leaf):
+    for node in path:
         turn = {"agent": node.message.agent, "message": node.message.text, "V": node.V}
         transcript.append(turn)
-    record = {
+    tree = None  # passes have nothing in common
+    if root.children:
+        tree = tree_fields(root, mas, problem.answer_type, chosen=leaf)
+        for node in tree["nodes"]:
+            if "answer" in node:
+                node["correct"] = is_correct(problem, node["answer"])
+    answer = extract_answer(leaf.message.text, problem.answer_type)
+    return {
         "id": problem.id,
         "subject": problem.subject,
         "level": problem.level,
         "question": problem.question,
         "gold": problem.gold,
+        "method": asdict(method),
+        "scorer": scorer,
         "answer": answer.value,
         "rung": answer.rung,
         "correct": is_correct(problem, answer.value),
+        **vars(cost),
+        "transcript": transcript,
+        "tree": tree,
     }
-    for name in COSTS:
-        record[name] = getattr(cost, name)
-    record["truncated"] = cost.truncated
-    record["scorer"] = scorer
-    record["transcript"] = transcript
-    record["tree"] = graded_tree(problem, leaf) if keep_tree else None
-    return record
-
-
-def graded_tree(problem: Problem, leaf: Node) -> dict | None:
-    """Return the tree of a search (`search_tree`), with a verdict on every final answer."""
-    tree = search_tree(leaf, problem.answer_type)
-    if tree is None:
-        return None
-    final_nodes = [node for node in tree["nodes"] if "answer" in node]
-    answers = {node["answer"] for node in final_nodes}
-    # Each answer is graded once: some comparisons take seconds (answers.py).
-    correct = {answer: is_correct(problem, answer) for answer in answers}
-    for node in final_nodes:
-        node["correct"] = correct[node["answer"]]
-    return tree
 
 
 def evaluate_method(
-    method: Method,
-    problems: list[Problem],
-    mas: MAS,
-    policy: Policy,
-    scorers: dict,
-    path: Path,
-    args,
+    method: Method, problems: list[Problem], policy: Policy, scorers: dict, folder: Path, args
 ) -> None:
-    """Answer those of this process's problems that have no record yet.
-
-    Raises InputError if the records were made with another scorer.
-    """
+    """Answer those of this process's problems that have no record yet."""
+    path = folder / f"{method.name}.jsonl"
+    scorer = scorer_fingerprint(method, args)
+    kept_trees = {problem.id for problem in problems[: args.num_trees]}
     with open_to_append(shard_path(path)) as file:
         # 1. See which records exist already.
         records = read_records(path, only("question", "gold", "scorer"))
         check_same_problems(problems, records, path)
-        scorer = scorer_fingerprint(method, args)
-        other_scorers = {record["scorer"] for record in records.values()} - {scorer}
-        if other_scorers:
-            raise InputError(
-                f"{path} was made with the scorer {sorted(other_scorers)[0]}, now it is {scorer}; "
-                f"choose another --run, or start over with --overwrite"
-            )
-        my_problems = [problem for problem in problems if is_mine(problem.id)]
-        todo = [problem for problem in my_problems if problem.id not in records]
-        if not todo:
-            return
+        for record in records.values():
+            if record["scorer"] != scorer:
+                raise InputError(
+                    f"{path} was made with the scorer {record['scorer']}, now it is {scorer}; "
+                    f"choose another --run, or start over with --overwrite"
+                )
+        mine = [problem for problem in problems if is_mine(problem.id)]
+        todo = [problem for problem in mine if problem.id not in records]
 
         # 2. Search for the other answers, one line per problem as it finishes.
-        progress = SearchProgress(
-            len(todo),
-            method.expected_work(mas),
-            description=method.name,
-            num_finished_before=len(my_problems) - len(todo),
-            shown=process_rank()[0] == 0,
-        )
-        searches = ((problem, method.search(problem, mas, c_uct=args.c_uct)) for problem in todo)
-        handlers = make_handlers(method, scorers, policy)
-        report_to(progress, handlers)
-        kept_trees = {problem.id for problem in problems[: args.num_trees]}
-        with progress:
-            for problem, leaf, cost in run_searches(
-                searches, handlers, max_active=args.max_active, progress=progress
-            ):
-                keep_tree = problem.id in kept_trees
-                record = answer_record(problem, leaf, cost, scorer, keep_tree=keep_tree)
+        done = len(mine) - len(todo)
+        with policy.progress.over(method.name, len(mine), unit="problems", done=done):
+            for problem, leaf, cost in run_method(method, todo, policy, scorers, args):
+                record = answer_record(problem, leaf, cost, method, scorer, policy.mas)
+                if problem.id not in kept_trees:
+                    record["tree"] = None
                 append_jsonl(file, record)
 
 
@@ -173,21 +120,19 @@ def scorer_fingerprint(method: Method, args) -> str | None:
 
     Answers guided by another model must not end up in the same file.
     """
-    names = [method.scorer] if method.scorer else []
-    if method.lam > 0:
-        names.append("outcome")
     parts = []
-    for name in names:
-        if name in ("value", "outcome"):
-            parts.append(f"{name}#{weights_fingerprint(model_folder(args, name))}")
-        else:
-            parts.append(name)
+    for name in method.scorers:
+        if name in MODELS:
+            folder = model_folder(args, name)
+            weights = [folder / "head.safetensors", folder / "adapter/adapter_model.safetensors"]
+            name = f"{name}#{file_fingerprint(weights)[:8]}"
+        parts.append(name)
     return " + ".join(parts) or None
 
 
 def refuse_leaks(problems: list[Problem], methods: list[Method], args) -> None:
     """Raise InputError if V, the ORM or the agents were trained or selected on a test question."""
-    models = set().union(*(method.models for method in methods))
+    models = {name for method in methods for name in method.scorers if name in MODELS}
     folders = [model_folder(args, model) for model in sorted(models)]
     if args.adapter is not None:
         folders.append(Path(args.adapter))
@@ -208,64 +153,38 @@ def refuse_leaks(problems: list[Problem], methods: list[Method], args) -> None:
 def summarise(methods: list[Method], records: dict[str, list[dict]]) -> dict:
     """Return EM and mean cost per method, and the paired comparisons, from the records alone.
 
-    Intervals and tests take the problems as independent of each other. If problems are variants of
-    one another, their n is too large and the intervals are too narrow.
+    Problems count as independent. If they are variants of one another, intervals are too narrow.
     """
-    rows = {}
-    for method in methods:
-        rows[method.name] = summarise_method(records[method.name])
-        rows[method.name]["rungs"] = count_rungs(records[method.name])
+    rows = {method.name: summarise_method(method, records[method.name]) for method in methods}
     comparisons = []
     for method in methods:
+        is_right = [record["correct"] for record in records[method.name]]
         for other, why in opponents(method, methods, rows):
-            comparison = {
-                "method": method.name,
-                "against": other.name,
-                "why": why,
-                "lost": lost_problems(records[method.name], records[other.name]),
-                "calls": rows[method.name]["agent_calls"],
-                "calls_against": rows[other.name]["agent_calls"],
-            }
-            comparison |= compare_methods(records[method.name], records[other.name])
-            comparisons.append(comparison)
+            is_right_against = [record["correct"] for record in records[other.name]]
+            comparison = {"method": method.name, "against": other.name, "why": why}
+            comparisons.append(comparison | paired(is_right, is_right_against))
     ids = [record["id"] for record in records[methods[0].name]]
     return {"problems": ids, "methods": rows, "comparisons": comparisons}
 
 
-def summarise_method(records: list[dict]) -> dict:
+def summarise_method(method: Method, records: list[dict]) -> dict:
+    """Return the settings of a method, its exact match with interval, and its mean cost.
+
+    rungs: how the answers were read (`Answer.rung`). truncated: messages cut, per agent.
+    """
     n = len(records)
     num_right = sum(record["correct"] for record in records)
     low, high = wilson(num_right, n)
-    row = {"n": n, "right": num_right, "em": num_right / n, "low": low, "high": high}
+    row = asdict(method) | {"n": n, "right": num_right, "em": num_right / n}
+    row |= {"low": low, "high": high}
     for name in COSTS:
-        row[name] = sum(record[name] for record in records) / n
+        row[name] = fmean(record[name] for record in records)
+    row["rungs"] = dict(Counter(record["rung"] for record in records).most_common())
     truncated = Counter()
     for record in records:
-        truncated += Counter(record["truncated"])
-    row["truncated"] = dict(truncated)
+        truncated.update(record["truncated"])
+    row["truncated"] = dict(+truncated)
     return row
-
-
-def count_rungs(records: list[dict]) -> dict[str, int]:
-    """Return how the answers were read, the most frequent way first (`Answer.rung`)."""
-    counts = Counter(record["rung"] for record in records)
-    return dict(counts.most_common())
-
-
-def lost_problems(records: list[dict], records_against: list[dict]) -> list[str]:
-    """Return the ids of the problems that only the other method answers right."""
-    lost = []
-    for record, against in zip(records, records_against, strict=True):
-        if against["correct"] and not record["correct"]:
-            lost.append(record["id"])
-    return lost
-
-
-def compare_methods(records: list[dict], records_against: list[dict]) -> dict:
-    """Compare two methods on the same problems, in the same order (see `paired`)."""
-    is_right = [record["correct"] for record in records]
-    is_right_against = [record["correct"] for record in records_against]
-    return paired(is_right, is_right_against)
 
 
 def opponents(
@@ -273,151 +192,156 @@ def opponents(
 ) -> list[tuple[Method, str]]:
     """Return the methods that a method is compared with, and why.
 
-    A vote is compared with greedy; every other method with greedy and with the nearest vote
-    (`_nearest_in_calls`). A search is also compared with best-of-N by the same scorer, the nearest
-    and all that need more calls; with the same search by likelihood or by chance; and with itself
-    at lambda = 0.
+    A baseline must not lose because it was given less: the nearest vote and best-of-N are the
+    nearest ones with at least as many agent calls. rows: their costs.
     """
+
+    def calls(other: Method) -> float:
+        return rows[other.name]["agent_calls"]
+
+    def nearest(others: list[Method]) -> Method:
+        costlier = [other for other in others if calls(other) >= calls(method)]
+        return min(costlier, key=calls) if costlier else max(others, key=calls)
+
     if method.algorithm == "greedy":
         return []
     pairs = [(other, "greedy") for other in methods if other.algorithm == "greedy"]
-    if method.algorithm != "vote":
-        votes = [other for other in methods if other.algorithm == "vote"]
-        if votes:
-            pairs.append((_nearest_in_calls(method, votes, rows), "nearest vote"))
-    if method.algorithm in ("sbs", "mcts"):
-        pairs += _best_of_opponents(method, methods, rows)
-    return pairs + _variants(method, methods)
-
-
-def _best_of_opponents(
-    method: Method, methods: list[Method], rows: dict[str, dict]
-) -> list[tuple[Method, str]]:
-    """Return the nearest best-of-N by the same scorer, and all others that need more calls."""
-    same_scorer = []
+    votes = [other for other in methods if other.algorithm == "vote"]
+    if votes and method.algorithm != "vote":
+        pairs.append((nearest(votes), "nearest vote"))
+    best_of = [other for other in methods if other.algorithm == "best_of"]
+    best_of = [other for other in best_of if other.scorer == method.scorer]
+    if best_of and method.algorithm in ("sbs", "mcts"):
+        pairs.append((nearest(best_of), "nearest best-of-N"))
     for other in methods:
-        if other.algorithm == "best_of" and other.scorer == method.scorer:
-            same_scorer.append(other)
-    if not same_scorer:
-        return []
-    nearest = _nearest_in_calls(method, same_scorer, rows)
-    pairs = [(nearest, "nearest best-of-N")]
-    for other in same_scorer:
-        costs_more = rows[other.name]["agent_calls"] > rows[method.name]["agent_calls"]
-        if other is not nearest and costs_more:
-            pairs.append((other, "costlier best-of-N"))
-    return pairs
-
-
-def _nearest_in_calls(method: Method, others: list[Method], rows: dict[str, dict]) -> Method:
-    """Return the nearest of the methods that need at least as many agent calls.
-
-    A baseline must not lose because it was given less. If all need fewer calls, return the one that
-    needs most.
-    """
-    calls = rows[method.name]["agent_calls"]
-
-    def calls_of(other: Method) -> float:
-        return rows[other.name]["agent_calls"]
-
-    at_least_as_many = [other for other in others if calls_of(other) >= calls]
-    if at_least_as_many:
-        return min(at_least_as_many, key=calls_of)
-    return max(others, key=calls_of)
-
-
-def _variants(method: Method, methods: list[Method]) -> list[tuple[Method, str]]:
-    """Return the same search by the policy's likelihood and by chance, and with lambda = 0.
-
-    Only one thing differs: a search by another scorer has the same lambda.
-    """
-    pairs = []
-    is_guided = method.scorer in ("value", "outcome")
-    for other in methods:
-        if not _is_same_search(other, method):
+        same_search = replace(other, name=method.name, scorer=method.scorer, lam=method.lam)
+        if same_search != method or other == method:
             continue
-        if is_guided and other.scorer in ("policy", "random") and other.lam == method.lam:
-            pairs.append((other, f"same, by {other.scorer}"))
-        if other.scorer == method.scorer and other.lam == 0 and method.lam > 0:
+        if other.scorer == "policy" and other.lam == method.lam:
+            pairs.append((other, "same, by policy"))
+        if other.scorer == method.scorer and other.lam == 0:
             pairs.append((other, "same, lambda = 0"))
     return pairs
 
 
-def _is_same_search(method: Method, other: Method) -> bool:
-    """Return whether two methods differ at most in scorer and lambda."""
-    settings = (method.algorithm, method.num, method.num_candidates)
-    return settings == (other.algorithm, other.num, other.num_candidates)
+# ---- Tables: lists of rows of texts, the header first --------------------------------------------
+
+
+def methods_table(summary: dict) -> list[list[str]]:
+    """Return a row per method. The first seven columns fit a screen."""
+    table = [["method", "EM %", "95 % interval", "calls", "generated", "scored", "seconds"]]
+    table[0] += ["prompt", "answers read", "cut"]
+    for name, row in summary["methods"].items():
+        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        cells = [name, f"{100 * row['em']:.1f}", interval, f"{row['agent_calls']:.1f}"]
+        cells += [f"{row['generated_tokens']:.0f}", f"{row['scored_tokens']:.0f}"]
+        cells += [f"{row['seconds']:.3f}", f"{row['prompt_tokens']:.0f}"]
+        for counts in (row["rungs"], row["truncated"]):
+            texts = [f"{key} {count}" for key, count in counts.items()]
+            cells.append(", ".join(texts) or "0")
+        table.append(cells)
+    return table
+
+
+def comparisons_table(comparisons: list[dict]) -> list[list[str]]:
+    """Return a row per comparison. The first four columns fit a screen."""
+    table = [["method", "against", "EM points", "95 % interval", "won : lost", "p", "why"]]
+    for row in comparisons:
+        interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+        cells = [row["method"], row["against"], f"{100 * row['difference']:+.1f}", interval]
+        cells += [f"{row['wins']} : {row['losses']}", f"{row['p']:.2g}", row["why"]]
+        table.append(cells)
+    return table
+
+
+def breakdown_table(records: dict[str, list[dict]], key: str) -> list[list[str]]:
+    """Return EM % per method and per subject or level (key). records: method -> its records."""
+    table = [[key, "problems", *records]]
+    [first_records, *_] = records.values()
+    groups = {str(record[key]) for record in first_records}
+    for group in sorted(groups, key=lambda group: (len(group), group)):  # "2" before "10"
+        cells = []
+        for of_method in records.values():
+            in_group = [record for record in of_method if str(record[key]) == group]
+            cells.append(f"{100 * fmean(record['correct'] for record in in_group):.1f}")
+        table.append([group, str(len(in_group)), *cells])
+    return table
+
+
+NOTE = (
+    "Intervals are 95 %, with problems as independent of each other; comparisons are paired. Costs "
+    "are means per problem: calls (sampled messages), tokens, seconds. `answers read` counts how "
+    "answers were found, `none` those without; `cut` counts messages at their limit, per agent."
+)
+
+
+def write_report(methods: list[Method], records: dict[str, list[dict]], folder: Path, args) -> None:
+    """Derive summary.json, table.md and the picture from the records; print one screen."""
+    from report.pictures import plot_accuracy
+    from report.tables import markdown_table, text_table
+    from report.warnings import answer_warnings
+
+    # 1. Numbers.
+    summary = summarise(methods, records)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    plot_accuracy(summary, ["agent_calls"]).savefig(folder / "em_vs_calls.png")
+
+    # 2. All tables, for GitHub.
+    tables = [methods_table(summary), comparisons_table(summary["comparisons"])]
+    tables += [breakdown_table(records, key) for key in args.by]
+    texts = [NOTE, *[markdown_table(table) for table in tables]]
+    (folder / "table.md").write_text("\n\n".join(texts) + "\n", "utf-8")
+
+    # 3. One screen: the columns that fit; of the comparisons, whether guided search is worth it.
+    searches = [method for method in methods if method.algorithm in ("sbs", "mcts")]
+    guided = [method.name for method in searches if method.scorer in MODELS]
+    comparisons = [row for row in summary["comparisons"] if row["method"] in guided]
+    comparisons = [row for row in comparisons if row["why"] != "greedy"]
+    tables[0] = [cells[:7] for cells in tables[0]]
+    tables[1] = [cells[:4] for cells in comparisons_table(comparisons)]
+    print("", *[text_table(table) for table in tables], sep="\n\n")
+    print("\n".join(["", *answer_warnings(records, model_folder(args, "value"))]))
+    print(f"n = {len(summary['problems'])} problems; {folder}/table.md has all numbers")
 
 
 # ---- The script ----------------------------------------------------------------------------------
 
-DEFAULT_METHODS = [
-    "greedy",
-    "vote-4",
-    "best_of-4-value",
-    "best_of-8-value",
-    "sbs-2x1.6.1.1-value",
-    "sbs-2x1.6.1.1-policy",
-    "mcts-8x3-value",
-    "mcts-8x1.8.1.1-value",
-    "mcts-8x1.8.1.1-policy",
-    "mcts-8x1.8.1.1-random",
-]
+DEFAULT_METHODS = ["greedy", "vote-4", "best_of-4-value", "best_of-8-value"]
+DEFAULT_METHODS += ["sbs-2x1.6.1.1-value", "sbs-2x1.6.1.1-policy", "mcts-8x3-value"]
+DEFAULT_METHODS += ["mcts-8x1.8.1.1-value", "mcts-8x1.8.1.1-policy", "mcts-8x1.8.1.1-random"]
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add_policy_arguments(parser)
-    add_tree_search_arguments(parser)
     add_search_arguments(parser)
     parser.add_argument(
         "--methods",
         nargs="+",
         metavar="METHOD",
-        default=None,
-        help="names as in search.py (default: those of the README, as far as they fit the graph)",
+        default=DEFAULT_METHODS,
+        help="names as in search.py; without four agents, the default is those that fit",
     )
     parser.add_argument(
-        "--by",
-        nargs="+",
-        choices=("subject", "level"),
-        default=[],
-        help="show EM per subject or level as well",
+        "--by", nargs="+", choices=("subject", "level"), default=[], help="show EM per group, too"
     )
     parser.add_argument(
         "--compare",
         nargs="+",
         metavar="RUN",
-        default=None,
-        help="only compare finished runs, from their records; NAME=RUN,RUN is a group of runs that "
-        "differ in their seed alone; of a single group, the methods are compared",
+        default=[],
+        help="only compare runs, from their records; NAME=RUN,RUN: they differ in their seed",
     )
-    parser.add_argument(
-        "--curves",
-        metavar="PNG",
-        default=None,
-        help="with --compare: draw how the agents of these runs learnt (stage 5)",
-    )
-    parser.add_argument(
-        "--num-problems",
-        type=positive_int,
-        default=178,
-        help="test problems; 178 is all that `tiny` has",
-    )
-    parser.add_argument(
-        "--num-trees",
-        type=non_negative_int,
-        default=178,
-        help="keep the trees of the searches for that many problems, to show them (report.py)",
-    )
+    parser.add_argument("--curves", default=None, help="with --compare: PNG of stage 5's learning")
+    parser.add_argument("--num-problems", type=positive_int, default=178, help="`tiny` has 178")
+    parser.add_argument("--num-trees", type=int, default=178, help="problems to keep the trees of")
     add_overwrite_argument(parser)
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    if args.curves is not None and not args.compare:
-        raise InputError("--curves draws the runs of --compare; give --compare RUN ...")
     if args.compare:
+        from report.compare import compare_runs, read_groups, write_curves
+
         groups = read_groups(args.compare)
         print(compare_runs(groups))
         if args.curves is not None:
@@ -428,87 +352,44 @@ def main(args) -> None:
     mas = load_graph(args.graph)
     methods = read_methods(args, mas)
     problems = load_problems(task=args.task, data=args.data, split="test", num=args.num_problems)
-    if not problems:
-        raise InputError(f"{args.data or args.task}: no test problems")
     scorers = load_scorers(methods, args, mas)
     refuse_leaks(problems, methods, args)
-    policy = make_policy(args, mas)
+    progress = Progress(shown=process_rank()[0] == 0)
+    policy = make_policy(args, mas, progress=progress)
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / "eval"
     open_run(folder, search_settings(args, policy), device=args.device, overwrite=args.overwrite)
 
     # 3. Answer all problems with each method.
-    with journal_of(policy, args):
+    with with_journal(policy, args) as policy:
         for method in methods:
-            path = folder / f"{method.name}.jsonl"
-            evaluate_method(method, problems, mas, policy, scorers, path, args)
-    print(describe_messages(policy))
+            evaluate_method(method, problems, policy, scorers, folder, args)
+    print(progress.describe_messages())
 
     # 4. Report, once all processes have finished.
-    records, num_missing = collect_records(methods, problems, folder)
-    if num_missing > 0:
-        print(finished_message(num_missing, "answers"))
-        print("The last of them prints the table.")
-        return
-    write_report(methods, records, folder, args.by)
-
-
-def read_methods(args, mas: MAS) -> list[Method]:
-    """Read the names of the methods. A method that is named twice is evaluated once."""
-    methods = {}
-    for name in args.methods or default_methods(mas):
-        method = parse_method(name, mas, num_candidates=args.num_candidates, lam=args.lam)
-        methods[method.name] = method
-    return list(methods.values())
-
-
-def default_methods(mas: MAS) -> list[str]:
-    """Return DEFAULT_METHODS; without four agents, those that give no count per agent."""
-    if len(mas.agents) == 4:
-        return DEFAULT_METHODS
-    return [name for name in DEFAULT_METHODS if "." not in name]
-
-
-def collect_records(
-    methods: list[Method], problems: list[Problem], folder: Path
-) -> tuple[dict[str, list[dict]], int]:
-    """Return the records of each method in the order of the problems, and how many are missing."""
-    records = {}
-    num_missing = 0
+    records, num_missing = {}, 0
     for method in methods:
         record_of = read_records(folder / f"{method.name}.jsonl")
         present = [problem.id for problem in problems if problem.id in record_of]
         num_missing += len(problems) - len(present)
         records[method.name] = [record_of[problem_id] for problem_id in present]
-    return records, num_missing
+    if num_missing > 0:
+        print(finished_message(num_missing, "answers"))
+    else:
+        write_report(methods, records, folder, args)
 
 
-def write_report(
-    methods: list[Method], records: dict[str, list[dict]], folder: Path, keys: list[str]
-) -> None:
-    """Derive summary.json, table.md and the picture from the records; print one screen.
-
-    keys: break EM down by "subject", "level", both or none.
-    """
-    summary = summarise(methods, records)
-    breakdowns = [markdown_table(*breakdown_table(records, key)) for key in keys]
-    flags = warning_text(answer_signatures(records, summary["comparisons"]))
-    table = "\n\n".join([method_table(summary), *breakdowns, flags]).rstrip()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-    (folder / "table.md").write_text(table + "\n", "utf-8")
-    plot_accuracy(summary, folder / "em_vs_calls.png")
-    print("\n\n".join(["", screen(summary), *breakdowns, flags]).rstrip())
-    if MATH_VERIFY.timeouts > 0:
-        # Those of other processes, and of earlier ones that were resumed, are in their own output.
-        print(
-            f"{MATH_VERIFY.timeouts} comparisons of answers by this process took more than "
-            f"{MATH_VERIFY.SECONDS:g} s each and count as unequal."
-        )
-    print(f"\n{folder} holds the records, summary.json, table.md and em_vs_calls.png")
-    others = sorted(record_names(folder) - records.keys())
-    if others:
-        print(f"recorded, but not in this table: {', '.join(others)}; --methods names its methods")
+def read_methods(args, mas: MAS) -> list[Method]:
+    """Read the names of the methods. A method that is named twice is evaluated once."""
+    names = args.methods
+    if names == DEFAULT_METHODS and len(mas.agents) != 4:
+        names = [name for name in names if "." not in name]
+    methods = {}
+    for name in names:
+        method = parse_method(name, mas, num_candidates=args.num_candidates, lam=args.lam)
+        methods[method.name] = method
+    return list(methods.values())
 
 
 if __name__ == "__main__":

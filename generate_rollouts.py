@@ -34,13 +34,11 @@ from support.records import (
     shard_path,
 )
 from support.runs import open_run, seeded
-from tasks.extraction import extract_answer
 from tasks.problems import (
     Problem,
     add_problem_arguments,
     add_training_problems_arguments,
     check_same_problems,
-    is_correct,
     load_training_problems,
 )
 from tree import (
@@ -49,6 +47,7 @@ from tree import (
     Sample,
     backup,
     expand,
+    grade_terminals,
     make_root,
     run_searches,
     select,
@@ -97,14 +96,6 @@ def label_tree(
         backup(node, node.outcome)
         root.simulations.append([*graded_siblings, node])  # to replay the search on a page
     return root
-
-
-def grade_terminals(problem: Problem, mas: MAS, nodes: list[Node]) -> None:
-    """Set the outcome of those nodes that are terminal: +1 if the answer is right, else -1."""
-    for node in nodes:
-        if mas.is_terminal(node.state):
-            answer = extract_answer(node.message.text, problem.answer_type)
-            node.outcome = 1.0 if is_correct(problem, answer.value) else -1.0
 
 
 # ---- The script ----------------------------------------------------------------------------------

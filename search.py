@@ -1,59 +1,42 @@
-"""Stage 3: search for an answer, guided by V (paper section 4.3).
+"""Stage 3: search for an answer, guided by V (paper, section 4.3).
 
     python search.py                                       # an embedded test problem, MCTS by V
     python search.py --index 7 --method sbs-2x1.4.1.1-value
-    python search.py --question "Tom packs 10 boxes. ..."
 
-Prints the transcript with V per message, the tree with N, Q and V, and the cost. Methods:
+Prints the transcript, the tree with N, Q and V, and the cost. Methods:
 
     greedy                    one pass, the most likely token at every step
     vote-K                    majority vote over K sampled passes
     best_of-K-SCORER          the sampled pass with the best final score
     sbs-B1xB2-SCORER          step-level beam search: B1 beams, B2 candidates each
-    mcts-N[xC]-SCORER[-lamL]  MCTS: N simulations, C candidates per expansion (default:
-                              --num-candidates), lambda L (default: --lam)
+    mcts-N[xC]-SCORER[-lamL]  MCTS: N simulations, C candidates per expansion, lambda L
+                              (by default --num-candidates and --lam)
 
 B2 and C are one number, or one per agent (1.8.1.1). SCORER is value (V), policy (the policy's own
-likelihood), random (the control), or outcome (the ORM in V's place).
-
-No search sees the gold answer: a search is given the question, and no Problem.
+likelihood), random (the control), or orm (the ORM in V's place). No search sees the gold answer.
 """
 
-import argparse
 import math
 import re
-import shutil
 import time
-from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
-from generate_rollouts import expected_work_of_tree
-from llm.policy import (
-    Policy,
-    add_policy_arguments,
-    add_tree_search_arguments,
-    journal_of,
-    make_policy,
-)
-from llm.sampling import uniforms
+from llm.decoding import uniforms
+from llm.policy import add_agent_arguments, add_tree_search_arguments, make_policy, with_journal
 from mas import MAS, State, counts_per_agent, load_graph
-from report.__main__ import tree_page, write_page
-from support.flags import InputError, Parser, cli, positive_int, unit_float
-from support.progress import SearchProgress, Work
-from support.records import device_of_this_process
+from support.flags import InputError, Parser, add_run_arguments, cli, positive_int, unit_float
+from support.progress import Progress
 from support.runs import read_config
-from tasks.answers import same_answer
-from tasks.extraction import extract_answer
-from tasks.problems import TASKS, Problem, check_task, is_correct, problem_at
+from tasks.grading import extract_answer, same_answer
+from tasks.problems import Problem, add_problem_arguments, problem_at
 from tree import (
-    Candidate,
     Cost,
     Handler,
     Node,
-    Outcome,
+    OrmScore,
     Sample,
     Score,
     backup,
@@ -67,21 +50,20 @@ from tree import (
 from value import ValueModel
 
 # A search yields requests and returns the terminal node whose answer is given.
-Search = Generator[Sample | Score | Outcome, list, Node]
+Search = Generator[Sample | Score | OrmScore, list, Node]
+Sampling = Generator[Sample, list, list[Node]]
 
 # ---- Passes: one message per agent, no search ----------------------------------------------------
 
 
-def sample_passes(
-    question: str, mas: MAS, *, num: int, greedy: bool
-) -> Generator[Sample, list, list[Node]]:
-    """Run `num` independent passes through the agents. Returns their terminal nodes."""
+def sample_passes(question: str, mas: MAS, *, num: int, greedy: bool) -> Sampling:
+    """Run `num` passes through the agents. Returns their terminal nodes.
+
+    Passes are independent samples: those with equal messages are not merged.
+    """
     root = make_root(question)
     [candidates] = yield Sample([root], num, greedy)
-    nodes = []
-    for index, candidate in enumerate(candidates):
-        # Passes that start with equal messages remain separate samples.
-        nodes.append(make_child(mas, root, candidate, index))
+    nodes = [make_child(mas, root, candidate, i) for i, candidate in enumerate(candidates)]
     while True:
         live = [index for index, node in enumerate(nodes) if not mas.is_terminal(node.state)]
         if not live:
@@ -104,21 +86,15 @@ def vote(question: str, mas: MAS, answer_type: str, *, num: int) -> Search:
     without an answer has no vote.
     """
     nodes = yield from sample_passes(question, mas, num=num, greedy=False)
-    clusters: list[tuple[str, list[Node]]] = []  # (answer, passes that give it)
-    for node in nodes:
-        answer = extract_answer(node.message.text, answer_type).value
-        if answer is None:
-            continue
-        for cluster_answer, members in clusters:
-            if same_answer(cluster_answer, answer, answer_type):
-                members.append(node)
-                break
-        else:
-            clusters.append((answer, [node]))
-    if not clusters:
-        return nodes[0]
-    _, largest = max(clusters, key=lambda cluster: len(cluster[1]))
-    return largest[0]
+    answers = [extract_answer(node.message.text, answer_type).value for node in nodes]
+    num_of = Counter(answer for answer in answers if answer is not None)
+
+    def num_votes(answer: str) -> int:
+        equal = [other for other in num_of if same_answer(answer, other, answer_type)]
+        return sum(num_of[other] for other in equal)
+
+    winner = max(num_of, key=num_votes, default=None)
+    return nodes[answers.index(winner)]
 
 
 def best_of_n(question: str, mas: MAS, *, num: int) -> Search:
@@ -134,14 +110,10 @@ def best_of_n(question: str, mas: MAS, *, num: int) -> Search:
 
 
 def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, ...]) -> Search:
-    """Step-level beam search, SBS(B1, B2).
+    """Step-level beam search, SBS(B1, B2). beam_width: B1. num_candidates: B2 per agent.
 
     Each of at most B1 beams gets B2 candidates from its next agent. All candidates are scored by V
     of the new state, and the best B1 stay. Finished transcripts compete with their last score.
-
-    Args:
-        beam_width: B1.
-        num_candidates: B2 per agent.
     """
     beams = [make_root(question)]
     while True:
@@ -149,48 +121,31 @@ def sbs(question: str, mas: MAS, *, beam_width: int, num_candidates: tuple[int, 
         if not live:
             return beams[0]
 
-        # 1. Candidates of every beam that is not finished.
+        # 1. Expand every beam that is not finished.
         finished = [node for node in beams if mas.is_terminal(node.state)]
-        fresh = yield from expand_all(live, mas, num_candidates)
+        children = yield from expand_all(live, mas, num_candidates)
 
         # 2. Score the new states; finished transcripts have their score already.
-        values = yield Score(fresh)
-        for node, value in zip(fresh, values, strict=True):
-            node.V = value
-            if mas.is_terminal(node.state):
-                node.reward = value  # marks a final answer: `tree_fields` records it
+        values = yield Score(children)
+        for child, value in zip(children, values, strict=True):
+            child.V = value
 
         # 3. Keep the best. The sort is stable: ties go to finished transcripts, then to the first.
-        beams = sorted(finished + fresh, key=lambda node: -node.V)[:beam_width]
+        beams = sorted(finished + children, key=lambda node: -node.V)[:beam_width]
 
 
-def expand_all(
-    nodes: list[Node], mas: MAS, num_candidates: tuple[int, ...]
-) -> Generator[Sample, list, list[Node]]:
-    """Expand several nodes and return their children."""
-    children = []
-    for node, candidates in (yield from sample_all(nodes, mas, num_candidates)):
-        children += expand(mas, node, candidates)
-    return children
-
-
-def sample_all(
-    nodes: list[Node], mas: MAS, num_candidates: tuple[int, ...]
-) -> Generator[Sample, list, list[tuple[Node, list[Candidate]]]]:
-    """Sample candidates at several nodes. Returns each node with its candidates.
-
-    Nodes can wait for different agents, hence for different numbers of candidates; those with the
-    same number are requested together.
-    """
-    nodes_of_num: dict[int, list[Node]] = {}
+def expand_all(nodes: list[Node], mas: MAS, num_candidates: tuple[int, ...]) -> Sampling:
+    """Expand nodes and return their children. Agents with equal C are asked together."""
+    nodes_of_num = defaultdict(list)
     for node in nodes:
         num = num_candidates[mas.turn_index(node.state)]
-        nodes_of_num.setdefault(num, []).append(node)
-    sampled = []
-    for num in sorted(nodes_of_num):
-        replies = yield Sample(nodes_of_num[num], num)
-        sampled += zip(nodes_of_num[num], replies, strict=True)
-    return sampled
+        nodes_of_num[num].append(node)
+    children = []
+    for num, waiting in sorted(nodes_of_num.items()):
+        replies = yield Sample(waiting, num)
+        for node, candidates in zip(waiting, replies, strict=True):
+            children += expand(mas, node, candidates)
+    return children
 
 
 def mcts(
@@ -202,37 +157,30 @@ def mcts(
     c_uct: float,
     lam: float,
 ) -> Search:
-    """MCTS guided by V (Algorithm 2).
+    """MCTS guided by V (Algorithm 2). num_candidates: C per agent.
 
     Differs from `label_tree` in four places: a new child starts with a virtual visit; Eq. 2, not
     chance, picks among new children; siblings of a terminal state are not backed up; a terminal
-    state is worth (1 - lam) * V + lam * ORM instead of the reward. Every simulation runs to a
-    terminal state.
-
-    Args:
-        num_candidates: C per agent.
-        lam: weight of the ORM in a terminal value. 0 never queries the ORM.
+    state is worth (1 - lam) * V + lam * ORM instead of its outcome. With lam = 0 no ORM is asked.
     """
     root = make_root(question)
     for _ in range(num_simulations):
         node = root
         while not mas.is_terminal(node.state):
             if node.children is None:
-                num = num_candidates[mas.turn_index(node.state)]
-                [candidates] = yield Sample([node], num)
-                children = expand(mas, node, candidates)
+                children = yield from expand_all([node], mas, num_candidates)
                 values = yield Score(children)
                 for child, value in zip(children, values, strict=True):
                     child.V = value
                     child.N, child.W = 1, value  # virtual visit: N = 1, W = V(child)
             node = select(node, c_uct)  # Eq. 2
-        if node.reward is None:
-            node.reward = node.V
+        if node.value is None:
+            node.value = node.V
             if lam > 0:  # lambda mixing
-                [outcome] = yield Outcome([node])
-                node.outcome = outcome
-                node.reward = (1 - lam) * node.V + lam * node.outcome
-        backup(node, node.reward)
+                [score] = yield OrmScore([node])
+                node.orm = score
+                node.value = (1 - lam) * node.V + lam * node.orm
+        backup(node, node.value)
         root.simulations.append([node])
     return decide(root, mas)
 
@@ -250,54 +198,50 @@ def decide(root: Node, mas: MAS) -> Node:
     return node
 
 
-# ---- Scorers: the handlers of Score requests -----------------------------------------------------
+def path_to(node: Node) -> list[Node]:
+    """Return the nodes from the root to `node`."""
+    path = [node]
+    while path[-1].parent is not None:
+        path.append(path[-1].parent)
+    return path[::-1]
+
+
+# ---- Scorers: they answer Score and OrmScore requests --------------------------------------------
 # A search does not know which of them scores its states.
 
 
+@dataclass
 class ModelScorer:
     """Score states with a trained model: V, or the ORM.
 
     A state is scored once, however many methods ask for it. Each of them is charged what it took.
     """
 
-    def __init__(self, model: ValueModel, *, batch_tokens: int):
-        self.model = model
-        self.batch_tokens = batch_tokens
-        self.known: dict[State, tuple[float, float]] = {}  # state -> (V, seconds)
+    model: ValueModel
+    batch_tokens: int
+    known: dict[State, tuple[float, float]] = field(default_factory=dict)  # state -> (V, seconds)
 
-    def __call__(
-        self, requests: list[tuple[Problem, Score | Outcome]]
-    ) -> list[tuple[list[float], Cost]]:
-        states = []
-        for _, request in requests:
-            states += [node.state for node in request.nodes]
-        self._score(list(dict.fromkeys(states)))
+    def __call__(self, requests: list) -> list:
+        # 1. Score the states that are not known yet, all together.
+        states = [node.state for _, request in requests for node in request.nodes]
+        new_states = [state for state in dict.fromkeys(states) if state not in self.known]
+        start = time.perf_counter()
+        values = self.model.score(new_states, batch_tokens=self.batch_tokens) if new_states else []
+        seconds = (time.perf_counter() - start) / max(1, len(new_states))
+        for state, value in zip(new_states, values, strict=True):
+            self.known[state] = (value, seconds)
 
+        # 2. Reply. Equal states of a request are read once, as are equal beginnings.
         replies = []
         for _, request in requests:
-            values = [self.known[node.state][0] for node in request.nodes]
-            # Equal states of one request are read once, and so is what its states have in common.
-            distinct = list(dict.fromkeys(node.state for node in request.nodes))
-            cost = Cost(scored_tokens=self.model.num_tokens(distinct))
-            for state in distinct:
-                cost.seconds += self.known[state][1]
-            replies.append((values, cost))
+            states = list(dict.fromkeys(node.state for node in request.nodes))
+            seconds = sum(self.known[state][1] for state in states)
+            cost = Cost(scored_tokens=self.model.num_tokens(states), seconds=seconds)
+            replies.append(([self.known[node.state][0] for node in request.nodes], cost))
         return replies
 
-    def _score(self, states: list[State]) -> None:
-        """Score those of the states that are not known yet."""
-        new_states = [state for state in states if state not in self.known]
-        self.model.on_rows(len(states) - len(new_states))
-        if not new_states:
-            return
-        start = time.perf_counter()
-        values = self.model.score(new_states, batch_tokens=self.batch_tokens)
-        seconds_per_state = (time.perf_counter() - start) / len(new_states)
-        for state, value in zip(new_states, values, strict=True):
-            self.known[state] = (value, seconds_per_state)
 
-
-def policy_scorer(requests: list[tuple[Problem, Score]]) -> list[tuple[list[float], Cost]]:
+def policy_scorer(requests: list) -> list:
     """Score the newest message by the policy's own likelihood: the paper's baseline, at no cost.
 
     The value is 2 * exp(mean token log-probability) - 1, in [-1, 1]: the geometric mean of the
@@ -305,61 +249,63 @@ def policy_scorer(requests: list[tuple[Problem, Score]]) -> list[tuple[list[floa
     """
     replies = []
     for _, request in requests:
-        values = [2 * math.exp(mean_logprob(node.candidate)) - 1 for node in request.nodes]
+        messages = [node.candidate for node in request.nodes]
+        values = [2 * math.exp(message.logprob / message.tokens) - 1 for message in messages]
         replies.append((values, Cost()))
     return replies
 
 
-def mean_logprob(candidate: Candidate) -> float:
-    return candidate.logprob / candidate.tokens
-
-
+@dataclass
 class RandomScorer:
     """The control: a uniform value in [-1, 1], a function of (seed, problem, path)."""
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    seed: int
 
-    def __call__(self, requests: list[tuple[Problem, Score]]) -> list[tuple[list[float], Cost]]:
+    def __call__(self, requests: list) -> list:
         replies = []
         for problem, request in requests:
-            values = [self._value(problem, node) for node in request.nodes]
+            key = ("random scorer", self.seed, problem.id)
+            draws = [uniforms(1, *key, node.path).item() for node in request.nodes]
+            values = [2 * draw - 1 for draw in draws]
             replies.append((values, Cost()))
         return replies
-
-    def _value(self, problem: Problem, node: Node) -> float:
-        [uniform] = uniforms(1, "random scorer", self.seed, problem.id, node.path)
-        return 2 * float(uniform) - 1
 
 
 # ---- Methods by name -----------------------------------------------------------------------------
 
-SCORERS = ("value", "policy", "random", "outcome")
+_NUM = r"(?P<num>[1-9]\d*)"
+_PER_AGENT = r"x(?P<per_agent>[\d.]+)"
+_SCORER = r"-(?P<scorer>value|policy|random|orm)"
+_LAM = r"-lam(?P<lam>0?\.\d+|[01]|1\.0+|\d(?:\.\d+)?e-\d+)"  # a number from 0 to 1
+METHOD_PATTERNS = {
+    "greedy": r"greedy",
+    "vote": rf"vote-{_NUM}",
+    "best_of": rf"best_of-{_NUM}{_SCORER}",
+    "sbs": rf"sbs-{_NUM}{_PER_AGENT}{_SCORER}",
+    "mcts": rf"mcts-{_NUM}(?:{_PER_AGENT})?{_SCORER}(?:{_LAM})?",
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A search and its settings.
-
-    Attributes:
-        name: also the name of its records file.
-        algorithm: greedy, vote, best_of, sbs or mcts.
-        scorer: one of SCORERS; None for greedy and vote.
-        num: number of passes, beams or simulations.
-        num_candidates: per agent.
-        lam: weight of the ORM in a terminal value (mcts).
-    """
+    """A search and its settings. Its canonical name is also the name of its records file."""
 
     name: str
-    algorithm: str
-    scorer: str | None
-    num: int
-    num_candidates: tuple[int, ...]
-    lam: float
+    algorithm: str  # a key of METHOD_PATTERNS
+    scorer: str | None  # None for greedy and vote
+    num: int  # of passes, beams or simulations
+    num_candidates: tuple[int, ...]  # per agent
+    lam: float  # weight of the ORM in a terminal value of mcts
+
+    @property
+    def scorers(self) -> list[str]:
+        """All that it asks for scores: its scorer, and the ORM if it is mixed in."""
+        names = [self.scorer] if self.scorer else []
+        return [*names, "orm"] if self.lam > 0 else names
 
     def search(self, problem: Problem, mas: MAS, *, c_uct: float) -> Search:
         """Start a search for one problem. It is given the question, not the gold answer."""
-        question = problem.question
+        question, counts = problem.question, self.num_candidates
         if self.algorithm == "greedy":
             return greedy(question, mas)
         if self.algorithm == "vote":
@@ -367,249 +313,95 @@ class Method:
         if self.algorithm == "best_of":
             return best_of_n(question, mas, num=self.num)
         if self.algorithm == "sbs":
-            return sbs(question, mas, beam_width=self.num, num_candidates=self.num_candidates)
-        return mcts(
-            question,
-            mas,
-            num_simulations=self.num,
-            num_candidates=self.num_candidates,
-            c_uct=c_uct,
-            lam=self.lam,
-        )
-
-    def expected_work(self, mas: MAS) -> Work:
-        """Estimate the work of a search, to show the time left.
-
-        Exact except for mcts, and if messages repeat or agents have conditions.
-        """
-        prompts, messages, states = 0, 0, 0
-        if self.algorithm == "mcts":
-            prompts, messages, _ = expected_work_of_tree(self.num, self.num_candidates)
-        elif self.algorithm == "sbs":
-            beams = 1
-            for num in self.num_candidates:
-                prompts += beams
-                messages += beams * num
-                beams = min(self.num, beams * num)
-        else:
-            prompts = 1 + self.num * (len(mas.agents) - 1)  # the passes share the first prompt
-            messages = self.num * len(mas.agents)
-        if self.scorer in ("value", "outcome"):
-            states = self.num if self.algorithm == "best_of" else messages
-        return Work(prompts, messages, states)
-
-    @property
-    def models(self) -> set[str]:
-        """The trained models that it queries: "value" (V), "outcome" (the ORM), both or none."""
-        models = {self.scorer} & {"value", "outcome"}
-        if self.lam > 0:
-            models.add("outcome")
-        return models
-
-
-_NUM = r"(?P<num>[1-9]\d*)"
-_PER_AGENT = r"x(?P<per_agent>[\d.]+)"
-_SCORER = rf"-(?P<scorer>{'|'.join(SCORERS)})"
-METHOD_PATTERNS = {
-    "greedy": r"greedy",
-    "vote": rf"vote-{_NUM}",
-    "best_of": rf"best_of-{_NUM}{_SCORER}",
-    "sbs": rf"sbs-{_NUM}{_PER_AGENT}{_SCORER}",
-    "mcts": rf"mcts-{_NUM}(?:{_PER_AGENT})?{_SCORER}(?:-lam(?P<lam>[\d.]+))?",
-}
+            return sbs(question, mas, beam_width=self.num, num_candidates=counts)
+        settings = {"num_candidates": counts, "c_uct": c_uct, "lam": self.lam}
+        return mcts(question, mas, num_simulations=self.num, **settings)
 
 
 def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Method:
-    """Read the name of a method.
+    """Read the name of a method. Raises InputError if there is no such method.
 
-    Args:
-        num_candidates, lam: for an mcts whose name does not give them.
-
-    Raises:
-        InputError: if there is no such method.
+    num_candidates, lam: for an mcts whose name does not give them.
     """
-    algorithm, parts = _split_name(name)
-    num = int(parts.get("num") or 1)
-    scorer = parts.get("scorer")
+    algorithm = name.partition("-")[0]
+    match = re.fullmatch(METHOD_PATTERNS.get(algorithm, "(?!)"), name)  # (?!) matches nothing
+    if match is None:
+        raise InputError(f"method {name}: unknown; the top of search.py lists the methods")
+    parts = {"num": "1", "scorer": None, "lam": None} | match.groupdict()
+    num, scorer = int(parts["num"]), parts["scorer"]
     if algorithm not in ("sbs", "mcts"):
-        return Method(name, algorithm, scorer, num, counts_per_agent(mas, "1", name), lam=0.0)
+        return Method(name, algorithm, scorer, num, (1,) * len(mas.agents), lam=0.0)
 
     # The canonical name of a search says all its settings, each in one way.
     if parts["per_agent"] is None:
         counts = counts_per_agent(mas, num_candidates, "--num-candidates")
     else:
         counts = counts_per_agent(mas, parts["per_agent"], f"method {name}:")
-    if algorithm == "mcts" and parts["lam"] is not None:
-        lam = _lam_of_name(name, parts["lam"])
-        if lam > 0 and scorer == "outcome":
-            raise InputError(f"method {name}: it is guided by the ORM; there is nothing to mix")
-    elif algorithm == "sbs" or scorer == "outcome":
+    if parts["lam"] is not None:
+        lam = float(parts["lam"])
+    elif algorithm == "sbs" or scorer == "orm":
         lam = 0.0
+    if lam > 0 and scorer == "orm":
+        raise InputError(f"method {name}: it is guided by the ORM; there is nothing to mix")
     shown_counts = str(counts[0]) if len(set(counts)) == 1 else ".".join(map(str, counts))
-    canonical_name = f"{algorithm}-{num}x{shown_counts}-{scorer}"
-    if lam > 0:
-        # 0.00001, not 1e-05: a name has digits and dots.
-        canonical_name += f"-lam{np.format_float_positional(lam, trim='-')}"
-    return Method(canonical_name, algorithm, scorer, num, counts, lam)
+    shown_lam = f"-lam{lam:.12g}" if lam > 0 else ""
+    name = f"{algorithm}-{num}x{shown_counts}-{scorer}{shown_lam}"
+    return Method(name, algorithm, scorer, num, counts, lam)
 
 
-def _split_name(name: str) -> tuple[str, dict[str, str | None]]:
-    """Return (algorithm, parts of the name). Raises InputError if no pattern matches."""
-    for algorithm, pattern in METHOD_PATTERNS.items():
-        match = re.fullmatch(pattern, name)
-        if match:
-            return algorithm, match.groupdict()
-    raise InputError(
-        f"method {name}: not one of greedy, vote-K, best_of-K-SCORER, sbs-B1xB2-SCORER, "
-        f"mcts-N[xC]-SCORER[-lamL] with whole numbers of at least 1 and SCORER one of "
-        f"{', '.join(SCORERS)}"
-    )
+# ---- The script ----------------------------------------------------------------------------------
 
-
-def _lam_of_name(name: str, lam: str) -> float:
-    try:
-        return unit_float(lam)
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"method {name}: lambda {error}") from None
+MODELS = {"value": "search", "orm": "outcome"}  # V and the ORM: scorer -> its --target of stage 2
 
 
 def model_folder(args, model: str) -> Path:
-    """Return the folder of V ("value") or of the ORM ("outcome")."""
-    if model == "value":
-        return Path(args.value or f"{args.run}/value")
-    return Path(args.orm or f"{args.run}/orm")
-
-
-MODEL_TARGETS = {"value": "search", "outcome": "outcome"}  # --target of train_value.py
-
-
-def load_model(args, mas: MAS, model: str) -> ValueModel:
-    """Load V ("value") or the ORM ("outcome"). Raises InputError if it cannot be used."""
-    folder = model_folder(args, model)
-    if not folder.is_dir():
-        commands = {"value": "train_value.py", "outcome": "train_value.py --target outcome"}
-        raise InputError(f"{folder}: no trained {model} model there; {commands[model]} makes it")
-    target = read_config(folder)["settings"].get("target")
-    if target in MODEL_TARGETS.values() and target != MODEL_TARGETS[model]:
-        raise InputError(f"{folder}: no {model} model, it was trained with --target {target}")
-    device = device_of_this_process(args.device)
-    return ValueModel.load(folder, mas, device=device, dtype=args.dtype)
+    """Return the folder of V ("value") or of the ORM ("orm")."""
+    return Path(vars(args)[model] or f"{args.run}/{model}")
 
 
 def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
     """Load the scorers that the methods need. No ORM is loaded unless a method asks for it."""
     scorers: dict[str, Handler] = {"policy": policy_scorer, "random": RandomScorer(args.seed)}
-    for model in ("value", "outcome"):
-        if any(model in method.models for method in methods):
-            value_model = load_model(args, mas, model)
-            scorers[model] = ModelScorer(value_model, batch_tokens=args.batch_tokens)
+    for name, target in MODELS.items():
+        if any(name in method.scorers for method in methods):
+            folder = model_folder(args, name)
+            trained_for = read_config(folder)["settings"].get("target")
+            if trained_for != target:
+                raise InputError(f"{folder}: trained with --target {trained_for}, not {target}")
+            model = ValueModel.load(folder, mas, device=args.device, dtype=args.dtype)
+            scorers[name] = ModelScorer(model, batch_tokens=args.batch_tokens)
     return scorers
 
 
-def make_handlers(
-    method: Method, scorers: dict[str, Handler], policy: Policy
-) -> dict[type, Handler]:
-    """Return the handlers of a method's requests, cheapest first (see `run_searches`)."""
-    handlers: dict[type, Handler] = {}
-    if method.scorer:
-        handlers[Score] = scorers[method.scorer]
-    if method.lam > 0:
-        handlers[Outcome] = scorers["outcome"]
-    handlers[Sample] = policy
-    for handler in handlers.values():
-        if isinstance(handler, ModelScorer):
-            handler.model.free_memory = policy.decoder.free_memory
-    return handlers
-
-
-def report_to(progress: SearchProgress, handlers: dict[type, Handler]) -> None:
-    """Let the handlers report their work to a progress bar."""
-    for handler in handlers.values():
-        if isinstance(handler, Policy):
-            handler.on_batch = progress.sampled
-        if isinstance(handler, ModelScorer):
-            handler.model.on_rows = progress.scored
+def run_method(method: Method, problems: list[Problem], policy, scorers: dict, args) -> Iterator:
+    """Answer problems by a method. Yields (problem, node of the answer, cost) as each finishes."""
+    searches = (
+        (problem, method.search(problem, policy.mas, c_uct=args.c_uct)) for problem in problems
+    )
+    # Cheapest first. Scorers that are not loaded are not asked.
+    handlers = {Score: scorers.get(method.scorer), OrmScore: scorers.get("orm"), Sample: policy}
+    return run_searches(searches, handlers, max_active=args.max_active, progress=policy.progress)
 
 
 def add_search_arguments(parser: Parser) -> None:
-    """Add the flags that search.py and evaluate.py share beyond those of the policy."""
+    """Add the flags that search.py and evaluate.py share."""
+    add_run_arguments(parser)
+    add_problem_arguments(parser)
+    add_agent_arguments(parser)
+    add_tree_search_arguments(parser)
     parser.add_argument(
-        "--lam",
-        type=unit_float,
-        default=0.0,
-        help="lambda: weight of the ORM in an mcts terminal value",
+        "--lam", type=unit_float, default=0.0, help="lambda: weight of the ORM in a terminal value"
     )
-    add_value_argument(parser)
-    parser.add_argument("--orm", default=None, help="folder of the ORM (default: RUN/orm)")
-
-
-def add_value_argument(parser: Parser) -> None:
-    """Add the flag of the scripts that read V."""
     parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
-
-
-# ---- One problem in full -------------------------------------------------------------------------
-
-
-def path_to(node: Node) -> list[Node]:
-    """Return the nodes from the first message to `node`."""
-    path = []
-    while node.parent is not None:
-        path.append(node)
-        node = node.parent
-    return path[::-1]
-
-
-def search_tree(leaf: Node, answer_type: str) -> dict | None:
-    """Return the tree in which a search has found its answer, as in `tree_fields`.
-
-    None if it has no tree: passes have nothing in common.
-    """
-    root = path_to(leaf)[0].parent
-    return tree_fields(root, answer_type, leaf) if root.children else None
-
-
-def show_tree(root: Node, chosen: Node, *, width: int) -> str:
-    """Show the tree as text, a line of at most `width` characters per node.
-
-    * marks the path to the answer. Of a long message only the end is shown.
-    """
-    answer_path = set(path_to(chosen))
-    lines = []
-    stack = [(child, 0) for child in reversed(root.children)]
-    while stack:
-        node, depth = stack.pop()
-        mark = "*" if node in answer_path else " "
-        indent = "  " * depth
-        visits = f"N {node.N:2d} Q {node.Q:+.2f} " if node.N else ""
-        value = "" if node.V is None else f"V {node.V:+.2f} "
-        line = f"{mark} {indent}{node.message.agent:9s}{visits}{value} "
-        text = " ".join(node.message.text.split())
-        room = max(20, width - len(line))
-        if len(text) > room:
-            text = "..." + text[-(room - 3) :]
-        lines.append(line + text)
-        stack += [(child, depth + 1) for child in reversed(node.children or [])]
-    return "\n".join(lines)
+    parser.add_argument("--orm", default=None, help="folder of the ORM (default: RUN/orm)")
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add_policy_arguments(parser)
-    add_tree_search_arguments(parser)
     add_search_arguments(parser)
-    parser.add_argument(
-        "--method",
-        default=None,
-        help="see the top of search.py (default: mcts-8x1.8.1.1-value, for a graph of four agents; "
-        "mcts-8x3-value for others)",
-    )
-    parser.add_argument(
-        "--question", default=None, help="your own question, instead of a problem of the task"
-    )
-    parser.add_argument(
-        "--index", type=positive_int, default=None, help="which test problem of the task, from 1"
-    )
+    parser.add_argument("--method", default="mcts-8x3-value", help="see the top of search.py")
+    parser.add_argument("--question", default=None, help="your own, instead of a test problem")
+    parser.add_argument("--index", type=positive_int, default=1, help="which test problem, from 1")
     parser.add_argument("--html", default=None, help="write the tree to this file, as a page")
     return parser.parse_args(argv)
 
@@ -617,95 +409,52 @@ def parse_args(argv=None):
 def main(args) -> None:
     # 1. Load the graph, the method, the problem and the models.
     mas = load_graph(args.graph)
-    name = args.method or default_method(mas)
-    method = parse_method(name, mas, num_candidates=args.num_candidates, lam=args.lam)
+    method = parse_method(args.method, mas, num_candidates=args.num_candidates, lam=args.lam)
     if args.html is not None and method.algorithm not in ("sbs", "mcts"):
         raise InputError(f"--html: {method.name} has no tree; take an sbs or mcts --method")
-    problem = choose_problem(args)
+    problem = problem_at(task=args.task, data=args.data, position=args.index)
+    if args.question is not None:  # it has the answer type of the task
+        problem = replace(problem, id="question", question=args.question, gold="?")
     scorers = load_scorers([method], args, mas)
-    policy = make_policy(args, mas)
+    policy = make_policy(args, mas, progress=Progress(shown=True))
 
     # 2. Search.
-    progress = SearchProgress(1, method.expected_work(mas), description=method.name)
-    searches = [(problem, method.search(problem, mas, c_uct=args.c_uct))]
-    handlers = make_handlers(method, scorers, policy)
-    report_to(progress, handlers)
-    with progress, journal_of(policy, args):
-        [(_, leaf, cost)] = run_searches(searches, handlers, max_active=1, progress=progress)
+    with with_journal(policy, args) as policy, policy.progress.over("search", 1, unit="problems"):
+        [(_, leaf, cost)] = run_method(method, [problem], policy, scorers, args)
 
-    # 3. Show everything.
-    print_solution(problem, method, leaf, cost)
-    if args.html is not None:
-        tree = search_tree(leaf, problem.answer_type)
-        settings = {"graph": asdict(mas), "c_uct": args.c_uct}
-        record = {"id": problem.id, "question": problem.question, "gold": problem.gold} | tree
-        write_page(Path(args.html), tree_page(record, settings, method.name))
-
-
-def default_method(mas: MAS) -> str:
-    """Return the method of the README; for a graph without four agents, C = 3 for each of them."""
-    return "mcts-8x1.8.1.1-value" if len(mas.agents) == 4 else "mcts-8x3-value"
-
-
-def choose_problem(args) -> Problem:
-    """Return the user's question, or a test problem of the task."""
-    if args.question is None:
-        return problem_at(task=args.task, data=args.data, position=args.index or 1)
-    if args.index is not None:
-        raise InputError("--question and --index: give one of them")
-    question = args.question.strip()
-    if not question:
-        raise InputError(
-            "--question is empty; give a question, or leave the flag out for a problem of the task"
-        )
-    if args.data is not None:
-        answer_type = problem_at(task=args.task, data=args.data, position=1).answer_type
-    else:
-        check_task(args.task)
-        answer_type = TASKS[args.task].answer_type if args.task in TASKS else "number"
-    return Problem(id="question", split="test", question=question, gold="", answer_type=answer_type)
-
-
-def print_solution(problem: Problem, method: Method, leaf: Node, cost: Cost) -> None:
-    """Print the question, the transcript, the answer, the tree and the cost."""
-    score_names = {"value": "V", "outcome": "ORM"}
-    score_name = score_names.get(method.scorer, method.scorer)
-
-    # 1. The transcript.
+    # 3. Show the transcript, the answer, the tree and the cost.
+    root, *path = path_to(leaf)
     print(f"Question: {problem.question}\n")
-    for node in path_to(leaf):
-        score = "" if node.V is None else f"{score_name} = {node.V:+.3f}, "
-        truncated = ", cut at its token limit" if node.candidate.truncated else ""
-        logprob = f"mean token log-probability {mean_logprob(node.candidate):.3f}"
-        print(f"{node.message.agent}: {node.message.text}")
-        print(f"    {score}{logprob}{truncated}")
-
-    # 2. The answer.
+    for node in path:
+        score = "" if node.V is None else f"  [{method.scorer} {node.V:+.3f}]"
+        print(f"{node.message.agent}: {node.message.text}{score}")
     answer = extract_answer(leaf.message.text, problem.answer_type).value
-    verdict = ""
-    if problem.gold:
-        right_or_wrong = "right" if is_correct(problem, answer) else "wrong"
-        verdict = f"   (gold {problem.gold}: {right_or_wrong})"
-    print(f"\nAnswer: {'none was given' if answer is None else answer}{verdict}")
-
-    # 3. The tree.
-    root = path_to(leaf)[0].parent
+    print(f"\nAnswer: {answer} (gold: {problem.gold})\n")
     if root.children:
-        notes = []
-        if score_name != "V":
-            notes.append(f"V is {score_name}")
-        if root.N > 0:
-            notes.append("N counts the virtual visit")
-        print("\n" + "; ".join(["The tree", *notes]) + ":")
-        print(show_tree(root, leaf, width=shutil.get_terminal_size().columns))
-
-    # 4. The cost.
+        print("\n".join(tree_lines(root, path)), end="\n\n")
     print(
-        f"\n{method.name}: {cost.agent_calls} agent calls, {cost.seconds:.2f} s, "
-        f"{cost.truncated.total()} messages cut\n"
-        f"tokens: {cost.prompt_tokens} prompt, {cost.generated_tokens} generated, "
-        f"{cost.scored_tokens} scored"
+        f"{method.name}: {cost.agent_calls} agent calls, {cost.seconds:.2f} s, tokens: "
+        f"{cost.prompt_tokens} prompt, {cost.generated_tokens} generated, "
+        f"{cost.scored_tokens} scored; {cost.truncated.total()} messages cut"
     )
+    if args.html is not None:
+        from report.__main__ import tree_page, write_page
+
+        record = asdict(problem) | tree_fields(root, mas, problem.answer_type, leaf)
+        settings = {"graph": asdict(mas), "c_uct": args.c_uct}
+        write_page(Path(args.html), tree_page(record, settings, asdict(method)))
+
+
+def tree_lines(node: Node, answer_path: list[Node]) -> list[str]:
+    """Return a line per node below `node`. * marks the path to the answer."""
+    lines = []
+    for child in node.children or []:
+        mark = "* " if child in answer_path else "  "
+        agent = mark + "  " * len(node.path) + child.message.agent
+        numbers = f"N {child.N:2d}  Q {child.Q:+.2f}  V {child.V:+.2f}"
+        lines.append(f"{agent:18s} {numbers}  {child.message.text[-35:]!r}")
+        lines += tree_lines(child, answer_path)
+    return lines
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from mas import MAS, Message, State
 from support.progress import Progress
-from tasks.extraction import extract_answer
-from tasks.problems import Problem
+from tasks.grading import extract_answer
+from tasks.problems import Problem, is_correct
 
 # ---- Requests ------------------------------------------------------------------------------------
 # What a search may ask for. A request names nodes of a tree: whatever has a `state` (mas.State) and
@@ -193,6 +193,14 @@ def backup(node: Node, value: float) -> None:
         node.N += 1
         node.W += value
         node = node.parent
+
+
+def grade_terminals(problem: Problem, mas: MAS, nodes: list[Node]) -> None:
+    """Set the outcome of those nodes that are terminal: +1 if the answer is right, else -1."""
+    for node in nodes:
+        if mas.is_terminal(node.state):
+            answer = extract_answer(node.message.text, problem.answer_type)
+            node.outcome = 1.0 if is_correct(problem, answer.value) else -1.0
 
 
 # ---- The driver: sequential searches, batched execution ------------------------------------------

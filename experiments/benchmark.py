@@ -37,9 +37,9 @@ from llm.adapters import add_lora
 from llm.decoding import Decoder
 from llm.packing import pack, sequences_of
 from llm.policy import Policy, make_policy
-from llm.sampling import message_key, sample_tokens
+from llm.decoding import message_key, sample_tokens
 from mas import CHAIN, counts_per_agent
-from support.flags import HERE, Parser, cli, positive_float, positive_int
+from support.flags import ROOT, Parser, cli, positive_float, positive_int
 from support.progress import SearchProgress, Work
 from tasks.problems import load_problems
 from train_value import peak_memory, training_loss
@@ -223,7 +223,7 @@ SHAPES = {
     "0.5B": Shape(896, 4864, 24, 14, 2, 151936),
     "tiny": Shape(128, 384, 4, 4, 2, 640),
 }
-TINY_AGENTS = HERE / "tiny" / "agents"  # any tokenizer will do
+TINY_AGENTS = ROOT / "tiny" / "agents"  # any tokenizer will do
 
 
 def random_model(args) -> PreTrainedModel:

@@ -1,9 +1,9 @@
 """How often is the blamed agent the guilty one? On the embedded problems the truth is known.
 
-    python tiny/check_blame.py runs/tiny      # after generate_rollouts.py and train_value.py
+    python experiments/blame.py runs/tiny     # after generate_rollouts.py and train_value.py
 
-For each wrong final answer of the held-out trees, `diagnosis.blame` names the agent whose message
-lost the problem. Guilty is the first agent whose message is not correct work
+For each wrong final answer of the held-out trees, `blame` names the agent whose message lost the
+problem. Guilty is the first agent whose message is not correct work
 (`make_tiny.is_correct_work`: what a faultless agent says, and of the Planner the right pair). Wrong
 answers of which nobody is guilty are counted and left out. Each problem counts the same.
 """
@@ -12,12 +12,12 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 # Python puts the folder of this script on sys.path, but the modules below are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mas import MAS, State
-from report.diagnosis import LostAnswer, blame
 from report.tables import text_table
 from support.flags import InputError, Parser, cli
 from support.records import read_jsonl, read_records
@@ -25,6 +25,70 @@ from support.runs import read_config
 from support.statistics import bootstrap_interval
 from tiny.make_tiny import is_correct_work
 from tiny.problems import make_puzzle
+
+
+class LostAnswer(NamedTuple):
+    """A wrong final state, and the message that lost the problem.
+
+    Attributes:
+        problem_id, node: the final state, an index of its tree.
+        agent: who is blamed; None if there is no drop.
+        drop: how far V falls with its message.
+    """
+
+    problem_id: str
+    node: int
+    agent: str | None
+    drop: float
+
+
+def blame(edges: list[dict], *, by: str, below: str) -> list[LostAnswer]:
+    """Say for each wrong final state of the trees which message lost the problem.
+
+    It is the message with the largest drop; of equal drops, the first one.
+
+    Args:
+        edges: lines of heldout.jsonl.
+        by: "V", or "y" for the labels themselves.
+        below: what a message falls below. "siblings": their mean, as the other candidates in the
+            same state show what could be expected there. Only visited ones have labels and count; a
+            message without them has no drop. "before": the state before it; the first message falls
+            below the mean of its siblings.
+    """
+    edge_of = {(edge["id"], edge["node"]): edge for edge in edges}
+    candidates = defaultdict(list)  # state -> its labelled messages
+    for edge in edges:
+        candidates[edge["id"], edge["parent"]].append(edge)
+    lost = []
+    for edge in edges:
+        is_final = (edge["id"], edge["node"]) not in candidates
+        if not is_final or edge["y"] > 0:
+            continue
+        agent, largest_drop = None, 0.0
+        for message in reversed(_path_to_root(edge, edge_of)):
+            before = edge_of.get((message["id"], message["parent"]))
+            if below == "siblings" or before is None:
+                others = []
+                for candidate in candidates[message["id"], message["parent"]]:
+                    if candidate is not message:
+                        others.append(candidate[by])
+                expected = fmean(others) if others else message[by]
+            else:
+                expected = before[by]
+            drop = expected - message[by]
+            if drop > largest_drop:
+                agent, largest_drop = message["agent"], drop
+        lost.append(LostAnswer(edge["id"], edge["node"], agent, largest_drop))
+    return lost
+
+
+def _path_to_root(edge: dict, edge_of: dict[tuple[str, int], dict]) -> list[dict]:
+    """Return the edges from this one up to the root."""
+    path = []
+    while edge is not None:
+        path.append(edge)
+        edge = edge_of.get((edge["id"], edge["parent"]))
+    return path
 
 
 def parse_args(argv=None):
@@ -65,11 +129,11 @@ def main(args) -> None:
         "by labels, below its siblings": blame(heldout, by="y", below="siblings"),
         f"always the {most_guilty}": [answer._replace(agent=most_guilty) for answer in by_v],
     }
-    rows = [[name, *shares_found(lost, guilty, agents)] for name, lost in kinds.items()]
+    table = [["blamed", "% guilty", "95 % interval"] + [f"{agent} found" for agent in agents]]
+    table += [[name, *shares_found(lost, guilty, agents)] for name, lost in kinds.items()]
     chance = f"{100 / len(agents):.1f}"
-    rows.append(["chance", chance, ""] + [chance] * len(agents))
-    header = ["blamed", "% guilty", "95 % interval"] + [f"{agent} found" for agent in agents]
-    print(text_table(header, rows))
+    table.append(["chance", chance, ""] + [chance] * len(agents))
+    print(text_table(table))
 
 
 def first_wrong_work(tree: dict, leaf: int, mas: MAS) -> str | None:

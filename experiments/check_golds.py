@@ -1,7 +1,7 @@
 r"""Check the grading of every gold answer of a data file. Run it from the repository root:
 
-    python -m tests.check_golds gsm8k DATA/gsm8k_train.jsonl DATA/gsm8k_test.jsonl
-    python -m tests.check_golds math DATA/math500.jsonl
+    python -m experiments.check_golds gsm8k DATA/gsm8k_train.jsonl DATA/gsm8k_test.jsonl
+    python -m experiments.check_golds math DATA/math500.jsonl
 
 For each gold answer it checks that
   - the answer can be read, and equals itself in each form in which an agent would write it;
@@ -16,8 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from support.records import read_jsonl
-from tasks.answers import MATH_VERIFY
-from tasks.extraction import extract_answer
+from tasks.grading import MATH_VERIFY, extract_answer
 from tasks.problems import Problem, is_correct, load_problems, read_row
 
 # ---- Changed versions of a gold answer -----------------------------------------------------------

@@ -1,26 +1,18 @@
-"""Load models and tokenizers from a folder or the hub.
+"""Load models and tokenizers by folder or hub name, through `from_pretrained`.
 
-The model and its tokenizer are loaded by name through `from_pretrained`. The agents' model and the
-backbone of V are loaded in the same way. Families differ in their chat templates, in how they begin
-a text, and in whether they reason before they answer; those differences are handled here.
+What families of models differ in is handled here, apart from their chats (llm/policy.py).
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from support.flags import InputError
 from support.runs import file_fingerprint
-
-# ---- Weights and tokenizer -----------------------------------------------------------------------
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
@@ -33,18 +25,16 @@ def resolve_dtype(dtype: str, device: str) -> str:
 def load_pretrained(
     flag: str, name: str, auto_class, *, quantize: bool, device: str, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer by folder or hub name through `from_pretrained`.
-
-    With `quantize`, the weights of linear layers are NF4 with double quantisation (bitsandbytes).
+    """Load a model and its tokenizer by folder or hub name.
 
     Args:
         flag: the flag that gave `name`, for the messages of errors.
         auto_class: AutoModelForCausalLM, or AutoModel for a backbone without a head.
+        quantize: make the weights of linear layers NF4, with double quantisation (bitsandbytes).
         dtype: of all other weights and of the computation, see `resolve_dtype`.
 
-    Raises:
-        InputError: if there is no such GPU, or if the model cannot be loaded or lacks weights or
-            an end-of-message token.
+    Raises InputError if there is no such GPU, or if the model cannot be loaded or lacks weights or
+    an end-of-message token.
     """
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
@@ -74,17 +64,14 @@ def load_pretrained(
         ) from None
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"{flag} {name}: cannot be loaded as a folder or from the hub: {reason}"
-        ) from None
+        raise InputError(f"{flag} {name}: neither a folder nor on the hub: {reason}") from None
 
     # Weights that the files lack would be random.
     absent = [*report["missing_keys"], *report["mismatched_keys"]]
     if absent:
         examples = ", ".join(map(str, sorted(absent)[:3]))
-        class_name = type(model).__name__
         raise InputError(
-            f"{flag} {name}: its files do not hold all weights of {class_name}: {examples} ..."
+            f"{flag} {name}: its files lack weights of {type(model).__name__}: {examples} ..."
         )
     if tokenizer.eos_token_id is None:
         raise InputError(f"{flag} {name}: its tokenizer has no end-of-message (eos) token")
@@ -103,7 +90,7 @@ def _check_there_is(device: str) -> None:
         wanted = torch.device(device)
     except RuntimeError:
         raise InputError(f"--device {device}: it is none of cpu, cuda and cuda:N") from None
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_gpus = torch.cuda.device_count()
     if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
         raise InputError(f"--device {device}: torch sees {num_gpus} GPUs here; give another one")
 
@@ -145,20 +132,18 @@ def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if ids == [tokenizer.bos_token_id] else []
 
 
-# ---- Is it the same checkpoint? ------------------------------------------------------------------
-
 # The files of a checkpoint that decide what it computes: weights, configuration and tokenizer.
 CHECKPOINT_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
 
 
-def checkpoint_setting(name: str, model: PreTrainedModel) -> dict:
+def checkpoint_setting(name: str) -> dict:
     """Return how a checkpoint is recorded: its name, and a fingerprint that moves with it.
 
-    The fingerprint is of the files of a folder, or the commit on the hub. model: as loaded from
-    `name`.
+    The fingerprint is of the files of a folder, or the commit of a model that the hub has given.
     """
     folder = Path(name)
     if not folder.is_dir():
-        return {"name": name, "fingerprint": f"{name}@{model.config._commit_hash}"}
+        snapshot = Path(cached_file(name, "config.json", local_files_only=True)).parent
+        return {"name": name, "fingerprint": f"{name}@{snapshot.name}"}
     paths = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern)}
     return {"name": name, "fingerprint": file_fingerprint(sorted(paths))}

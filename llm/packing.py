@@ -6,35 +6,31 @@ token's position is its depth in this tree, and the mask lets it see its own pat
 absolute or rotary positions then computes the same hidden states as for each sequence alone.
 """
 
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
-# ---- Batches -------------------------------------------------------------------------------------
 
+def token_batches(items: Iterable, batch_tokens: int, *, length: Callable) -> Iterator[list]:
+    """Cut items into batches whose padded size, items x longest, is at most `batch_tokens`.
 
-def token_batches(lengths: list[int], order: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut `order` into batches whose padded size, rows x longest, is at most `batch_tokens`.
-
-    A sequence that is longer is a batch of its own. order: indices into `lengths`.
+    The order is kept. An item that is longer is a batch of its own. length: item -> its tokens.
     """
     batch = []
     longest = 0
-    for index in order:
-        longest = max(longest, lengths[index])
+    for item in items:
+        longest = max(longest, length(item))
         if batch and (len(batch) + 1) * longest > batch_tokens:
             yield batch
             batch = []
-            longest = lengths[index]
-        batch.append(index)
+            longest = length(item)
+        batch.append(item)
     if batch:
         yield batch
-
-
-# ---- Packing -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -49,143 +45,84 @@ class PackedRow:
         columns: index of a sequence -> the column of each of its tokens.
     """
 
-    ids: list[int]
-    depths: list[int]
-    branches: list[tuple[int | None, int, int]]
-    columns: dict[int, list[int]]
+    ids: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    branches: list[tuple[int | None, int, int]] = field(default_factory=list)
+    columns: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
         return len(self.ids)
 
-    def add(self, index: int, sequence: list[int], shared: int, previous: list[int]) -> None:
-        """Add a sequence whose first `shared` tokens are those of the columns `previous`."""
-        start = len(self.ids)
+    def add(self, index: int, sequence: list[int], shared: int) -> None:
+        """Add a sequence whose first `shared` tokens are those of the sequence added last."""
+        start = self.width
+        path = list(self.columns.values())[-1][:shared] if shared else []
         self.ids += sequence[shared:]
         self.depths += range(shared, len(sequence))
-        if len(self.ids) > start:
-            parent = previous[shared - 1] if shared else None
-            self.branches.append((parent, start, len(self.ids)))
-        self.columns[index] = previous[:shared] + list(range(start, len(self.ids)))
+        if self.width > start:
+            parent = path[-1] if path else None
+            self.branches.append((parent, start, self.width))
+        self.columns[index] = path + list(range(start, self.width))
 
 
 Batch = list[PackedRow]  # what is read at once
 
+MAX_WIDTH = 4096  # the mask of a batch takes batch tokens x width bytes, and more in attention
 
-def takes_our_mask(config) -> bool:
-    """Return whether every layer of a model attends to the columns that a mask of bools names.
+
+def row_width(config) -> int:
+    """Return how wide packed rows of a model may be; 0 if it has to read each sequence alone.
 
     Our mask replaces the model's own, so every layer has to attend to everything before it. Sliding
     windows and recurrent layers do not. And the attention has to take a mask of bools: "sdpa" does,
     "eager" would add it to the scores.
     """
     config = config.get_text_config()
-    if config._attn_implementation != "sdpa":
-        return False
-    if getattr(config, "alibi", False):  # Falcon computes its biases from a mask of two dimensions
-        return False
     layer_types = getattr(config, "layer_types", None) or []
-    has_window = getattr(config, "sliding_window", None) is not None
-    if any(layer_type != "full_attention" for layer_type in layer_types):
-        return False
-    return bool(layer_types) or not has_window
+    has_window = not layer_types and getattr(config, "sliding_window", None) is not None
+    has_other_layers = any(layer_type != "full_attention" for layer_type in layer_types)
+    has_alibi = getattr(config, "alibi", False)  # Falcon computes it from a mask of two dimensions
+    if config._attn_implementation != "sdpa" or has_window or has_other_layers or has_alibi:
+        return 0
+    return MAX_WIDTH
 
 
-def token_cost_for(config) -> float | None:
-    """Return what a token costs a model apart from attention; None if it cannot read packed rows.
-
-    The unit is the attention of one column to another: 4 h FLOPs per layer, with a hidden size h.
-    The projections take 8 h^2 and an MLP of size i takes 6 h i, so a token costs 2 h + 1.5 i units.
-    """
-    config = config.get_text_config()
-    if not takes_our_mask(config):
-        return None
-    # GPT-2 and its like have no such setting: their MLP is four times as wide as the hidden state.
-    intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return 2 * config.hidden_size + 1.5 * intermediate_size
+# A narrower row reads shared tokens too often, a wider one attends to too many columns that are
+# masked. Of 3 to 6, each is within 7 % of the fastest, for the tiny agents and for a shape of 0.5B.
+WIDTH_PER_SHARED_TOKEN = 4
 
 
-# The mask of a batch takes batch tokens x width bytes, and two to four times that in attention.
-MAX_WIDTH = 4096
-
-
-def best_width(shared: int, token_cost: float) -> float:
-    """Return how wide a row should be whose sequences share their first `shared` tokens.
-
-    A row of width w costs token_cost * w + w^2. If each sequence adds n tokens, a row of m costs,
-    per sequence,
-
-        token_cost * (shared / m + n) + (shared + m n)^2 / m,
-
-    which is least at m n = sqrt(shared * (shared + token_cost)): a narrower row reads the shared
-    tokens too often, a wider one attends to too many columns. At most MAX_WIDTH.
-    """
-    return min(MAX_WIDTH, shared + math.sqrt(shared * (shared + token_cost)))
-
-
-def pack(
-    sequences: list[list[int]],
-    *,
-    token_cost: float | None,
-    max_width: int,
-    indices: Iterable[int] | None = None,
-) -> list[PackedRow]:
+def pack(sequences: list[list[int]], *, indices: Iterable[int], max_width: int) -> list[PackedRow]:
     """Distribute sequences over rows, so that reading them costs little.
 
     Sequences are taken in the lexicographic order of their token ids, in which each one shares its
-    longest prefix with the one before or after it. A sequence joins the current row unless that
-    would become wider than pays (`best_width`).
+    longest prefix with the one before or after it. A sequence joins the current row unless the row
+    would be wider than WIDTH_PER_SHARED_TOKEN times what the sequence shares with the one before.
 
-    Args:
-        token_cost: see `token_cost_for`. With None every sequence has a row of its own.
-        max_width: no row is wider, unless a single sequence is.
-        indices: of the sequences to pack; default: of all.
+    indices: of the sequences to pack. max_width: no row is wider, unless a single sequence is.
     """
-    if indices is None:
-        indices = range(len(sequences))
     rows: list[PackedRow] = []
     previous: list[int] = []
-    previous_columns: list[int] = []
     for index in sorted(indices, key=sequences.__getitem__):
         sequence = sequences[index]
         shared = shared_prefix(previous, sequence)
-        limit = 0.0
-        if token_cost is not None:
-            limit = min(max_width, best_width(shared, token_cost))
+        limit = min(max_width, WIDTH_PER_SHARED_TOKEN * shared)
         if not rows or rows[-1].width + len(sequence) - shared > limit:
-            rows.append(PackedRow([], [], [], {}))
+            rows.append(PackedRow())
             shared = 0
-        rows[-1].add(index, sequence, shared, previous_columns)
-        previous, previous_columns = sequence, rows[-1].columns[index]
+        rows[-1].add(index, sequence, shared)
+        previous = sequence
     return rows
 
 
 def packed_batches(
-    sequences: list[list[int]],
-    batch_tokens: int,
-    *,
-    token_cost: float | None,
-    indices: Iterable[int] | None = None,
+    sequences: list[list[int]], batch_tokens: int, *, indices: Iterable[int], max_width: int
 ) -> list[Batch]:
-    """Pack sequences, and cut the rows into batches (`token_batches`), the narrowest rows first.
-
-    indices: see `pack`.
-    """
-    rows = pack(sequences, token_cost=token_cost, max_width=batch_tokens, indices=indices)
-    return cut_into_batches(sorted(rows, key=width_of), batch_tokens)
-
-
-def cut_into_batches(rows: list[PackedRow], batch_tokens: int) -> list[Batch]:
-    """Cut rows into batches, in this order; see `token_batches`."""
-    widths = [row.width for row in rows]
-    batches = []
-    for batch in token_batches(widths, list(range(len(rows))), batch_tokens):
-        batches.append([rows[index] for index in batch])
-    return batches
-
-
-def width_of(row: PackedRow) -> int:
-    return row.width
+    """Pack sequences (`pack`), and cut the rows into batches, the narrowest rows first."""
+    rows = pack(sequences, indices=indices, max_width=min(max_width, batch_tokens))
+    rows.sort(key=lambda row: row.width)
+    return list(token_batches(rows, batch_tokens, length=lambda row: row.width))
 
 
 def sequences_of(batch: Batch) -> list[int]:
@@ -214,35 +151,28 @@ def shared_prefix(a: list[int], b: list[int]) -> int:
 
 def num_distinct_tokens(sequences: list[list[int]]) -> int:
     """Count the tokens that are left if every shared prefix is read once."""
-    ordered = sorted(sequences)
-    num = 0
-    previous: list[int] = []
-    for sequence in ordered:
-        num += len(sequence) - shared_prefix(previous, sequence)
-        previous = sequence
+    num = sum(map(len, sequences))
+    for previous, sequence in pairwise(sorted(sequences)):
+        num -= shared_prefix(previous, sequence)
     return num
 
 
-def collate(
-    rows: list[PackedRow], pad_id: int, device: torch.device
-) -> dict[str, torch.Tensor | bool]:
+def collate(rows: Batch, pad_id: int, device: torch.device) -> dict:
     """Return the arguments of a model's forward for a batch of rows, padded on the right.
 
     input_ids: int64 [rows, width]. If a row has branches, also position_ids: int64 [rows, width],
     and attention_mask: bool [rows, 1, width, width], True where a column (third dimension) attends
-    to another (fourth). A padding column attends to itself: a softmax over nothing would be NaN.
-    Without branches, positions and mask are the model's own: a causal model does not see padding on
-    its right.
+    to another (fourth). Without branches, positions and mask are the model's own: a causal model
+    does not see padding on its right.
     """
     width = max(row.width for row in rows)
-    is_packed = any(len(row.branches) > 1 for row in rows)
     ids = np.full((len(rows), width), pad_id)
     depths = np.zeros((len(rows), width), dtype=np.int64)
     for index, row in enumerate(rows):
         ids[index, : row.width] = row.ids
         depths[index, : row.width] = row.depths
     arguments = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": False}
-    if is_packed:
+    if any(len(row.branches) > 1 for row in rows):
         mask = np.stack([row_mask(row, width) for row in rows])
         arguments["position_ids"] = torch.from_numpy(depths).to(device)
         arguments["attention_mask"] = torch.from_numpy(mask)[:, None].to(device)
@@ -251,9 +181,53 @@ def collate(
 
 def row_mask(row: PackedRow, width: int) -> np.ndarray:
     """Return which columns each column of a row sees, padded to a width: bool [width, width]."""
-    sees = np.eye(width, dtype=bool)
+    sees = np.eye(width, dtype=bool)  # also padding: a softmax over nothing would be NaN
     for parent, start, end in row.branches:
         if parent is not None:
             sees[start:end] = sees[parent]
         sees[start:end, start:end] = np.tri(end - start, dtype=bool)
     return sees
+
+
+# ---- Reading messages ----------------------------------------------------------------------------
+
+
+def message_logprobs(
+    policy, messages: list, *, batch_tokens: int
+) -> Iterator[list[tuple[Any, torch.Tensor]]]:
+    """Yield messages in packed batches, each with log pi of its tokens: float32 [tokens].
+
+    A prompt that several messages answer is read once. A batch has messages of one adapter.
+
+    Args:
+        policy: the agents (llm.policy.Policy), with adapters; pi is the softmax of logits /
+            temperature.
+        messages: whatever has `agent`, `prompt_ids` and `token_ids`.
+        batch_tokens: see `packed_batches`.
+    """
+    adapters, model = policy.adapters, policy.adapters.model
+    for name in adapters.names:
+        own = [message for message in messages if adapters.name_for(message.agent) == name]
+        sequences = [message.prompt_ids + message.token_ids for message in own]
+        width = row_width(model.config)
+        for batch in packed_batches(
+            sequences, batch_tokens, indices=range(len(own)), max_width=width
+        ):
+            # 1. A token is predicted at the column before its own. Other logits take memory.
+            places = []
+            for index, (row, columns) in sequence_columns(batch).items():
+                places.append((own[index], row, columns[len(own[index].prompt_ids) - 1 : -1]))
+            kept = sorted({column for _, _, columns in places for column in columns})
+            position = {column: index for index, column in enumerate(kept)}
+
+            # 2. Read, and look up each token.
+            adapters.use(own[0].agent)
+            inputs = collate(batch, policy.decoder.pad_id, model.device)
+            inputs["logits_to_keep"] = torch.tensor(kept, device=model.device)
+            logits = model(**inputs).logits.float()  # [packed rows, kept, vocabulary]
+            logprobs = (logits / policy.settings["temperature"]).log_softmax(-1)
+            read = []
+            for message, row, columns in places:
+                positions = [position[column] for column in columns]
+                read.append((message, logprobs[row, positions, list(message.token_ids)]))
+            yield read

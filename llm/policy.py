@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llm.adapters import AgentAdapters
-from llm.decoding import Decoder
+from llm.decoding import SAMPLER, Decoder, message_key
 from llm.loading import (
     checkpoint_setting,
     context_length,
@@ -33,7 +33,6 @@ from llm.loading import (
     load_pretrained,
     resolve_dtype,
 )
-from llm.sampling import SAMPLER, message_key
 from mas import GRAPHS, MAS, State
 from support.flags import (
     TINY_AGENTS,
@@ -86,6 +85,13 @@ class ChatFormat:
         for key in reserved & set(template_kwargs):
             raise InputError(f"--chat-template-kwargs: {key} is set by this program")
 
+        # transformers tells a template today's date, and takes no function as a variable.
+        self.template = re.sub(
+            r"""strftime_now\((["'])(.*?)\1\)""",
+            lambda call: repr(TEMPLATE_DATE.strftime(call[2])),
+            tokenizer.get_chat_template(),
+        )
+
         # Render an example to learn what the template does with the two roles.
         example = [
             {"role": "system", "content": "EXAMPLE-OF-SYSTEM"},
@@ -124,7 +130,7 @@ class ChatFormat:
                 chats,
                 add_generation_prompt=True,
                 tokenize=False,
-                strftime_now=TEMPLATE_DATE.strftime,
+                chat_template=self.template,
                 **self.template_kwargs,
             )
         except (TemplateError, TypeError, ValueError) as error:
@@ -477,7 +483,7 @@ def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:
         top_k=args.top_k,
         top_p=args.top_p,
     )
-    settings = policy_settings(args, model)
+    settings = policy_settings(args)
     adapters = None
     if args.adapter is not None:
         folder = Path(args.adapter)
@@ -496,10 +502,10 @@ def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:
     )
 
 
-def policy_settings(args, model: PreTrainedModel) -> dict:
+def policy_settings(args) -> dict:
     """Return the settings that determine the agents' messages, apart from graph and limits."""
     return {
-        "model": checkpoint_setting(args.model, model),
+        "model": checkpoint_setting(args.model),
         "quantize_policy": args.quantize_policy,
         "sampler": SAMPLER,
         "seed": args.seed,

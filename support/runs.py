@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -98,6 +99,21 @@ def write_config(folder: Path, config: dict) -> None:
     temporary.replace(folder / "config.json")
 
 
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint atomically, as `write_config` does."""
+    import torch  # imported late: a report needs no torch
+
+    temporary = path.with_suffix(".part")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def refuse_several_processes() -> None:
+    """Raise InputError if a launcher has started several processes: training takes one."""
+    if process_rank()[1] > 1:
+        raise InputError("this script trains in one process; start it without a launcher")
+
+
 # ---- Settings ------------------------------------------------------------------------------------
 # A model is recorded as {"name": ..., "fingerprint": ...}: one that was moved is still the same.
 
@@ -171,6 +187,17 @@ def provenance(device: str) -> dict:
         "device": f"{device} ({machine})",
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def peak_memory(device: str) -> str:
+    """Show the most memory that this process has taken."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB allocated on the GPU"
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{peak / 2**30:.1f} GiB of the process"
 
 
 def _commit() -> str | None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.answers import MATH_VERIFY, MathVerify, canonical, is_comparable, same_answer
-from tasks.extraction import RUNGS, Answer, extract_answer, last_box
+from tasks.grading import MATH_VERIFY, MathVerify, canonical, is_comparable, same_answer
+from tasks.grading import RUNGS, Answer, extract_answer, last_box
 
 # ---- Reading an answer ---------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from conftest import PROMPT, VOCABULARY, make_decoder, make_tiny_policy
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from llm.cache import (
+from llm.decoding import (
     CacheRows,
     FixedRows,
     FixedSteps,

@@ -37,7 +37,7 @@ from llm.loading import (
 )
 from llm.packing import pack
 from llm.policy import policy_settings
-from llm.sampling import message_key
+from llm.decoding import message_key
 from mas import CHAIN, State
 from support.flags import InputError
 from tasks.problems import load_problems

@@ -16,7 +16,7 @@ from search import Method, parse_method
 from support.flags import InputError
 from support.progress import Work
 from support.records import is_mine, read_jsonl
-from tasks.answers import MATH_VERIFY
+from tasks.grading import MATH_VERIFY
 from tasks.problems import Problem
 from tree import Candidate, Cost, make_child, make_root
 

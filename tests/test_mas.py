@@ -17,7 +17,7 @@ from mas import (
     normalize_words,
 )
 from support.flags import InputError
-from tasks.extraction import extract_answer
+from tasks.grading import extract_answer
 
 # ---- The chain -----------------------------------------------------------------------------------
 

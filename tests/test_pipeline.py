@@ -27,7 +27,7 @@ from llm.decoding import Decoder
 from mas import REFINE
 from support.flags import HERE, cli
 from support.records import open_to_append
-from tasks.extraction import extract_answer
+from tasks.grading import extract_answer
 
 ROLLOUTS = ["--num-train", 10, "--num-heldout", 4, "--num-simulations", 6]
 ROLLOUTS += ["--num-candidates", 2, "--max-active", 5]

@@ -20,7 +20,7 @@ from generate_rollouts import label_tree
 from llm import decoding
 from llm.decoding import MessageQueue
 from llm.policy import make_policy, policy_settings, search_settings
-from llm.sampling import gumbel_noise, message_key
+from llm.decoding import gumbel_noise, message_key
 from mas import CHAIN
 from support.flags import InputError
 from support.runs import seeded

@@ -9,7 +9,7 @@ from scipy.stats import chisquare, gumbel_r, kstest
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llm import sampling
-from llm.sampling import (
+from llm.decoding import (
     GOLDEN_GAMMA,
     _mix_bits,
     _smallest_in_nucleus,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import generate_rollouts
 import search
-from llm.sampling import uniforms
+from llm.decoding import uniforms
 from mas import CHAIN, GRAPHS, MAS, SINGLE, Agent
 from search import (
     Method,
@@ -38,7 +38,7 @@ from search import (
 from support.flags import InputError
 from support.progress import ignore
 from support.runs import write_config
-from tasks.extraction import extract_answer
+from tasks.grading import extract_answer
 from tasks.problems import Problem
 from tree import Candidate, Cost, Outcome, Sample, Score, expand, make_root, run_searches
 

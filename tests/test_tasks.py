@@ -8,7 +8,7 @@ import pytest
 
 from support.flags import InputError
 from tasks import problems as tasks
-from tasks.extraction import extract_answer
+from tasks.grading import extract_answer
 from tasks.problems import (
     EMBEDDED,
     TASKS,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import generate_rollouts
 from generate_rollouts import label_tree, load_training_problems, make_searches
-from llm.sampling import uniforms
+from llm.decoding import uniforms
 from mas import CHAIN, GRAPHS, SINGLE, State
 from support.runs import seeded
 from tasks.problems import Problem

@@ -15,13 +15,17 @@ A hash assigns each problem to its split, so the splits do not depend on a seed:
 - Every set of numbers (a, b, n, t) belongs to exactly one of `train`, `heldout` and `test`.
 - Every question text belongs either to these three splits or to `agents`, the split that the tiny
   agents were trained on. `agents` uses all numbers, but shares no question with the other splits.
+
+`write_problems` writes the problems of the other splits to packs.jsonl and score.jsonl.
 """
 
 import functools
 import hashlib
 import itertools
+import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 FAMILIES = ("packs", "score")
@@ -39,12 +43,12 @@ RANGES = {
 # This limit sets how hard the problems are: a larger n has more pairs (x, y) to guess from.
 MAX_COUNT = {"packs": 6, "score": 8}
 
-# The split `train` repeats numbers in other words up to this size: ids have five digits.
-MAX_TRAIN = 100_000
-
 # The smallest and the largest total: totals have two digits.
 MIN_TOTAL = 10
 MAX_TOTAL = 99
+
+# The number of problems of `train` in the data files. They repeat numbers in other words.
+NUM_TRAIN = 500
 
 
 # ---- Wordings ------------------------------------------------------------------------------------
@@ -54,67 +58,57 @@ class Story(NamedTuple):
     """A wording of one family, with placeholders in braces."""
 
     item_names: tuple[str, str]
-    facts: tuple[str, str, str]  # in the order in which the question states them
+    count_fact: str
+    item_fact: str
+    total_fact: str
     query: str
 
 
 STORIES = {
     "packs": (
         Story(
-            item_names=("small", "big"),
-            facts=(
-                "{name} packs {n} boxes.",
-                "A small box holds {a} pens and a big box holds {b} pens.",
-                "{name} packs {t} pens in all.",
-            ),
-            query="How many {item} boxes are there?",
+            ("small", "big"),
+            "{name} packs {n} boxes.",
+            "A small box holds {a} pens and a big box holds {b} pens.",
+            "{name} packs {t} pens in all.",
+            "How many {item} boxes are there?",
         ),
         Story(
-            item_names=("red", "blue"),
-            facts=(
-                "{name} buys {n} stamps.",
-                "A red stamp costs {a} cents and a blue stamp costs {b} cents.",
-                "{name} pays {t} cents in all.",
-            ),
-            query="How many {item} stamps are there?",
+            ("red", "blue"),
+            "{name} buys {n} stamps.",
+            "A red stamp costs {a} cents and a blue stamp costs {b} cents.",
+            "{name} pays {t} cents in all.",
+            "How many {item} stamps are there?",
         ),
         Story(
-            item_names=("short", "long"),
-            facts=(
-                "{name} takes {n} rides.",
-                "A short ride lasts {a} minutes and a long ride lasts {b} minutes.",
-                "{name} rides {t} minutes in all.",
-            ),
-            query="How many {item} rides are there?",
+            ("short", "long"),
+            "{name} takes {n} rides.",
+            "A short ride lasts {a} minutes and a long ride lasts {b} minutes.",
+            "{name} rides {t} minutes in all.",
+            "How many {item} rides are there?",
         ),
     ),
     "score": (
         Story(
-            item_names=("hit", "miss"),
-            facts=(
-                "{name} throws {n} darts.",
-                "A hit wins {a} points and a miss loses {b} points.",
-                "{name} ends with {t} points.",
-            ),
-            query="How many times is it a {item}?",
+            ("hit", "miss"),
+            "{name} throws {n} darts.",
+            "A hit wins {a} points and a miss loses {b} points.",
+            "{name} ends with {t} points.",
+            "How many times is it a {item}?",
         ),
         Story(
-            item_names=("right", "wrong"),
-            facts=(
-                "{name} gives {n} answers.",
-                "A right answer wins {a} points and a wrong answer loses {b} points.",
-                "{name} ends with {t} points.",
-            ),
-            query="How many {item} answers are there?",
+            ("right", "wrong"),
+            "{name} gives {n} answers.",
+            "A right answer wins {a} points and a wrong answer loses {b} points.",
+            "{name} ends with {t} points.",
+            "How many {item} answers are there?",
         ),
         Story(
-            item_names=("gold", "black"),
-            facts=(
-                "{name} draws {n} cards.",
-                "A gold card wins {a} points and a black card loses {b} points.",
-                "{name} ends with {t} points.",
-            ),
-            query="How many {item} cards are there?",
+            ("gold", "black"),
+            "{name} draws {n} cards.",
+            "A gold card wins {a} points and a black card loses {b} points.",
+            "{name} ends with {t} points.",
+            "How many {item} cards are there?",
         ),
     ),
 }
@@ -168,18 +162,6 @@ def numbers_of(family: str, split: str) -> list[tuple[int, int, int, int]]:
     return numbers
 
 
-def size_of(family: str, split: str) -> int:
-    """Return how many problems there are to train on or to measure on.
-
-    `heldout` and `test` have one problem for each set of numbers. Problems with equal numbers are
-    solved or missed together, so a second one in other words would not be an independent
-    measurement. `train` repeats numbers. The split `agents` belongs to make_tiny.py.
-    """
-    if split == "train":
-        return MAX_TRAIN
-    return len(numbers_of(family, split))
-
-
 def _percentile(family: str, a: int, b: int, n: int, t: int) -> int:
     """Hash the numbers that a question states to 0..99.
 
@@ -220,16 +202,23 @@ class Puzzle:
         return self.item_names[self.asked_index]
 
     @property
+    def solution(self) -> tuple[int, int]:
+        return self.x, self.y
+
+    @property
     def answer(self) -> int:
         """The number that the question asks for."""
-        return (self.x, self.y)[self.asked_index]
+        return self.solution[self.asked_index]
+
+    def total_of(self, x: int, y: int) -> int:
+        """Return the total that x first items and y second items would have."""
+        return total(self.family, self.a, self.b, x, y)
 
 
 def make_puzzle(family: str, split: str, index: int) -> Puzzle:
     """Return problem number `index` of a split. Equal arguments give equal problems.
 
-    Numbers are repeated, in other words, only after all numbers of the split have been used; see
-    `size_of`.
+    Numbers are repeated, in other words, only after all numbers of the split have been used.
     """
     rng = random.Random(f"{family}/{split}/{index}")
 
@@ -249,27 +238,19 @@ def make_puzzle(family: str, split: str, index: int) -> Puzzle:
         name, other = rng.sample(NAMES, 2)
         asked_index = rng.randrange(2)
         asked_item = story.item_names[asked_index]
-        template = " ".join([*_add_distractors(story.facts, rng), story.query])
+        facts = [story.count_fact, story.item_fact, story.total_fact]
+        template = " ".join([*_with_distractors(facts, rng), story.query])
         question = template.format(name=name, other=other, n=n, a=a, b=b, t=t, item=asked_item)
-        if _is_for_agents(question) == (split == "agents"):
+        # three quarters of all texts are for the split `agents` alone
+        digest = hashlib.blake2b(question.encode(), digest_size=1).digest()
+        if (digest[0] % 4 > 0) == (split == "agents"):
             break
 
-    return Puzzle(
-        id=f"{family}-{split}-{index:05d}",
-        family=family,
-        question=question,
-        item_names=story.item_names,
-        a=a,
-        b=b,
-        n=n,
-        t=t,
-        x=x,
-        y=y,
-        asked_index=asked_index,
-    )
+    puzzle_id = f"{family}-{split}-{index:05d}"
+    return Puzzle(puzzle_id, family, question, story.item_names, a, b, n, t, x, y, asked_index)
 
 
-def _add_distractors(facts: tuple[str, ...], rng: random.Random) -> list[str]:
+def _with_distractors(facts: list[str], rng: random.Random) -> list[str]:
     """Insert one or two sentences that do not matter at random places among the facts."""
     sentences = list(facts)
     num_distractors = rng.randint(1, 2)
@@ -280,7 +261,23 @@ def _add_distractors(facts: tuple[str, ...], rng: random.Random) -> list[str]:
     return sentences
 
 
-def _is_for_agents(question: str) -> bool:
-    """Hash a question's text: three quarters of all texts are for the split `agents` alone."""
-    digest = hashlib.blake2b(question.encode(), digest_size=1).digest()
-    return digest[0] % 4 > 0
+# ---- Data files ----------------------------------------------------------------------------------
+
+
+def write_problems(folder: Path) -> None:
+    """Write FAMILY.jsonl: all problems of each family to train on or to measure on.
+
+    `heldout` and `test` have one problem for each set of numbers. Problems with equal numbers are
+    solved or missed together, so a second one in other words would not be an independent
+    measurement.
+    """
+    for family in FAMILIES:
+        lines = []
+        for split in ("train", "heldout", "test"):
+            size = NUM_TRAIN if split == "train" else len(numbers_of(family, split))
+            for index in range(size):
+                puzzle = make_puzzle(family, split, index)
+                row = {"id": puzzle.id, "split": split, "question": puzzle.question}
+                row |= {"answer": puzzle.answer, "subject": puzzle.story, "level": puzzle.n}
+                lines.append(json.dumps(row) + "\n")
+        (folder / f"{family}.jsonl").write_text("".join(lines))
