@@ -32,7 +32,6 @@ from support.flags import InputError, Parser, add_overwrite_argument, cli, posit
 from support.progress import Progress
 from support.records import (
     append_jsonl,
-    finished_message,
     is_mine,
     only,
     open_to_append,
@@ -41,11 +40,12 @@ from support.records import (
     read_records,
     shard_path,
 )
-from support.runs import file_fingerprint, open_run
+from support.runs import open_run
 from support.statistics import paired, wilson
 from tasks.grading import extract_answer
 from tasks.problems import Problem, check_same_problems, is_correct, load_problems, question_key
 from tree import Cost, Node, tree_fields
+from value import weights_fingerprint
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")
 
@@ -123,9 +123,7 @@ def scorer_fingerprint(method: Method, args) -> str | None:
     parts = []
     for name in method.scorers:
         if name in MODELS:
-            folder = model_folder(args, name)
-            weights = [folder / "head.safetensors", folder / "adapter/adapter_model.safetensors"]
-            name = f"{name}#{file_fingerprint(weights)[:8]}"
+            name = f"{name}#{weights_fingerprint(model_folder(args, name))[:8]}"
         parts.append(name)
     return " + ".join(parts) or None
 
@@ -375,7 +373,7 @@ def main(args) -> None:
         num_missing += len(problems) - len(present)
         records[method.name] = [record_of[problem_id] for problem_id in present]
     if num_missing > 0:
-        print(finished_message(num_missing, "answers"))
+        print(f"{num_missing} answers are left to other processes, or to this command, run again")
     else:
         write_report(methods, records, folder, args)
 

@@ -20,12 +20,18 @@ from llm.policy import (
     search_settings,
     with_journal,
 )
-from mas import MAS, counts_per_agent, load_graph
-from support.flags import Parser, add_overwrite_argument, add_run_arguments, cli, positive_int
+from mas import MAS, load_graph
+from support.flags import (
+    Parser,
+    add_overwrite_argument,
+    add_run_arguments,
+    cli,
+    counts_per_agent,
+    positive_int,
+)
 from support.progress import Progress
 from support.records import (
     append_jsonl,
-    finished_message,
     is_mine,
     only,
     open_to_append,
@@ -147,9 +153,9 @@ def main(args) -> None:
     trees = read_records(path, _without_texts)
     num_missing = sum(problem.id not in trees for problem in problems)
     if num_missing > 0:
-        print(finished_message(num_missing, "problems"))
+        print(f"{num_missing} problems are left to other processes, or to this command, run again")
     else:
-        print(describe_labels(list(trees.values()), mas))
+        report_labels(list(trees.values()), mas)
 
 
 def label_problems(
@@ -182,21 +188,22 @@ def _without_texts(record: dict) -> dict:
     return {"nodes": nodes}
 
 
-def describe_labels(trees: list[dict], mas: MAS) -> str:
-    """Show the labels per agent, from the records alone."""
+def report_labels(trees: list[dict], mas: MAS) -> None:
+    """Print the labels per agent, from the records alone."""
     from report.tables import labels_table, text_table
+    from report.warnings import label_warnings
 
-    num_mixed, leaves = 0, []
+    num_mixed, num_leaves, num_unanswered = 0, 0, 0
     for tree in trees:
-        leaves_of_tree = [node for node in tree["nodes"] if "reward" in node]
-        num_mixed += len({leaf["reward"] for leaf in leaves_of_tree}) == 2
-        leaves += leaves_of_tree
-    num_unanswered = sum(leaf["answer"] is None for leaf in leaves)
-    table = text_table(*labels_table(trees, [agent.name for agent in mas.agents]))
-    return (
-        f"{table}\n{len(trees)} trees, {num_mixed} of them with both right and wrong answers\n"
-        f"{num_unanswered} of {len(leaves)} final messages held no answer (graded wrong)"
-    )
+        leaves = [node for node in tree["nodes"] if "reward" in node]
+        num_mixed += len({leaf["reward"] for leaf in leaves}) == 2
+        num_leaves += len(leaves)
+        num_unanswered += sum(leaf["answer"] is None for leaf in leaves)
+    print(text_table(labels_table(trees, [agent.name for agent in mas.agents])))
+    print(f"{len(trees)} trees, {num_mixed} of them with both right and wrong answers")
+    print(f"{num_unanswered} of {num_leaves} final messages held no answer (graded wrong)")
+    for line in label_warnings(trees):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -389,38 +389,3 @@ def _make_agent(fields: dict) -> Agent:
     for key, value in fields.items():
         values[key] = tuple(value) if isinstance(value, list) else value
     return Agent(**values)
-
-
-# ---- One count per agent, from a flag ------------------------------------------------------------
-
-
-def counts_per_agent(mas: MAS, spec: str, flag: str) -> tuple[int, ...]:
-    """Read one count per agent.
-
-    Args:
-        spec: "3" for all agents, "1.8.1.1" in the order of the schedule, or
-            "Reader=1,Planner=8", in which agents that are not named get 1.
-        flag: where `spec` comes from, for the message of an error.
-
-    Raises:
-        InputError: if there is not one count of at least 1 for each agent.
-    """
-    names = [agent.name for agent in mas.agents]
-    count_of = {}
-    try:
-        if "=" in spec:
-            count_of = dict(pair.split("=") for pair in spec.split(","))
-            counts = [int(count_of.pop(name, 1)) for name in names]
-        else:
-            counts = [int(count) for count in spec.split(".")]
-    except ValueError:
-        counts = []
-    if len(counts) == 1:
-        counts *= len(names)
-    # What is left in `count_of` is not an agent.
-    if count_of or len(counts) != len(names) or min(counts) < 1:
-        raise InputError(
-            f"{flag} {spec}: give one whole number of at least 1, or one for each of "
-            f"{', '.join(names)}, as 1.8.1.1 or Planner=8,Solver=2"
-        )
-    return tuple(counts)

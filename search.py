@@ -26,8 +26,16 @@ from pathlib import Path
 
 from llm.decoding import uniforms
 from llm.policy import add_agent_arguments, add_tree_search_arguments, make_policy, with_journal
-from mas import MAS, State, counts_per_agent, load_graph
-from support.flags import InputError, Parser, add_run_arguments, cli, positive_int, unit_float
+from mas import MAS, State, load_graph
+from support.flags import (
+    InputError,
+    Parser,
+    add_run_arguments,
+    cli,
+    counts_per_agent,
+    positive_int,
+    unit_float,
+)
 from support.progress import Progress
 from support.runs import read_config
 from tasks.grading import extract_answer, same_answer
@@ -368,7 +376,8 @@ def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
             trained_for = read_config(folder)["settings"].get("target")
             if trained_for != target:
                 raise InputError(f"{folder}: trained with --target {trained_for}, not {target}")
-            model = ValueModel.load(folder, mas, device=args.device, dtype=args.dtype)
+            options = {"device": args.device, "dtype": args.dtype, "must_be_finished": True}
+            model = ValueModel.load(folder, mas, **options)
             scorers[name] = ModelScorer(model, batch_tokens=args.batch_tokens)
     return scorers
 

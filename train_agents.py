@@ -28,13 +28,14 @@ from llm.adapters import AgentAdapters, add_lora_argument
 from llm.coach import Coach
 from llm.packing import message_logprobs
 from llm.policy import add_agent_arguments, make_policy
-from mas import MAS, counts_per_agent, load_graph
+from mas import MAS, load_graph
 from support.flags import (
     InputError,
     Parser,
     add_overwrite_argument,
     add_run_arguments,
     cli,
+    counts_per_agent,
     positive_float,
     positive_int,
 )

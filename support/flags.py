@@ -72,6 +72,37 @@ unit_float = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 
 positive_unit_float = _number(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
 
 
+def counts_per_agent(mas, spec: str, flag: str) -> tuple[int, ...]:
+    """Read one count per agent of a graph (mas.MAS).
+
+    Raises InputError if there is not one count of at least 1 for each agent.
+
+    Args:
+        spec: "3" for all agents, "1.8.1.1" in the order of the schedule, or
+            "Reader=1,Planner=8", in which agents that are not named get 1.
+        flag: where `spec` comes from, for the message of an error.
+    """
+    names = [agent.name for agent in mas.agents]
+    count_of = {}
+    try:
+        if "=" in spec:
+            count_of = dict(pair.split("=") for pair in spec.split(","))
+            counts = [int(count_of.pop(name, 1)) for name in names]
+        else:
+            counts = [int(count) for count in spec.split(".")]
+    except ValueError:
+        counts = []
+    if len(counts) == 1:
+        counts *= len(names)
+    # What is left in `count_of` is not an agent.
+    if count_of or len(counts) != len(names) or min(counts) < 1:
+        raise InputError(
+            f"{flag} {spec}: give one whole number of at least 1, or one for each of "
+            f"{', '.join(names)}, as 1.8.1.1 or Planner=8,Solver=2"
+        )
+    return tuple(counts)
+
+
 def add_run_arguments(parser: Parser) -> None:
     """Add the flags that every stage has."""
     import torch  # imported late: mas.py and tasks/ import this file and need no torch

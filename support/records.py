@@ -32,14 +32,6 @@ def read_jsonl(path: Path) -> list[dict]:
     return [record for record, _ in _parse_lines(path, only_finished=False)]
 
 
-def read_finished_lines(path: Path) -> list[dict]:
-    """Read a file that another process may be writing, or was writing when it was killed.
-
-    A last line without its end is ignored. A missing file has no lines.
-    """
-    return [record for record, _ in _parse_lines(path, only_finished=True)]
-
-
 def _parse_lines(path: Path, *, only_finished: bool) -> Iterator[tuple[dict, int]]:
     """Yield each record, an object, and the place of its first byte."""
     start = 0
@@ -111,15 +103,6 @@ def write_line(file: BinaryIO, index: int, record: dict) -> None:
 def process_rank() -> tuple[int, int]:
     """Return (rank, number of processes); (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def finished_message(num_missing: int, missing: str) -> str:
-    """Say that this process has finished and others have not. missing: "problems" or "answers"."""
-    rank, world_size = process_rank()
-    return (
-        f"process {rank} of {world_size} has finished; {num_missing} {missing} are left to the "
-        f"others (or to this command, run again)"
-    )
 
 
 def is_mine(problem_id: str) -> bool:
