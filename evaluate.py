@@ -32,13 +32,11 @@ from support.flags import InputError, Parser, add_overwrite_argument, cli, posit
 from support.progress import Progress
 from support.records import (
     append_jsonl,
-    is_mine,
     only,
-    open_to_append,
     process_rank,
     read_jsonl,
     read_records,
-    shard_path,
+    unfinished_problems,
 )
 from support.runs import open_run
 from support.statistics import paired, wilson
@@ -92,9 +90,8 @@ def evaluate_method(
     path = folder / f"{method.name}.jsonl"
     scorer = scorer_fingerprint(method, args)
     kept_trees = {problem.id for problem in problems[: args.num_trees]}
-    with open_to_append(shard_path(path)) as file:
-        # 1. See which records exist already.
-        records = read_records(path, only("question", "gold", "scorer"))
+    keep = only("question", "gold", "scorer")
+    with unfinished_problems(path, problems, keep) as (file, records, todo, done):
         check_same_problems(problems, records, path)
         for record in records.values():
             if record["scorer"] != scorer:
@@ -102,12 +99,8 @@ def evaluate_method(
                     f"{path} was made with the scorer {record['scorer']}, now it is {scorer}; "
                     f"choose another --run, or start over with --overwrite"
                 )
-        mine = [problem for problem in problems if is_mine(problem.id)]
-        todo = [problem for problem in mine if problem.id not in records]
-
-        # 2. Search for the other answers, one line per problem as it finishes.
-        done = len(mine) - len(todo)
-        with policy.progress.over(method.name, len(mine), unit="problems", done=done):
+        total = done + len(todo)
+        with policy.progress.over(method.name, total, unit="problems", done=done):
             for problem, leaf, cost in run_method(method, todo, policy, scorers, args):
                 record = answer_record(problem, leaf, cost, method, scorer, policy.mas)
                 if problem.id not in kept_trees:

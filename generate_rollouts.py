@@ -30,15 +30,7 @@ from support.flags import (
     positive_int,
 )
 from support.progress import Progress
-from support.records import (
-    append_jsonl,
-    is_mine,
-    only,
-    open_to_append,
-    process_rank,
-    read_records,
-    shard_path,
-)
+from support.records import append_jsonl, only, process_rank, read_records, unfinished_problems
 from support.runs import open_run, seeded
 from tasks.problems import (
     Problem,
@@ -138,13 +130,11 @@ def main(args) -> None:
 
     # 3. Label the problems that are not labelled yet, one line per tree.
     path = folder / "trees.jsonl"
-    with open_to_append(shard_path(path)) as file, with_journal(policy, args) as policy:
-        labelled = read_records(path, only("question", "gold"))
+    resumed = unfinished_problems(path, problems, only("question", "gold"))
+    with resumed as (file, labelled, todo, done), with_journal(policy, args) as policy:
         check_same_problems(problems, labelled, path)
-        mine = [problem for problem in problems if is_mine(problem.id)]
-        todo = [problem for problem in mine if problem.id not in labelled]
-        print(f"labelling {len(todo)} of {len(mine)} problems -> {shard_path(path)}")
-        with progress.over("trees", len(mine), unit="problems", done=len(mine) - len(todo)):
+        print(f"labelling {len(todo)} problems; {done} are finished already -> {path}")
+        with progress.over("trees", done + len(todo), unit="problems", done=done):
             for record in label_problems(todo, policy, num_candidates, args):
                 append_jsonl(file, record)
     print(progress.describe_messages())

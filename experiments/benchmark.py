@@ -34,12 +34,11 @@ from transformers import (
 import generate_rollouts
 from generate_rollouts import make_searches
 from llm.adapters import add_lora
-from llm.decoding import Decoder
+from llm.decoding import Decoder, message_key, sample_tokens
 from llm.packing import pack, sequences_of
 from llm.policy import Policy, make_policy
-from llm.decoding import message_key, sample_tokens
 from mas import CHAIN
-from support.flags import counts_per_agent, ROOT, Parser, cli, positive_float, positive_int
+from support.flags import ROOT, Parser, cli, counts_per_agent, positive_float, positive_int
 from support.progress import SearchProgress, Work
 from tasks.problems import load_problems
 from train_value import peak_memory, training_loss

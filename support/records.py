@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -140,6 +141,22 @@ def read_records(
         for record, _ in _parse_lines(shard, only_finished=True):
             records[record["id"]] = keep(record)
     return dict(sorted(records.items()))
+
+
+@contextmanager
+def unfinished_problems(
+    path: Path, problems: list, keep: Callable[[dict], dict]
+) -> Iterator[tuple[BinaryIO, dict[str, dict], list, int]]:
+    """Find the problems of this process that have no record yet, inside a `with` block.
+
+    Yields the file to append their records to, the records of all processes (`read_records`), these
+    problems, and how many of this process have a record.
+    """
+    with open_to_append(shard_path(path)) as file:
+        records = read_records(path, keep)
+        mine = [problem for problem in problems if is_mine(problem.id)]
+        todo = [problem for problem in mine if problem.id not in records]
+        yield file, records, todo, len(mine) - len(todo)
 
 
 def only(*names: str) -> Callable[[dict], dict]:

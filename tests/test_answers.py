@@ -8,8 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.grading import MATH_VERIFY, MathVerify, canonical, is_comparable, same_answer
-from tasks.grading import RUNGS, Answer, extract_answer, last_box
+from tasks.grading import (
+    MATH_VERIFY,
+    RUNGS,
+    Answer,
+    MathVerify,
+    canonical,
+    extract_answer,
+    is_comparable,
+    last_box,
+    same_answer,
+)
 
 # ---- Reading an answer ---------------------------------------------------------------------------
 

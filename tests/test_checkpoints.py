@@ -27,7 +27,7 @@ from transformers.utils import chat_template_utils
 
 import generate_rollouts
 from llm.adapters import add_lora
-from llm.decoding import Decoder
+from llm.decoding import Decoder, message_key
 from llm.loading import (
     checkpoint_fingerprint,
     context_length,
@@ -37,7 +37,6 @@ from llm.loading import (
 )
 from llm.packing import pack
 from llm.policy import policy_settings
-from llm.decoding import message_key
 from mas import CHAIN, State
 from support.flags import InputError
 from tasks.problems import load_problems

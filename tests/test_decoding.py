@@ -10,8 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llm.decoding import CacheRows
-from llm.decoding import Decoder, MessageQueue
+from llm.decoding import CacheRows, Decoder, MessageQueue
 from tasks.problems import load_problems
 from tree import Sample, make_root
 

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from report.diagnosis import (
     Signature,
     agents_signatures,

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 from conftest import NoProgress, make_tiny_policy
+from llm.journal import Journal
 
 from generate_rollouts import parse_args
-from llm.journal import Journal
 from llm.policy import journal_of
 from mas import CHAIN, MAS
 from search import RandomScorer, make_handlers, parse_method

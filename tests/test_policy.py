@@ -18,9 +18,8 @@ from transformers import GenerationConfig
 import generate_rollouts
 from generate_rollouts import label_tree
 from llm import decoding
-from llm.decoding import MessageQueue
+from llm.decoding import MessageQueue, gumbel_noise, message_key
 from llm.policy import make_policy, policy_settings, search_settings
-from llm.decoding import gumbel_noise, message_key
 from mas import CHAIN
 from support.flags import InputError
 from support.runs import seeded

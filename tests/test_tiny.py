@@ -10,11 +10,11 @@ from itertools import combinations
 import pytest
 import torch
 from conftest import AGENTS
+from report.diagnosis import LostAnswer
 
 from experiments import blame as check_blame
 from experiments import make_tiny, problems
 from mas import CHAIN
-from report.diagnosis import LostAnswer
 from support.flags import InputError
 from support.runs import fingerprint
 from tasks.problems import question_key

@@ -36,9 +36,9 @@ import train_value
 import value
 from generate_rollouts import label_tree
 from llm.adapters import add_lora, lora_config
+from llm.decoding import uniforms
 from llm.loading import load_pretrained
 from llm.packing import collate, num_distinct_tokens, pack, packed_batches, sequences_of
-from llm.decoding import uniforms
 from mas import CHAIN, SINGLE, State
 from support.flags import HERE, InputError
 from support.progress import ignore
