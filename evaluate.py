@@ -28,16 +28,9 @@ from search import (
     path_to,
     run_method,
 )
-from support.flags import InputError, Parser, add_overwrite_argument, cli, positive_int
+from support.flags import InputError, cli, positive_int, stage_parser
 from support.progress import Progress
-from support.records import (
-    append_jsonl,
-    only,
-    process_rank,
-    read_jsonl,
-    read_records,
-    unfinished_problems,
-)
+from support.records import append_jsonl, only, process_rank, read_jsonl, read_records, unfinished
 from support.runs import open_run
 from support.statistics import paired, wilson
 from tasks.grading import extract_answer
@@ -91,7 +84,7 @@ def evaluate_method(
     scorer = scorer_fingerprint(method, args)
     kept_trees = {problem.id for problem in problems[: args.num_trees]}
     keep = only("question", "gold", "scorer")
-    with unfinished_problems(path, problems, keep) as (file, records, todo, done):
+    with unfinished(path, problems, keep) as (file, records, todo, done):
         check_same_problems(problems, records, path)
         for record in records.values():
             if record["scorer"] != scorer:
@@ -303,7 +296,7 @@ DEFAULT_METHODS += ["mcts-8x1.8.1.1-value", "mcts-8x1.8.1.1-policy", "mcts-8x1.8
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = stage_parser(__doc__, writes=True)
     add_search_arguments(parser)
     parser.add_argument(
         "--methods",
@@ -325,7 +318,6 @@ def parse_args(argv=None):
     parser.add_argument("--curves", default=None, help="with --compare: PNG of stage 5's learning")
     parser.add_argument("--num-problems", type=positive_int, default=178, help="`tiny` has 178")
     parser.add_argument("--num-trees", type=int, default=178, help="problems to keep the trees of")
-    add_overwrite_argument(parser)
     return parser.parse_args(argv)
 
 

@@ -12,30 +12,15 @@ import random
 from collections.abc import Generator
 from pathlib import Path
 
-from llm.policy import (
-    Policy,
-    add_agent_arguments,
-    add_tree_search_arguments,
-    make_policy,
-    search_settings,
-    with_journal,
-)
+from llm.policy import Policy, add_tree_search_arguments, make_policy, search_settings, with_journal
 from mas import MAS, load_graph
-from support.flags import (
-    Parser,
-    add_overwrite_argument,
-    add_run_arguments,
-    cli,
-    counts_per_agent,
-    positive_int,
-)
+from support.flags import cli, counts_per_agent, positive_int, stage_parser
 from support.progress import Progress
-from support.records import append_jsonl, only, process_rank, read_records, unfinished_problems
+from support.records import append_jsonl, only, process_rank, read_records, unfinished
 from support.runs import open_run, seeded
 from tasks.problems import (
     Problem,
     add_problem_arguments,
-    add_training_problems_arguments,
     check_same_problems,
     load_training_problems,
 )
@@ -100,16 +85,12 @@ def label_tree(
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    add_run_arguments(parser)
-    add_problem_arguments(parser)
-    add_training_problems_arguments(parser)
-    add_agent_arguments(parser)
+    parser = stage_parser(__doc__, writes=True)
+    add_problem_arguments(parser, training=True)
     add_tree_search_arguments(parser)
     parser.add_argument(
         "--num-simulations", type=positive_int, default=40, help="N, simulations per problem"
     )
-    add_overwrite_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -130,7 +111,7 @@ def main(args) -> None:
 
     # 3. Label the problems that are not labelled yet, one line per tree.
     path = folder / "trees.jsonl"
-    resumed = unfinished_problems(path, problems, only("question", "gold"))
+    resumed = unfinished(path, problems, only("question", "gold"))
     with resumed as (file, labelled, todo, done), with_journal(policy, args) as policy:
         check_same_problems(problems, labelled, path)
         print(f"labelling {len(todo)} problems; {done} are finished already -> {path}")

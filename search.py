@@ -25,15 +25,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from llm.decoding import uniforms
-from llm.policy import add_agent_arguments, add_tree_search_arguments, make_policy, with_journal
+from llm.policy import add_tree_search_arguments, make_policy, with_journal
 from mas import MAS, State, load_graph
 from support.flags import (
     InputError,
-    Parser,
-    add_run_arguments,
     cli,
     counts_per_agent,
     positive_int,
+    stage_parser,
     unit_float,
 )
 from support.progress import Progress
@@ -392,11 +391,9 @@ def run_method(method: Method, problems: list[Problem], policy, scorers: dict, a
     return run_searches(searches, handlers, max_active=args.max_active, progress=policy.progress)
 
 
-def add_search_arguments(parser: Parser) -> None:
+def add_search_arguments(parser) -> None:
     """Add the flags that search.py and evaluate.py share."""
-    add_run_arguments(parser)
-    add_problem_arguments(parser)
-    add_agent_arguments(parser)
+    add_problem_arguments(parser, training=False)
     add_tree_search_arguments(parser)
     parser.add_argument(
         "--lam", type=unit_float, default=0.0, help="lambda: weight of the ORM in a terminal value"
@@ -406,7 +403,7 @@ def add_search_arguments(parser: Parser) -> None:
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = stage_parser(__doc__, writes=False)
     add_search_arguments(parser)
     parser.add_argument("--method", default="mcts-8x3-value", help="see the top of search.py")
     parser.add_argument("--question", default=None, help="your own, instead of a test problem")

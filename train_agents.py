@@ -31,13 +31,11 @@ from llm.policy import add_agent_arguments, make_policy
 from mas import MAS, load_graph
 from support.flags import (
     InputError,
-    Parser,
-    add_overwrite_argument,
-    add_run_arguments,
     cli,
     counts_per_agent,
     positive_float,
     positive_int,
+    stage_parser,
 )
 from support.progress import Progress
 from support.records import open_to_append, read_jsonl, write_line
@@ -46,7 +44,6 @@ from support.statistics import agent_measures, by_agent, mean_by_agent, mean_of_
 from tasks.problems import (
     Problem,
     add_problem_arguments,
-    add_training_problems_arguments,
     load_training_problems,
     save_problems,
     source,
@@ -398,10 +395,8 @@ class Learner:
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    add_run_arguments(parser)
-    add_problem_arguments(parser)
-    add_training_problems_arguments(parser)
+    parser = stage_parser(__doc__, writes=True)
+    add_problem_arguments(parser, training=True)
     add_agent_arguments(parser)
     # The policy that is trained gives every token its own probability.
     parser.set_defaults(top_k=0, top_p=1.0, quantize_policy=False)
@@ -422,7 +417,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--policy-lr", type=positive_float, default=1e-3, help="learning rate; real models: 1e-5"
     )
-    add_overwrite_argument(parser)
     return parser.parse_args(argv)
 
 

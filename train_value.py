@@ -33,16 +33,7 @@ from llm.adapters import add_lora, add_lora_argument
 from llm.loading import checkpoint_setting, resolve_dtype
 from llm.packing import Batch, PackedRow, pack, sequences_of, token_batches
 from mas import MAS, State
-from support.flags import (
-    TINY_AGENTS,
-    InputError,
-    Parser,
-    add_overwrite_argument,
-    add_run_arguments,
-    cli,
-    positive_float,
-    positive_int,
-)
+from support.flags import TINY_AGENTS, InputError, cli, positive_float, positive_int, stage_parser
 from support.progress import Progress
 from support.records import append_jsonl, open_to_append, read_jsonl, read_records, write_line
 from support.runs import (
@@ -285,8 +276,7 @@ def train(
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    add_run_arguments(parser)
+    parser = stage_parser(__doc__, writes=True)
     parser.add_argument("--rollouts", help="folder of the labels (default: RUN/rollouts)")
     parser.add_argument(
         "--heldout-rollouts", help="folder of the held-out labels (default: as --rollouts)"
@@ -323,7 +313,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--huber-delta", type=positive_float, default=1.0, help="error where it becomes linear"
     )
-    add_overwrite_argument(parser)
     return parser.parse_args(argv)
 
 

@@ -423,7 +423,8 @@ def add_agent_arguments(parser: Parser) -> None:
 
 
 def add_tree_search_arguments(parser: Parser) -> None:
-    """Add the further flags of the stages that search a tree and keep a journal: 1, 3 and 4."""
+    """Add the flags of the stages that search a tree and keep a journal: 1, 3 and 4."""
+    add_agent_arguments(parser)
     add = parser.add_argument
     add("--quantize-policy", action="store_true", help="NF4 weights for the agents")
     add("--top-k", type=non_negative_int, default=0, help="only the k likeliest tokens; 0: all")

@@ -103,44 +103,45 @@ def counts_per_agent(mas, spec: str, flag: str) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def add_run_arguments(parser: Parser) -> None:
-    """Add the flags that every stage has."""
+def stage_parser(doc: str, *, writes: bool) -> Parser:
+    """Return a parser with the flags that every stage has.
+
+    Args:
+        doc: see `Parser`.
+        writes: whether the stage writes results into the run folder, which --overwrite deletes.
+    """
     import torch  # imported late: mas.py and tasks/ import this file and need no torch
 
     default_device = "cpu"
     if torch.cuda.is_available():
         default_device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process
-    parser.add_argument("--run", default="runs/tiny", help="run folder")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
-    parser.add_argument("--device", default=default_device, help="cpu, cuda or cuda:N")
-    parser.add_argument(
+    parser = Parser(doc)
+    add = parser.add_argument
+    add("--run", default="runs/tiny", help="run folder")
+    add("--seed", type=int, default=0, help="seed of everything that is random")
+    add("--device", default=default_device, help="cpu, cuda or cuda:N")
+    add(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU",
     )
-    parser.add_argument(
+    add(
         "--num-threads",
         type=positive_int,
         default=_default_num_threads(),
         help="torch threads on the CPU; more than 2 do not help tiny models, and scripts that run "
         "at the same time are several times slower if they have more threads than cores",
     )
-    parser.add_argument(
+    add(
         "--batch-tokens",
         type=positive_int,
         default=131072,
         help="size of one batch that is generated or scored: rows x tokens of the longest",
     )
-
-
-def add_overwrite_argument(parser: Parser) -> None:
-    """Add the flag of the scripts that write to the run folder."""
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="delete this stage's results and start over",
-    )
+    if writes:
+        add("--overwrite", action="store_true", help="delete this stage's results and start over")
+    return parser
 
 
 def _default_num_threads() -> int:

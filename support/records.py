@@ -144,7 +144,7 @@ def read_records(
 
 
 @contextmanager
-def unfinished_problems(
+def unfinished(
     path: Path, problems: list, keep: Callable[[dict], dict]
 ) -> Iterator[tuple[BinaryIO, dict[str, dict], list, int]]:
     """Find the problems of this process that have no record yet, inside a `with` block.

@@ -124,8 +124,8 @@ def source(task: str, data: str | None) -> dict:
 # ---- Loading problems ----------------------------------------------------------------------------
 
 
-def add_problem_arguments(parser: Parser) -> None:
-    """Add the flags that choose a task and its data."""
+def add_problem_arguments(parser: Parser, *, training: bool) -> None:
+    """Add the flags that choose the problems. training: see `load_training_problems`."""
     names = f"{', '.join(EMBEDDED)} (embedded), or {', '.join(TASKS)}"
     parser.add_argument("--task", default="tiny", help=names)
     parser.add_argument(
@@ -134,13 +134,14 @@ def add_problem_arguments(parser: Parser) -> None:
         help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`; "
         "graded as --task, or by the narrowest answer type that fits if that is embedded",
     )
-
-
-def add_training_problems_arguments(parser: Parser) -> None:
-    """Add the flags of the scripts that use training problems (`load_training_problems`)."""
-    parser.add_argument("--num-train", type=positive_int, default=300, help="training problems")
-    help_heldout = "held-out problems, to measure V and the agents on; 45 is all that `tiny` has"
-    parser.add_argument("--num-heldout", type=positive_int, default=45, help=help_heldout)
+    if training:
+        parser.add_argument("--num-train", type=positive_int, default=300, help="training problems")
+        parser.add_argument(
+            "--num-heldout",
+            type=positive_int,
+            default=45,
+            help="held-out problems, to measure V and the agents on; `tiny` has 45",
+        )
 
 
 def load_training_problems(args) -> list[Problem]:
