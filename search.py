@@ -27,14 +27,7 @@ from pathlib import Path
 from llm.decoding import uniforms
 from llm.policy import add_tree_search_arguments, make_policy, with_journal
 from mas import MAS, State, load_graph
-from support.flags import (
-    InputError,
-    cli,
-    counts_per_agent,
-    positive_int,
-    stage_parser,
-    unit_float,
-)
+from support.flags import InputError, cli, counts_per_agent, positive_int, stage_parser, unit_float
 from support.progress import Progress
 from support.runs import read_config
 from tasks.grading import extract_answer, same_answer

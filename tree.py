@@ -350,7 +350,6 @@ class Edge:
     """
 
     problem_id: str
-    split: str
     node: int
     parent: int
     agent: str
@@ -394,7 +393,6 @@ def tree_paths(record: dict, mas: MAS, target: str) -> list[list[Edge]]:
             if y is not None:
                 edge = Edge(
                     problem_id=record["id"],
-                    split=record["split"],
                     node=index,
                     parent=node["parent"],
                     agent=node["agent"],

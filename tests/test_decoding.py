@@ -4,11 +4,7 @@ import pytest
 import torch
 from conftest import PROMPT, VOCABULARY, keys_of, make_decoder
 from scipy.stats import chisquare
-from transformers import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llm.decoding import CacheRows, Decoder, MessageQueue
 from tasks.problems import load_problems
