@@ -323,7 +323,7 @@ def parse_args(argv=None):
 
 def main(args) -> None:
     if args.compare:
-        from report.compare import compare_runs, read_groups, write_curves
+        from experiments.compare import compare_runs, read_groups, write_curves
 
         groups = read_groups(args.compare)
         print(compare_runs(groups))

@@ -10,8 +10,7 @@ itself speaks.
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 # Set before peft is imported. bitsandbytes announces a kernel that it does without, and peft uses
@@ -21,7 +20,6 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -56,7 +54,7 @@ class AgentAdapters:
     """The adapters of the agents, on the model that they share.
 
     A forward of the model uses one adapter, so messages of agents with different adapters are
-    sampled and read in different batches (`name_for`, `merged`, `use`).
+    sampled and read in different batches (`name_for`, `use`).
 
     Attributes:
         sharing: "shared", one adapter for all agents, or "per-agent", one for each.
@@ -121,31 +119,6 @@ class AgentAdapters:
         """Activate the adapter of this agent."""
         if self.model.active_adapter != self.name_for(agent):
             self.model.set_adapter(self.name_for(agent))
-
-    @contextmanager
-    def merged(self, agent: str) -> Iterator[None]:
-        """Merge the adapter of this agent into the weights of the base, inside a `with` block.
-
-        Decoding is faster without two further matrix products per layer. The original weights are
-        put back, so the base stays bit-identical. Only float32 weights are merged into: a small
-        change of a bfloat16 weight would be lost.
-        """
-        self.use(agent)
-        layers = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
-        weights = [layer.get_base_layer().weight for layer in layers]
-        originals = [weight.data for weight in weights]
-        if any(weight.dtype != torch.float32 for weight in weights):
-            yield
-            return
-        try:
-            for layer, weight in zip(layers, weights, strict=True):
-                change = layer.get_delta_weight(self.name_for(agent)).detach()
-                weight.data = weight.data + change
-            with self.off():
-                yield
-        finally:
-            for weight, original in zip(weights, originals, strict=True):
-                weight.data = original
 
     def off(self) -> AbstractContextManager:
         """Deactivate all adapters in a `with` block: the base speaks, the reference policy."""

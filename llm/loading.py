@@ -38,7 +38,11 @@ def load_pretrained(
     """
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
-    _check_there_is(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--device {device}: it cannot be used ({reason})") from None
     compute_dtype = getattr(torch, resolve_dtype(dtype, device))
     options = {"dtype": compute_dtype, "output_loading_info": True}
     if quantize:
@@ -82,17 +86,6 @@ def load_pretrained(
     else:
         model = model.to(device)
     return model, tokenizer
-
-
-def _check_there_is(device: str) -> None:
-    """Raise InputError if `device` is none, or a GPU that torch does not see."""
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device}: it is none of cpu, cuda and cuda:N") from None
-    num_gpus = torch.cuda.device_count()
-    if wanted.type == "cuda" and (wanted.index or 0) >= num_gpus:
-        raise InputError(f"--device {device}: torch sees {num_gpus} GPUs here; give another one")
 
 
 def _keep_weights_unpacked(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -314,16 +314,14 @@ class Policy:
 
         Running out of memory halves batch_tokens. Raises InputError if this cannot help.
         """
-        adapted = nullcontext() if self.adapters is None else self.adapters.merged(jobs[0].agent)
-        with adapted:
-            while jobs:
-                try:
-                    self._decode(jobs)
-                except torch.OutOfMemoryError:
-                    jobs = [job for job in jobs if job.missing()]
-                    self._halve_batch_tokens(jobs)
-                else:
-                    return
+        if self.adapters is not None:
+            self.adapters.use(jobs[0].agent)
+        while jobs:
+            try:
+                self._decode(jobs)
+            except torch.OutOfMemoryError:
+                self._halve_batch_tokens([job for job in jobs if job.missing()])
+            jobs = [job for job in jobs if job.missing()]
 
     def _decode(self, jobs: list[PromptJob]) -> None:
         """Decode the missing messages; write each down when it has ended."""

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 30.0
-
 
 class Progress:
     """Counts messages and tokens of a whole script, and shows them beside what is finished.
@@ -22,9 +20,7 @@ class Progress:
     """
 
     def __init__(self, *, shown: bool):
-        on_terminal = sys.stderr.isatty()
-        self.bar_shown = shown and on_terminal
-        self.lines_shown = shown and not on_terminal
+        self.shown = shown
         self.num_generated = 0
         self.num_recalled = 0
         self.num_tokens = 0
@@ -36,55 +32,39 @@ class Progress:
 
         done: how many an earlier run has finished.
         """
-        self.start = self.last_line = time.perf_counter()
-        self.tokens_before = self.num_tokens
-        self.description, self.total, self.unit = description, total, unit
-        self.finished = done
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            desc=description,
-            unit=f" {unit}",
-            disable=not self.bar_shown,
-            smoothing=0,  # average speed since the start
-            dynamic_ncols=True,
-        )
+        style = {"dynamic_ncols": True, "smoothing": 0, "unit": f" {unit}"}
+        if not sys.stderr.isatty():
+            line = f"{{desc}}: {{n_fmt}}/{{total_fmt}} {unit} in {{elapsed}}{{postfix}}\n"
+            style = {"mininterval": 30, "bar_format": line}
+        self.start, self.tokens_before = time.perf_counter(), self.num_tokens
+        hidden = not self.shown
+        self.bar = tqdm(desc=description, total=total, initial=done, disable=hidden, **style)
+        self.bar.miniters = 0  # tqdm would wait for more units than finish in half a minute
         with self.bar:
             yield
         self.bar = None
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Count units as finished. note: shown in place of messages and tokens."""
-        if self.bar is not None:
-            self.finished += amount
-            self.bar.update(amount)
-            self._show(note)
+        if self.bar is None:
+            return
+        if not note:
+            num_messages = self.num_generated + self.num_recalled
+            seconds = time.perf_counter() - self.start
+            tokens_per_second = (self.num_tokens - self.tokens_before) / max(seconds, 1e-9)
+            note = f"{num_messages:,} messages, {tokens_per_second:.0f} tokens/s"
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(amount)
 
     def message_generated(self, num_tokens: int) -> None:
         self.num_generated += 1
         self.num_tokens += num_tokens
-        self._show()
+        self.advance(0)
 
     def message_recalled(self) -> None:
         self.num_recalled += 1
-        self._show()
+        self.advance(0)
 
     def describe_messages(self) -> str:
         generated, recalled = f"{self.num_generated:,}", f"{self.num_recalled:,}"
         return f"{generated} messages generated, {recalled} from the journal"
-
-    def _show(self, note: str = "") -> None:
-        if self.bar is None:
-            return
-        now = time.perf_counter()
-        elapsed = now - self.start
-        if not note:
-            num_messages = self.num_generated + self.num_recalled
-            tokens_per_second = (self.num_tokens - self.tokens_before) / max(elapsed, 1e-9)
-            note = f"{num_messages:,} messages, {tokens_per_second:.0f} tokens/s"
-        self.bar.set_postfix_str(note, refresh=False)
-        if self.lines_shown and now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            share = f"{self.finished}/{self.total} {self.unit}"
-            line = f"{self.description}: {share} in {tqdm.format_interval(elapsed)}; {note}"
-            print(line, file=sys.stderr, flush=True)

@@ -9,12 +9,14 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from report.pictures import plot_training
 from report.tables import markdown_table, percent_text, training_table, value_table
-from support import statistics
 from support.flags import InputError
 from support.records import read_jsonl, read_records, record_names
 from support.runs import read_config
+from support.statistics import NUM_RESAMPLES, QUANTILES, paired, wilson
 
 
 def read_groups(texts: list[str]) -> dict[str, list[Path]]:
@@ -81,9 +83,9 @@ def _compare_answers(groups: dict[str, list[Path]], methods: list[str]) -> list[
         answers = _read_answers([(runs, method) for runs in groups.values()])
         first, _ = answers[0]
         for name, (verdicts, calls) in zip(groups, answers, strict=True):
-            em = statistics.seeds_and_problems(verdicts)
+            em = seeds_and_problems(verdicts)
             row = [method, name, str(len(verdicts[0])), percent_text("mean", em, form=".1f")]
-            result = statistics.seeds_and_problems_difference(verdicts, first)
+            result = seeds_and_problems_difference(verdicts, first)
             difference = percent_text("difference", result, form="+.1f")
             row += [f"{calls:.1f}", "" if verdicts is first else difference]
             deviation = "-" if em["deviation"] is None else f"{100 * em['deviation']:.1f}"
@@ -100,7 +102,7 @@ def _compare_methods(runs: list[Path], methods: list[str]) -> list[list[str]]:
         if pair["method"] in methods and pair["against"] in methods:
             answers = _read_answers([(runs, pair["method"]), (runs, pair["against"])])
             [(verdicts, _), (verdicts_against, _)] = answers
-            result = statistics.within_runs_difference(verdicts, verdicts_against)
+            result = within_runs_difference(verdicts, verdicts_against)
             difference = percent_text("difference", result, form="+.1f")
             table.append([pair["method"], f"{pair['why']}: {pair['against']}", difference])
     return table
@@ -127,3 +129,66 @@ def _read_answers(pairs: list[tuple[list[Path], str]]) -> list[tuple[list[list[b
         calls = fmean(of_run[name]["agent_calls"] for of_run in of_runs for name in ids)
         answers.append((verdicts, calls))
     return answers
+
+
+# ---- Several runs of one kind: training seeds ----------------------------------------------------
+# Verdicts of a kind of run say whether each run is right on each problem: [runs][problems].
+
+
+def seeds_and_problems(verdicts: list[list[bool]]) -> dict:
+    """Return the mean exact match of runs that differ in their seed, with its interval.
+
+    Runs and problems are both resampled. One run has the interval of `wilson`. deviation: standard
+    deviation of the exact match over the runs alone; None if there is one.
+    """
+    right = np.asarray(verdicts, dtype=float)
+    one_run = wilson(int(right[0].sum()), right.shape[1])
+    low, high = _resampled_interval([right], one_run)
+    deviation = float(right.mean(1).std(ddof=1)) if len(right) > 1 else None
+    return {"mean": float(right.mean()), "low": low, "high": high, "deviation": deviation}
+
+
+def seeds_and_problems_difference(a: list[list[bool]], b: list[list[bool]]) -> dict:
+    """Compare two kinds of runs on the same problems: the mean of a minus that of b, its interval.
+
+    The problems are resampled together, the runs of a and of b each on their own. The noise of
+    training is left out for a kind with a single run. One run against one is `paired`.
+    """
+    return _difference(a, b, [np.asarray(a, dtype=float), -np.asarray(b, dtype=float)])
+
+
+def within_runs_difference(a: list[list[bool]], b: list[list[bool]]) -> dict:
+    """Compare two methods in the same runs, on the same problems: the mean of a minus that of b.
+
+    Runs and problems are both resampled, together for a and b. A single run is `paired`.
+    """
+    return _difference(a, b, [np.asarray(a, dtype=float) - np.asarray(b, dtype=float)])
+
+
+def _difference(a: list[list[bool]], b: list[list[bool]], summands: list[np.ndarray]) -> dict:
+    one_run = paired(a[0], b[0])
+    if len(a) == len(b) == 1:
+        return one_run
+    low, high = _resampled_interval(summands, (one_run["low"], one_run["high"]))
+    return {"difference": float(np.mean(a) - np.mean(b)), "low": low, "high": high}
+
+
+def _resampled_interval(summands: list[np.ndarray], of_one_run: tuple) -> tuple[float, float]:
+    """Return the interval of the sum of the means of `summands`, each [runs, problems].
+
+    Of S runs, S - 1 are drawn: drawing S of so few would make the interval too narrow, as the
+    variance of S draws is (S - 1) / S of what it should be. If no resample differs, nothing is
+    certain still: the interval is then that of one run.
+    """
+    if max(len(summand) for summand in summands) == 1:
+        return of_one_run
+    rng = np.random.default_rng(0)
+    n = summands[0].shape[1]
+    problems = rng.multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES) / n
+    means = np.zeros(NUM_RESAMPLES)
+    for summand in summands:
+        num_runs, num_drawn = len(summand), max(1, len(summand) - 1)
+        runs = rng.multinomial(num_drawn, np.full(num_runs, 1 / num_runs), size=NUM_RESAMPLES)
+        means += np.einsum("kr,rp,kp->k", runs / num_drawn, summand, problems)
+    low, high = np.quantile(means, QUANTILES).tolist()
+    return (low, high) if high - low > 1e-9 else of_one_run  # less is rounding
