@@ -362,8 +362,10 @@ def load_graph(name: str) -> MAS:
     except (OSError, ValueError) as error:
         raise InputError(f"--graph {name}: cannot be read as TOML in UTF-8 ({error})") from None
     tables = table.get("agents")
-    if not isinstance(tables, list) or table.keys() - {"name", "agents"}:
-        raise InputError(f"--graph {name}: give a name and [[agents]] tables, and nothing else")
+    unknown = sorted(table.keys() - {"name", "agents"})
+    if not isinstance(tables, list) or unknown:
+        problem = f"unknown key {unknown[0]}" if unknown else "no [[agents]] tables"
+        raise InputError(f"--graph {name}: {problem}; a graph has a name and [[agents]] tables")
     agents = []
     for number, fields in enumerate(tables, 1):
         _check_agent(fields, f"--graph {name}, agent {number}")

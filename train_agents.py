@@ -26,7 +26,6 @@ from torch import nn
 
 from llm.adapters import AgentAdapters, add_lora_argument
 from llm.coach import Coach
-from llm.packing import message_logprobs
 from llm.policy import add_agent_arguments, make_policy
 from mas import MAS, load_graph
 from support.flags import (
@@ -228,7 +227,7 @@ class Learner:
             adapters = AgentAdapters.add(model, mas, sharing=args.adapters, rank=args.lora_rank)
             self.policy = replace(self.policy, adapters=adapters)
         self.adapters = self.policy.adapters
-        self.read = partial(message_logprobs, self.policy, batch_tokens=TRAIN_BATCH_TOKENS)
+        self.read = partial(self.policy.message_logprobs, batch_tokens=TRAIN_BATCH_TOKENS)
         self.parameters = list(self.adapters.parameters().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.policy_lr, weight_decay=0.0)
         self.value_model = None  # rewards that do not need V do without its reading

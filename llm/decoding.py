@@ -178,7 +178,7 @@ def _logits_of_blocks(logits: torch.Tensor, block_size: int) -> torch.Tensor:
 
 # ---- The key-value cache -------------------------------------------------------------------------
 
-# Ended messages are removed once this share of the rows is left: copying costs a few steps.
+# At this share of live rows, ended ones are removed and prompts added: a copy costs a few steps.
 SHARE_WORTH_KEEPING = 0.8
 
 

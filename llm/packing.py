@@ -6,10 +6,10 @@ token's position is its depth in this tree, and the mask lets it see its own pat
 absolute or rotary positions then computes the same hidden states as for each sequence alone.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -88,17 +88,18 @@ def row_width(config) -> int:
     return MAX_WIDTH
 
 
-# A narrower row reads shared tokens too often, a wider one attends to too many columns that are
-# masked. Of 3 to 6, each is within 7 % of the fastest, for the tiny agents and for a shape of 0.5B.
-WIDTH_PER_SHARED_TOKEN = 4
+# The work on a token apart from attention, in columns attended to, for the tiny agents. A row of m
+# sequences that share s tokens and add n each costs TOKEN_COST * (s / m + n) + (s + m n)^2 / m per
+# sequence, which is least at m n = sqrt(s * (s + TOKEN_COST)).
+TOKEN_COST = 832
 
 
 def pack(sequences: list[list[int]], *, indices: Iterable[int], max_width: int) -> list[PackedRow]:
     """Distribute sequences over rows, so that reading them costs little.
 
     Sequences are taken in the lexicographic order of their token ids, in which each one shares its
-    longest prefix with the one before or after it. A sequence joins the current row unless the row
-    would be wider than WIDTH_PER_SHARED_TOKEN times what the sequence shares with the one before.
+    longest prefix with the one before or after it. A sequence joins the current row unless that
+    would become wider than pays for what it shares with the one before (TOKEN_COST).
 
     indices: of the sequences to pack. max_width: no row is wider, unless a single sequence is.
     """
@@ -107,7 +108,7 @@ def pack(sequences: list[list[int]], *, indices: Iterable[int], max_width: int) 
     for index in sorted(indices, key=sequences.__getitem__):
         sequence = sequences[index]
         shared = shared_prefix(previous, sequence)
-        limit = min(max_width, WIDTH_PER_SHARED_TOKEN * shared)
+        limit = min(max_width, shared + math.sqrt(shared * (shared + TOKEN_COST)))
         if not rows or rows[-1].width + len(sequence) - shared > limit:
             rows.append(PackedRow())
             shared = 0
@@ -187,47 +188,3 @@ def row_mask(row: PackedRow, width: int) -> np.ndarray:
             sees[start:end] = sees[parent]
         sees[start:end, start:end] = np.tri(end - start, dtype=bool)
     return sees
-
-
-# ---- Reading messages ----------------------------------------------------------------------------
-
-
-def message_logprobs(
-    policy, messages: list, *, batch_tokens: int
-) -> Iterator[list[tuple[Any, torch.Tensor]]]:
-    """Yield messages in packed batches, each with log pi of its tokens: float32 [tokens].
-
-    A prompt that several messages answer is read once. A batch has messages of one adapter.
-
-    Args:
-        policy: the agents (llm.policy.Policy), with adapters; pi is the softmax of logits /
-            temperature.
-        messages: whatever has `agent`, `prompt_ids` and `token_ids`.
-        batch_tokens: see `packed_batches`.
-    """
-    adapters, model = policy.adapters, policy.adapters.model
-    for name in adapters.names:
-        own = [message for message in messages if adapters.name_for(message.agent) == name]
-        sequences = [message.prompt_ids + message.token_ids for message in own]
-        width = row_width(model.config)
-        for batch in packed_batches(
-            sequences, batch_tokens, indices=range(len(own)), max_width=width
-        ):
-            # 1. A token is predicted at the column before its own. Other logits take memory.
-            places = []
-            for index, (row, columns) in sequence_columns(batch).items():
-                places.append((own[index], row, columns[len(own[index].prompt_ids) - 1 : -1]))
-            kept = sorted({column for _, _, columns in places for column in columns})
-            position = {column: index for index, column in enumerate(kept)}
-
-            # 2. Read, and look up each token.
-            adapters.use(own[0].agent)
-            inputs = collate(batch, policy.decoder.pad_id, model.device)
-            inputs["logits_to_keep"] = torch.tensor(kept, device=model.device)
-            logits = model(**inputs).logits.float()  # [packed rows, kept, vocabulary]
-            logprobs = (logits / policy.settings["temperature"]).log_softmax(-1)
-            read = []
-            for message, row, columns in places:
-                positions = [position[column] for column in columns]
-                read.append((message, logprobs[row, positions, list(message.token_ids)]))
-            yield read

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -33,6 +34,7 @@ from llm.loading import (
     load_pretrained,
     resolve_dtype,
 )
+from llm.packing import collate, packed_batches, row_width, sequence_columns
 from mas import GRAPHS, MAS, State
 from support.flags import (
     TINY_AGENTS,
@@ -392,6 +394,45 @@ class Policy:
         entry |= {"agent": job.agent} | job.candidates[index]._asdict()
         del entry["token_ids"]  # only stage 5 needs them, and it has no journal
         self.journal.add(job.key(index), entry | {"seconds": job.seconds[index]})
+
+    # -- Reading messages, for stage 5 --
+
+    def message_logprobs(
+        self, messages: list, *, batch_tokens: int
+    ) -> Iterator[list[tuple[Any, torch.Tensor]]]:
+        """Yield messages in packed batches, each with log pi of its tokens: float32 [tokens].
+
+        pi is the softmax of logits / temperature. A prompt that several messages answer is read
+        once. A batch has messages of one adapter.
+
+        Args:
+            messages: whatever has `agent`, `prompt_ids` and `token_ids`.
+            batch_tokens: see `packed_batches`.
+        """
+        adapters, model = self.adapters, self.adapters.model
+        options = {"batch_tokens": batch_tokens, "max_width": row_width(model.config)}
+        for name in adapters.names:
+            own = [message for message in messages if adapters.name_for(message.agent) == name]
+            sequences = [message.prompt_ids + message.token_ids for message in own]
+            for batch in packed_batches(sequences, indices=range(len(own)), **options):
+                # 1. A token is predicted at the column before its own. Other logits take memory.
+                places = []
+                for index, (row, columns) in sequence_columns(batch).items():
+                    places.append((own[index], row, columns[len(own[index].prompt_ids) - 1 : -1]))
+                kept = sorted({column for _, _, columns in places for column in columns})
+                position = {column: index for index, column in enumerate(kept)}
+
+                # 2. Read, and look up each token.
+                adapters.use(own[0].agent)
+                inputs = collate(batch, self.decoder.pad_id, model.device)
+                inputs["logits_to_keep"] = torch.tensor(kept, device=model.device)
+                logits = model(**inputs).logits.float()  # [packed rows, kept, vocabulary]
+                logprobs = (logits / self.settings["temperature"]).log_softmax(-1)
+                read = []
+                for message, row, columns in places:
+                    positions = [position[column] for column in columns]
+                    read.append((message, logprobs[row, positions, list(message.token_ids)]))
+                yield read
 
 
 # ---- Flags ---------------------------------------------------------------------------------------

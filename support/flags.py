@@ -86,8 +86,10 @@ def counts_per_agent(mas, spec: str, flag: str) -> tuple[int, ...]:
     count_of = {}
     try:
         if "=" in spec:
-            count_of = dict(pair.split("=") for pair in spec.split(","))
-            counts = [int(count_of.pop(name, 1)) for name in names]
+            for pair in spec.split(","):
+                name, count = pair.split("=")
+                count_of[name] = int(count) if name not in count_of else 0  # named twice
+            counts = [count_of.pop(name, 1) for name in names]
         else:
             counts = [int(count) for count in spec.split(".")]
     except ValueError:

@@ -17,6 +17,7 @@ class Progress:
     Attributes:
         num_generated, num_recalled: messages so far, by the model and from the journal.
         num_tokens: generated so far.
+        finished: units of the newest bar.
     """
 
     def __init__(self, *, shown: bool):
@@ -24,6 +25,7 @@ class Progress:
         self.num_generated = 0
         self.num_recalled = 0
         self.num_tokens = 0
+        self.finished = 0
         self.bar: tqdm | None = None
 
     @contextmanager
@@ -37,6 +39,7 @@ class Progress:
             line = f"{{desc}}: {{n_fmt}}/{{total_fmt}} {unit} in {{elapsed}}{{postfix}}\n"
             style = {"mininterval": 30, "bar_format": line}
         self.start, self.tokens_before = time.perf_counter(), self.num_tokens
+        self.finished = done
         hidden = not self.shown
         self.bar = tqdm(desc=description, total=total, initial=done, disable=hidden, **style)
         self.bar.miniters = 0  # tqdm would wait for more units than finish in half a minute
@@ -46,6 +49,7 @@ class Progress:
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Count units as finished. note: shown in place of messages and tokens."""
+        self.finished += amount
         if self.bar is None:
             return
         if not note:

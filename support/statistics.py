@@ -8,11 +8,11 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import scipy.stats
 
-from tasks.problems import Problem
 from tree import Edge, Node
 
 NUM_RESAMPLES = 2000  # of a bootstrap
@@ -147,7 +147,7 @@ def mean_by_agent(number_of: dict[Node, float | None]) -> dict[str, float | None
 
 
 def agent_measures(
-    rollouts: dict[Node, Problem], outcomes: dict[Node, float | None]
+    rollouts: dict[Node, Any], outcomes: dict[Node, float | None]
 ) -> dict[str, dict]:
     """Return, per agent, how good its messages are, and how good V thinks they are.
 

@@ -1,230 +1,179 @@
-"""Tests of the house rules: imports, flags, the names in the documentation, and the sizes."""
+"""Tests of the house: imports, names in the documents, sizes, and the variants that are shown."""
 
-import ast
 import importlib
+import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import exit_code_of, start_in_fork
 
-import evaluate
-import generate_rollouts
-import search
-import train_agents
-import train_value
-from support.flags import HERE, Parser
+from support.flags import ROOT
 
-# Files import only upwards: from the files before them.
-ORDER = [
-    "runs",
-    "mas",
-    "answers",
-    "extraction",
-    "tasks",
-    "packing",
-    "sampling",
-    "cache",
-    "decoding",
-    "checkpoints",
-    "adapters",
-    "journal",
-    "policy",
-    "tables",
-    "pictures",
-    "diagnosis",
-    "report",
-    "generate_rollouts",
-    "value",
-    "metrics",
-    "compare",
-    "train_value",
-    "search",
-    "evaluate",
-    "rewards",
-    "train_agents",
-]
-DOCUMENTS = ["README.md", "RESULTS.md", "CONTRIBUTING.md"]
-FOLDERS = [HERE, HERE / "tests", HERE / "tiny"]
+SCRIPTS = ["generate_rollouts", "train_value", "search", "evaluate", "train_agents"]
+FILES_OF_ROOT = {"mas", "tree", "value", *SCRIPTS}
+FOLDERS = ["llm", "tasks", "report", "support"]
 
 
-def test_all_files_are_there_when_mutants_are_tested():
-    """mutmut copies the files that pyproject.toml names; the scripts import all of them."""
-    settings = (HERE / "pyproject.toml").read_text("utf-8").partition("[tool.mutmut]")[2]
-    copied = re.search(r"source_paths = \[(.*?)\]", settings, re.DOTALL)[1]
-    assert re.findall(r'"(\w+)\.py"', copied) == ORDER
+def files_of(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
-    also_copied = re.search(r"also_copy = \[(.*?)\]", settings, re.DOTALL)[1]
-    read_by_tests = {path.name for path in HERE.iterdir() if path.suffix in (".md", ".mk", ".txt")}
-    read_by_tests |= {"Makefile", "docs", "templates", "tiny"}
-    assert set(re.findall(r'"([\w.-]+)"', also_copied)) == read_by_tests
 
+def num_lines(paths) -> int:
+    return sum(len(path.read_text().splitlines()) for path in paths)
+
+
+PRODUCT = {}  # name of a module, such as llm.policy -> its file
+for path in [*ROOT.glob("*.py"), *files_of(*FOLDERS)]:
+    PRODUCT[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
+ROOT_PATHS = [PRODUCT[name] for name in PRODUCT if "." not in name]
 
 # ---- Imports -------------------------------------------------------------------------------------
 
 
-def python_files():
-    paths = []
-    for folder in FOLDERS:
-        paths += sorted(folder.glob("*.py"))
-    return paths
+def imports_of(name: str, indent: str = " *") -> set[str]:
+    """Return the modules of the product that one imports, with a pattern of the indent."""
+    imported = set()
+    pattern = rf"^{indent}(?:from|import) ([\w.]+)(?: import ([\w, ]+))?"
+    for module, names in re.findall(pattern, PRODUCT[name].read_text(), re.MULTILINE):
+        # `from tasks import problems` imports tasks.problems
+        imported |= {module, *[f"{module}.{part}" for part in names.split(", ")]}
+    return imported & PRODUCT.keys()
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Return the names of all modules that a file imports, anywhere in it."""
-    modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            modules.add(node.module)
-            # `from tiny import problems` imports the module tiny.problems
-            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-    return modules
+def assert_no_circle(arrows: dict[str, set[str]]) -> None:
+    """Take away what leads nowhere, until nothing is left."""
+    while arrows:
+        ends = {name for name in arrows if not (arrows[name] & arrows.keys()) - {name}}
+        assert ends, f"a circle among {sorted(arrows)}"
+        arrows = {name: arrows[name] for name in arrows if name not in ends}
 
 
-def path_of_module(name: str) -> Path:
-    return HERE / (name.replace(".", "/") + ".py")
+def test_the_root_shows_the_method_and_folders_import_only_mas_and_tree_from_it():
+    assert {path.stem for path in ROOT_PATHS} == FILES_OF_ROOT
+    for name in PRODUCT:
+        if name in FILES_OF_ROOT:
+            drawing = [other for other in imports_of(name, indent="") if "report." in other]
+            assert not drawing, f"{name} imports {drawing} at load"
+        else:
+            from_root = imports_of(name) & FILES_OF_ROOT
+            assert from_root <= {"mas", "tree"}, f"{name} imports {from_root}"
 
 
-def imported_files(path: Path) -> set[Path]:
-    """Return the files of this project that a file imports, directly or not."""
-    files = set()
-    unread = [path]
-    while unread:
-        for module in imported_modules(unread.pop()):
-            imported = path_of_module(module)
-            if imported.is_file() and imported not in files:
-                files.add(imported)
-                unread.append(imported)
-    return files
+def test_neither_files_nor_folders_import_each_other_in_circles():
+    """A script that a file imports which it imports would be loaded twice, under two names."""
+    arrows = {name: imports_of(name) - {name} for name in PRODUCT}
+    assert_no_circle(arrows)
+    folders = {folder: set() for folder in FOLDERS}
+    for name in PRODUCT.keys() - FILES_OF_ROOT:
+        folders[name.partition(".")[0]] |= {other.partition(".")[0] for other in arrows[name]}
+    assert_no_circle(folders)
 
 
-def test_every_file_has_its_place_in_the_order():
-    names = {path.stem for path in HERE.glob("*.py")}
-    assert names == set(ORDER)
-
-
-@pytest.mark.parametrize("name", ORDER)
-def test_files_import_only_upwards(name):
-    not_above = ORDER[ORDER.index(name) :]
-    assert not imported_modules(path_of_module(name)) & set(not_above)
-
-
-def test_a_script_is_imported_by_no_file_that_it_imports():
-    """Python would load such a script twice: as the script, and under its own name."""
-    scripts = []
-    for path in python_files():
-        if 'if __name__ == "__main__":' in path.read_text().splitlines():
-            scripts.append(path)
-            assert path not in imported_files(path), path.name
-    names = {path.stem for path in scripts}
-    assert {"generate_rollouts", "train_value", "search", "evaluate", "train_agents"} < names
-
-
-def test_agents_answers_and_tasks_need_no_torch():
-    code = "import sys, mas, answers, tasks; print('torch' in sys.modules)"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "False"
-
-
-# ---- Flags ---------------------------------------------------------------------------------------
-
-
-def test_the_same_flag_means_the_same_in_every_script(monkeypatch):
-    meanings = {}
-    original_add_argument = Parser.add_argument
-
-    def add_argument(self, *names, **options):
-        action = original_add_argument(self, *names, **options)
-        meaning = (str(action.type), str(action.default), str(action.choices))
-        meanings.setdefault(names[0], set()).add(meaning)
-        return action
-
-    monkeypatch.setattr(Parser, "add_argument", add_argument)
-    for module in (generate_rollouts, train_value, search, evaluate, train_agents):
-        module.parse_args([])
-    assert len(meanings) > 20
-    ambiguous = {flag for flag, different in meanings.items() if len(different) > 1}
-    # Stage 2 reads rollouts from a folder; stage 5 makes its own, as passes or as trees.
-    assert ambiguous == {"--rollouts"}
-
-
-def test_the_defaults_are_those_with_which_the_results_were_made():
-    """RESULTS.md names flags only where they differ from these."""
-    args = generate_rollouts.parse_args([])
-    assert (args.run, args.task, args.graph, args.seed) == ("runs/tiny", "tiny", "chain", 0)
-    assert (args.num_train, args.num_heldout) == (300, 45)
-    assert (args.max_new_tokens, args.max_active, args.batch_tokens) == (192, 512, 131072)
-    assert not args.quantize_policy and args.adapter is None and args.data is None
-    args = train_value.parse_args([])
-    assert (args.target, args.view, args.loss, args.label_weights) == (
-        *("search", "full", "huber", "equal"),
-    )
-    args = train_agents.parse_args([])
-    assert (args.num_steps, args.num_questions, args.num_minibatches) == (10, 64, 4)
-    assert (args.policy_lr, args.lora_rank, args.train_batch_tokens) == (1e-3, 16, 2048)
-    assert (args.num_dev_passes, args.dev_every) == (4, 2)
+def test_mas_and_tasks_need_no_torch():
+    names = ["mas", *[name for name in PRODUCT if name.startswith("tasks.")]]
+    code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 # ---- Documents -----------------------------------------------------------------------------------
 
 
-def read_document(name: str) -> str:
-    """Return the text of a document; RESULTS.md and CONTRIBUTING.md are optional."""
-    path = HERE / name
-    if name != "README.md" and not path.is_file():
-        return ""
-    return path.read_text()
+@pytest.mark.parametrize("document, at_least", [("README.md", 10), ("CONTRIBUTING.md", 0)])
+def test_functions_and_tests_that_the_documents_name_exist(document, at_least):
+    text = (ROOT / document).read_text()
+    tests = "".join(path.read_text() for path in files_of("tests"))
+    named_tests = set(re.findall(r"`(test_\w+)`", text))
+    assert {name for name in named_tests if f"def {name}(" not in tests} == set()
+
+    modules = "|".join(sorted(map(re.escape, PRODUCT), key=len, reverse=True))
+    named = set(re.findall(rf"`({modules})\.(?!py\b)([\w.]+)`", text.replace("/", ".")))
+    for module, name in named:
+        value = importlib.import_module(module)
+        for part in name.split("."):
+            assert hasattr(value, part), f"{module}.{name}"
+            value = getattr(value, part)
+    assert min(len(named_tests), len(named)) >= at_least
 
 
-def named_tests(text: str) -> set[str]:
-    return set(re.findall(r"`(test_\w+)`", text))
+SMALL = ["--num-train", "4", "--num-heldout", "2", "--num-simulations", "3"]
+SMALL += ["--num-candidates", "2"]
 
 
-def named_functions(text: str) -> set[tuple[str, str]]:
-    """Return (file, name) of each `file.name` in backticks, for the files of this project."""
-    named = re.findall(rf"`({'|'.join(ORDER)})\.([\w.]+)`", text)
-    return {(file, name) for file, name in named if name != "py"}
+def run_in(house: Path, script: str, *flags: str) -> None:
+    """Run a script of a copy of this house."""
+
+    def load_and_run():
+        os.chdir(house)
+        for name in list(sys.modules):
+            if name in PRODUCT or name in FOLDERS or name.startswith("tiny"):
+                del sys.modules[name]
+        sys.path.insert(0, str(house))
+        sys.argv = [script, *flags, "--device", "cpu", "--num-threads", "1"]
+        runpy.run_path(script, run_name="__main__")
+
+    child = start_in_fork(load_and_run, output=house / "output.txt")
+    assert exit_code_of(child) == 0, (house / "output.txt").read_text()
 
 
-def exists(file: str, name: str) -> bool:
-    """Whether a module has a name, e.g. `ValueModel` or `MAS.turn`."""
-    value = importlib.import_module(file)
-    for part in name.split("."):
-        if not hasattr(value, part):
-            return False
-        value = getattr(value, part)
-    return True
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """A copy of this house, with labels and V in runs/tiny."""
+    house = tmp_path_factory.mktemp("house") / "copy"
+    for folder in (*FOLDERS, "tiny"):
+        shutil.copytree(ROOT / folder, house / folder)
+    for path in ROOT_PATHS:
+        shutil.copy(path, house)
+    run_in(house, "generate_rollouts.py", *SMALL)
+    run_in(house, "train_value.py", "--epochs", "1", "--lora-rank", "4")
+    return house
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_functions_and_tests_that_the_documents_name_exist(document):
-    text = read_document(document)
-    tests = "".join(path.read_text() for path in (HERE / "tests").glob("test_*.py"))
-    for name in named_tests(text):
-        assert f"def {name}(" in tests, name
-    for file, name in named_functions(text):
-        assert exists(file, name), f"{file}.{name}"
+def variants() -> list[tuple[str, str]]:
+    """Return (command, diff) of the variants that CONTRIBUTING.md shows."""
+    pattern = r"`python ([^`\n]+)`[^`\n]*\n+```diff\n(.*?)```"
+    return re.findall(pattern, (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
 
 
-def test_the_readme_names_functions_and_tests():
-    text = read_document("README.md")
-    assert len(named_tests(text)) > 10
-    assert len(named_functions(text)) > 10
+def test_three_variants_are_shown():
+    assert len(variants()) >= 3
+
+
+FURTHER_FLAGS = {
+    "generate_rollouts.py": SMALL,
+    "train_value.py": ["--rollouts", "runs/tiny/rollouts", "--epochs", "1", "--lora-rank", "4"],
+    "evaluate.py": ["--value", "runs/tiny/value", "--num-problems", "2"],
+}
+
+
+@pytest.mark.parametrize("command, diff", variants(), ids=[command for command, _ in variants()])
+def test_a_variant_changes_one_file_of_the_root_in_few_lines_and_runs(
+    house, tmp_path, command, diff
+):
+    [changed] = set(re.findall(r"^\+\+\+ b/(\S+)", diff, re.MULTILINE))
+    assert changed.removesuffix(".py") in FILES_OF_ROOT
+    assert len(re.findall(r"^[+-](?!\+\+ |-- )", diff, re.MULTILINE)) <= 40
+    copy = shutil.copytree(house, tmp_path / "copy")
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=copy, check=True)
+    script, *flags = command.split()
+    run_in(copy, script, *flags, *FURTHER_FLAGS[script], "--run", "runs/variant")
 
 
 # ---- Sizes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(HERE)))
-def test_no_line_is_longer_than_100_columns(path):
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        assert len(line) <= 100, f"line {number}"
-
-
-def test_the_readme_fits_an_hour():
-    assert (HERE / "README.md").stat().st_size <= 15_000
+def test_the_house_stays_small():
+    for path in [*PRODUCT.values(), *files_of("tests", "tiny", "experiments")]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{path}, line {number}"
+    product = num_lines(PRODUCT.values())
+    assert num_lines(ROOT_PATHS) <= 3000 and product <= 7500
+    assert num_lines(files_of("tests")) <= min(6500, product)
+    assert num_lines(files_of("tiny")) <= 1000 and num_lines(files_of("experiments")) <= 1200
+    assert (ROOT / "README.md").stat().st_size <= 13_000
+    assert (ROOT / "docs" / "results.md").stat().st_size <= 35_000

@@ -13,7 +13,7 @@ import search
 import train_agents
 import train_value
 from mas import load_graph
-from support.flags import HERE
+from support.flags import ROOT
 
 PROGRAMS = {
     "generate_rollouts.py": generate_rollouts,
@@ -34,9 +34,9 @@ def commands(tmp_path_factory):
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "PATH": f"{folder}:{os.environ['PATH']}"}
     environment.pop("SEEDS", None)
-    for script in sorted(HERE.glob("experiments/*.sh")):
+    for script in sorted(ROOT.glob("experiments/*.sh")):
         subprocess.run([script], env=environment, check=True)
-    readme = (HERE / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     for block in re.findall(r"^```\w*\n((?:[A-Z]+=.*\n)*python .*?)^```", readme, re.M | re.S):
         subprocess.run(["bash", "-euc", block], env=environment, check=True)
     commands = []

@@ -1,0 +1,120 @@
+"""Tests of llm/adapters.py: each agent has its adapter, and the base stays as it is."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import make_tiny_policy
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from llm.adapters import AgentAdapters
+from mas import CHAIN, DEBATE, MAS
+from support.flags import TINY_AGENTS, InputError
+from support.runs import write_config
+from tasks.problems import Problem
+from tree import Sample, make_root
+
+TOKENS = torch.arange(9)[None]
+
+
+def add_adapters(sharing, **flags):
+    model = make_tiny_policy(CHAIN, **flags).decoder.model
+    adapters = AgentAdapters.add(model, CHAIN, sharing=sharing, rank=4)
+    randomise(adapters)
+    return adapters
+
+
+def randomise(adapters, *, std=0.1, only=""):
+    torch.manual_seed(1)
+    for name, weight in adapters.parameters().items():
+        if only in name:
+            weight.data = std * torch.randn_like(weight)
+
+
+@torch.no_grad()
+def logits_of(adapters, agent):
+    adapters.use(agent)
+    return adapters.model(input_ids=TOKENS).logits
+
+
+# ---- One agent, one adapter ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{}, {"quantize_policy": None}])
+def test_a_merged_adapter_speaks_as_beside_the_base_which_does_not_move(flags):
+    adapters = add_adapters("per-agent", **flags)
+    base = [w for name, w in adapters.model.named_parameters() if "lora_" not in name]
+    before = [weight.detach().clone() for weight in base]
+    expected = logits_of(adapters, "Solver")
+    adapters.use("Reader")
+    with pytest.raises(InputError), adapters.merged("Solver"), torch.no_grad():
+        merged = adapters.model(input_ids=TOKENS).logits
+        raise InputError("a message does not fit")
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits_of(adapters, "Solver"), expected)
+    assert not torch.equal(logits_of(adapters, "Planner"), expected)
+    assert all(torch.equal(weight, original) for weight, original in zip(base, before, strict=True))
+
+
+def test_adapters_are_float32_on_a_model_in_bfloat16_and_small_changes_are_not_lost():
+    """Half of the steps between bfloat16 numbers are larger; merged, the change would be gone."""
+    adapters = add_adapters("shared", dtype="bfloat16")
+    assert {weight.dtype for weight in adapters.parameters().values()} == {torch.float32}
+    randomise(adapters, std=1e-3, only="lora_B")
+    expected = logits_of(adapters, "Reader")
+    with adapters.merged("Reader"), torch.no_grad():
+        assert torch.equal(adapters.model(input_ids=TOKENS).logits, expected)
+
+
+def test_messages_asked_for_together_are_spoken_by_the_adapters_of_their_agents():
+    policy = make_tiny_policy(CHAIN, max_new_tokens=12)
+    adapters = AgentAdapters.add(policy.decoder.model, CHAIN, sharing="per-agent", rank=4)
+    policy = replace(policy, adapters=adapters)
+    problem = Problem("p", "train", "What is 3 + 4?", "7", "number")
+    nodes = [make_root(problem.question) for _ in range(2)]
+    nodes[1].state = CHAIN.step(nodes[1].state, "facts")  # the Planner is next
+    requests = [(problem, Sample([node], 1, True)) for node in nodes]
+    before = [reply for reply, _ in policy(requests)]
+    randomise(adapters, std=1.0, only="agent_Planner")
+    after = [reply for reply, _ in policy(requests)]
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+# ---- On disk -------------------------------------------------------------------------------------
+
+
+def test_saved_adapters_are_loaded_by_us_and_by_peft_and_refused_elsewhere(tmp_path):
+    adapters = add_adapters("per-agent")
+    adapters.save(tmp_path)
+    settings = {"adapters": "per-agent", "lora_rank": 4, "graph": asdict(CHAIN)}
+    settings |= make_tiny_policy(CHAIN).settings
+    write_config(tmp_path, {"settings": settings, "finished": True})
+    policy = make_tiny_policy(CHAIN, adapter=tmp_path)
+    for agent in CHAIN.agents:
+        expected = logits_of(adapters, agent.name)
+        assert torch.equal(logits_of(policy.adapters, agent.name), expected)
+        base = AutoModelForCausalLM.from_pretrained(TINY_AGENTS)
+        plain = PeftModel.from_pretrained(base, tmp_path / "adapter" / f"agent_{agent.name}")
+        torch.testing.assert_close(plain(input_ids=TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+
+    # The record depends on the weights of each.
+    randomise(adapters, std=0.2, only="agent_Verifier")
+    adapters.save(tmp_path)
+    other = make_tiny_policy(CHAIN, adapter=tmp_path).settings["adapter"]
+    assert other["fingerprint"] != policy.settings["adapter"]["fingerprint"]
+
+    reader, *others = CHAIN.agents
+    briefed = MAS("chain", (replace(reader, prompt=reader.prompt + " Be brief."), *others))
+    for mas, changes, complaint in (
+        (DEBATE, {}, "each agent"),
+        (briefed, {}, "each agent"),
+        (CHAIN, {"model": {"name": "other", "fingerprint": "0"}}, "--model other"),
+        (CHAIN, {"quantize_policy": True}, "--quantize-policy"),
+    ):
+        write_config(tmp_path, {"settings": settings | changes, "finished": True})
+        with pytest.raises(InputError, match=complaint):
+            make_tiny_policy(mas, adapter=tmp_path)
+    write_config(tmp_path, {"settings": settings})
+    with pytest.raises(InputError, match="not finished"):
+        make_tiny_policy(CHAIN, adapter=tmp_path)

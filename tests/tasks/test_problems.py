@@ -1,0 +1,329 @@
+"""Tests of tasks/problems.py: problems, splits, data files and the hub."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from support.flags import InputError, Parser
+from tasks.grading import extract_answer
+from tasks.problems import (
+    TASKS,
+    Problem,
+    add_problem_arguments,
+    add_training_problems_arguments,
+    check_same_problems,
+    is_correct,
+    load_problems,
+    load_training_problems,
+    problem_at,
+    question_key,
+    read_row,
+    source,
+)
+
+
+def write_rows(path, rows):
+    """Write rows as JSON lines, and return the path as a flag would give it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load_rows(folder, rows, *, task, split="test", num=1000):
+    """Load the problems of a file with these rows."""
+    data = write_rows(folder / "d.jsonl", rows)
+    return load_problems(task=task, data=data, split=split, num=num)
+
+
+def sums(numbers):
+    """Return a row for each number: how much is the number and 1?"""
+    return [{"question": f"How much is {i}+1?", "answer": str(i + 1)} for i in numbers]
+
+
+def test_an_answer_is_compared_with_the_gold_answer_as_its_type_demands():
+    number = Problem("p", "test", "q", "16", "number")
+    text = "16 − 3 = 13. Final answer: 13"  # neither of two numbers will do
+    assert not is_correct(number, extract_answer(text, "number").value)
+    assert is_correct(number, "16")
+    formula = Problem("p", "test", "q", "x+1", "math")
+    assert is_correct(formula, "1+x")
+    assert not is_correct(formula, "1-x")
+    assert not is_correct(formula, None)
+
+
+# ---- Rows of data sets ---------------------------------------------------------------------------
+
+OPTIONS = [  # the options, the answer in the data, and the letter of the right option
+    (["1", "0", "3", "2"], 0, "A"),  # an integer is an index, from 0
+    (["8", "2"], "2", "B"),
+    (["red", "blue"], "blue", "B"),
+    (["red", "blue"], "1", "B"),
+    (["B", "A", "C"], "A", "A"),  # a letter before a text
+    (["red"] * 4 + ["blue"], "E", "E"),
+    (["red", "blue"], "C", None),
+    (["red", "blue"], 2, None),
+    (["red", "blue"], "²", None),
+    ("red;blue", "B", None),  # the options of a text would be its characters
+    ({"text": ["red", "blue"], "label": ["A", "B"]}, "B", None),
+]
+
+
+@pytest.mark.parametrize("choices, answer, letter", OPTIONS)
+def test_an_option_is_given_by_letter_index_or_text(choices, answer, letter):
+    row = {"question": "Which?", "choices": choices, "answer": answer}
+    if letter is not None:
+        assert read_row(row, "d").gold == letter
+    else:
+        with pytest.raises(InputError, match="d, line 3: the (answer .* none of the )?options"):
+            read_row(row, "d, line 3")
+
+
+def test_the_columns_of_the_public_data_sets_are_understood(tmp_path):
+    gsm8k = {"question": "How many?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}
+    [problem] = load_rows(tmp_path, [gsm8k], task="gsm8k")
+    assert problem.gold == "42"
+
+    math = {"problem": "Find x.", "solution": r"So $x = \boxed{\frac{1}{2}}$."}
+    math |= {"level": "Level 5", "type": "Algebra", "unique_id": 7}
+    [problem] = load_rows(tmp_path, [math], task="math")
+    assert problem == Problem("7", "test", "Find x.", "1/2", "math", "Algebra", "Level 5")
+
+    mmlu = {"question": "Which?", "choices": ["p", "q"], "answer": 0, "subject": "law"}
+    [problem] = load_rows(tmp_path, [mmlu | {"id": "m"}], task="mmlu")
+    assert problem == Problem("m", "test", "Which?\nA) p\nB) q", "A", "letter", "law")
+
+    logiqa = {"context": "All cats purr.", "query": "So?", "options": ["x", "y"]}
+    [problem] = load_rows(tmp_path, [logiqa | {"correct_option": "1", "id": "l"}], task="logiqa")
+    assert problem == Problem("l", "test", "All cats purr.\nSo?\nA) x\nB) y", "B", "letter")
+
+
+GOLDS = [  # columns, and the gold answer that they give
+    ({"answer": "7", "solution": r"So \boxed{8}."}, "7"),
+    ({"answer": None, "solution": r"So \boxed{7}, then \boxed{8}."}, "8"),
+    ({"correct_option": "42", "solution": r"So \boxed{8}."}, "42"),
+    ({"answer": r"\boxed{8}"}, r"\boxed{8}"),
+    ({"answer": "3 * 4 = 12\n#### 12 apples "}, "12 apples"),
+    ({"answer": "#### 1 #### 2 #### 3"}, "3"),
+]
+
+
+@pytest.mark.parametrize("columns, gold", GOLDS)
+def test_the_gold_answer_of_a_row(columns, gold):
+    assert read_row({"question": "q"} | columns, "d").gold == gold
+
+
+BAD_ROWS = [  # rows, and the complaint about them
+    ([{"question": "q"}], "line 1: no `answer`"),
+    ([{"question": " ", "answer": "1"}], "line 1: no `question`"),
+    ([{"question": "\ud83d?", "answer": "1"}], "line 1: it has half of a character"),
+    ([{"id": "a", "question": q, "answer": "1"} for q in "qr"], "d.jsonl: the id a occurs twice"),
+    ([{"id": "a", "question": "q", "answer": "$$"}], "d.jsonl: the answer of problem a cannot"),
+    ([{"id": "a", "question": "q", "answer": "}{"}], "problem a cannot be read as a math"),
+    ([], "d.jsonl: it has no problems"),
+]
+
+
+@pytest.mark.parametrize("rows, complaint", BAD_ROWS)
+def test_bad_data_is_refused_with_its_place(tmp_path, rows, complaint):
+    with pytest.raises(InputError, match=complaint):
+        load_rows(tmp_path, rows, task="tiny")
+
+
+# ---- Splits, ids and answer types ----------------------------------------------------------------
+
+
+def test_the_split_and_the_order_of_a_question_never_change(tmp_path):
+    """A new hash would put questions that a saved V was trained on among the held-out ones."""
+    rows = [row | {"id": str(i)} for i, row in enumerate(sums(range(40)))]
+    heldout = load_rows(tmp_path, rows, task="gsm8k", split="heldout")
+    assert sorted(int(problem.id) for problem in heldout) == [5, 18, 21, 33]
+    in_order = load_rows(tmp_path, rows[:10], task="gsm8k", num=9)
+    assert [int(problem.id) for problem in in_order] == [1, 5, 8, 2, 3, 9, 4, 6, 7]
+    assert question_key("How much is 0+1?") == "6d0b55cc1a669634"
+
+
+def test_split_and_order_depend_on_the_questions_alone(tmp_path):
+    rows = [row | {"id": f"a{i}"} for i, row in enumerate(sums(range(80)))]
+    renamed = [row | {"id": f"b{i}"} for i, row in enumerate(rows)][::-1]
+    nameless = sums(range(80))
+    ids = {}
+    for split in ("train", "heldout", "test"):
+        variants = []
+        for variant in (rows, renamed, nameless, nameless[::-1]):
+            variants.append(load_rows(tmp_path, variant, task="gsm8k", split=split))
+        questions = [[problem.question for problem in problems] for problems in variants]
+        assert questions[0] == questions[1] == questions[2] == questions[3]
+        assert variants[2] == variants[3]  # ids from the hash of the question
+        assert {problem.split for problem in variants[0]} == {split}
+        ids[split] = {problem.id for problem in variants[0]}
+    assert not ids["train"] & ids["heldout"]
+    assert ids["train"] | ids["heldout"] == ids["test"]
+    assert len(ids["test"]) == 80
+
+
+NARROWEST = [  # the gold answers of a file, and the type that fits all
+    (["A", "(B)", "C)"], "letter"),
+    (["1,000", "-3", "1/2", "5 apples"], "number"),
+    (["1", "A"], "math"),
+    (["1", "Dozens: 12"], "math"),
+    (["1", "AB"], "math"),
+]
+
+
+@pytest.mark.parametrize("golds, answer_type", NARROWEST)
+def test_the_narrowest_answer_type_fits_all_answers_of_a_file(tmp_path, golds, answer_type):
+    rows = [{"question": f"q {gold}", "answer": gold} for gold in golds]
+    [problem] = load_rows(tmp_path, rows, task="tiny", num=1)  # all of the file, not the first
+    assert problem.answer_type == answer_type
+
+
+SAME_QUESTION = [  # two questions, and whether they are the same one
+    ("How much is 3-5?", "How much is 3+5?", False),
+    ("How much is 3 5?", "How much is 35?", False),
+    ("How much is 3-5?", " how much  is\n3-5? ", True),
+]
+
+
+@pytest.mark.parametrize("a, b, equal", SAME_QUESTION)
+def test_the_key_of_a_question_ignores_nothing_but_case_and_spacing(a, b, equal):
+    assert (question_key(a) == question_key(b)) == equal
+
+
+DUPLICATES = [  # two gold answers of one question, the task, and whether they agree
+    ("Dozens: 12", "12", "gsm8k", True),
+    ("Dozens: 12", "13", "gsm8k", False),
+    ("x+1", "1+x", "math", True),
+    ("x+1", "x-1", "math", False),
+    ("many", "lots", "gsm8k", False),
+]
+
+
+@pytest.mark.parametrize("a, b, task, agree", DUPLICATES)
+def test_a_question_that_occurs_twice_counts_once_if_its_answers_agree(
+    tmp_path, capsys, a, b, task, agree
+):
+    rows = [{"question": "How much is 1+1?", "answer": a}, {"question": "Q", "answer": "1"}]
+    rows += [{"id": "z", "question": "how much is  1+1?", "answer": b}]
+    if agree:
+        problems = load_rows(tmp_path, rows, task=task)
+        assert problems == load_rows(tmp_path, rows[::-1], task=task)
+        assert "z" in {problem.id for problem in problems}  # the one with an id stays
+        assert len(problems) == 2
+        assert "1 duplicates" in capsys.readouterr().err
+    else:
+        with pytest.raises(InputError, match=r"d.jsonl, line 1 and .*d.jsonl, line 3: one"):
+            load_rows(tmp_path, rows, task=task)
+
+
+@pytest.mark.parametrize("task, prefix", [("tiny", "d"), ("gsm8k", "gsm8k")])
+def test_an_id_names_the_file_or_the_public_task(tmp_path, task, prefix):
+    """The file names own data; a copy of a public data set has the ids of the data set."""
+    [problem] = load_rows(tmp_path, [{"question": "How many?", "answer": "2"}], task=task)
+    assert problem.id == f"{prefix}-{question_key('How many?')}"
+
+
+def test_training_problems_are_of_the_task_that_the_flags_name(tmp_path):
+    parser = Parser("doc")
+    add_problem_arguments(parser)
+    add_training_problems_arguments(parser)
+    problems = load_training_problems(parser.parse_args(["--num-train", "7"]))
+    assert [problem.split for problem in problems] == ["train"] * 7 + ["heldout"] * 45
+    assert {problem.id.split("-")[0] for problem in problems} == {"packs"}
+
+    flags = ["--task", "gsm8k", "--data", write_rows(tmp_path / "d.jsonl", sums(range(40)))]
+    problems = load_training_problems(parser.parse_args([*flags, "--num-heldout", "2"]))
+    assert [problem.split for problem in problems] == ["train"] * 36 + ["heldout"] * 2
+
+
+def test_one_test_problem_is_found_by_its_place(tmp_path, capsys):
+    problems = load_problems(task="tiny", data=None, split="test", num=3)
+    assert problem_at(task="tiny", data=None, position=3) == problems[2]
+    with pytest.raises(InputError, match="--index 99999999: --task tiny has 178 test problems"):
+        problem_at(task="tiny", data=None, position=99_999_999)
+    data = write_rows(tmp_path / "d.jsonl", sums([1]))
+    with pytest.raises(InputError, match="--index 2: .*d.jsonl has 1 test problems"):
+        problem_at(task="tiny", data=data, position=2)
+    assert capsys.readouterr().err == ""  # the error is the only line
+
+    assert len(load_problems(task="tiny", data=None, split="test", num=179)) == 178
+    assert "179 test problems were requested, but there are only 178" in capsys.readouterr().err
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(InputError, match="chess: unknown; it is one of tiny, tiny-score, gsm8k"):
+        load_problems(task="chess", data=None, split="test", num=1)
+
+
+# ---- Files and the hub ---------------------------------------------------------------------------
+
+
+def test_csv_json_and_parquet_are_read_by_their_name(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "d.csv").write_text("question,answer\nHow many?,7\n")
+    (tmp_path / "d.json").write_text('[{"question": "How many?", "answer": 7}]')
+    rows = datasets.Dataset.from_list([{"question": "How many?", "answer": "#### 7"}])
+    rows.to_parquet(tmp_path / "d.parquet")
+    for name in ("d.csv", "d.json", "d.parquet"):
+        data = str(tmp_path / name)
+        [problem] = load_problems(task="gsm8k", data=data, split="test", num=1)
+        assert (problem.question, problem.gold) == ("How many?", "7")
+
+    (tmp_path / "torn.parquet").write_text("question,answer\nq,1\n")
+    (tmp_path / "torn.jsonl").write_text('{"question": "q", "answer": "1"}\n{"quest')
+    for name, complaint in (
+        ("torn.parquet", "cannot be loaded"),
+        ("torn.jsonl", "line 2"),
+        ("none.jsonl", "no such file"),
+        ("none.csv", "cannot be loaded"),
+    ):
+        with pytest.raises(InputError, match=f"{name}.*{complaint}") as error:
+            load_problems(task="gsm8k", data=str(tmp_path / name), split="test", num=1)
+        assert "offline" not in str(error.value)  # not blamed on the network
+
+
+def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
+    """A question with two answers is left out, as nobody can change the hub."""
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(path, name, *, revision, split):
+        calls.append((path, name, revision, split))
+        golds = [("q", 2), *((f"How many in {split}, {i}?", 3) for i in range(40)), ("q", 4)]
+        rows = [{"question": question, "answer": f"#### {gold}"} for question, gold in golds]
+        return SimpleNamespace(to_list=lambda: rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for split, hub_split in (("train", "train"), ("heldout", "train"), ("test", "test")):
+        problems = load_problems(task="gsm8k", data=None, split=split, num=100)
+        assert calls.pop() == ("openai/gsm8k", "main", "main", hub_split)
+        assert all(problem.question.startswith(f"How many in {hub_split}") for problem in problems)
+        assert "1 with contradicting answers" in capsys.readouterr().err
+    assert len(problems) == 40
+
+    def offline(path, name, **options):
+        raise ConnectionError("Couldn't reach the hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(InputError, match="Couldn't reach the hub.; .* --data FILE") as error:
+        load_problems(task="gsm8k", data=None, split="test", num=1)
+    assert "\n" not in str(error.value)
+
+
+def test_the_source_of_problems_is_recorded():
+    hub = {"train": TASKS["gsm8k"].train, "test": TASKS["gsm8k"].test}
+    assert source("gsm8k", None) == {"task": "gsm8k", "data": None, "hub": hub}
+    assert source("gsm8k", "d.csv") == {"task": "gsm8k", "data": "d.csv", "hub": None}
+    assert source("tiny", None) == {"task": "tiny", "data": None, "hub": None}
+
+
+@pytest.mark.parametrize("change", [{}, {"question": "How much?"}, {"gold": "8"}])
+def test_a_record_of_another_problem_is_refused(change):
+    """A problem without a record comes first: the others must still be checked."""
+    problems = [Problem(id, "test", "How many?", "7", "number") for id in ("p0", "p1")]
+    records = {"p1": {"question": "How many?", "gold": "7"} | change, "p2": {"question": ""}}
+    complaint = f"t.jsonl: the {''.join(change)} of problem p1 has changed"
+    with pytest.raises(InputError, match=complaint) if change else nullcontext():
+        check_same_problems(problems, records, Path("t.jsonl"))

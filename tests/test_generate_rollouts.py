@@ -1,0 +1,288 @@
+"""Tests of generate_rollouts.py: MAS-MCTS by hand, on planted trees, and as a script."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from conftest import become_process, error_of, output_of, read_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from labelling import Answers, digit, label, make_problems
+from searching import HINT, ScriptedPolicy, drive
+
+import generate_rollouts
+from generate_rollouts import label_tree
+from mas import CHAIN, State
+from support.records import read_records
+from support.runs import seeded
+from tasks.problems import Problem
+from tree import Sample, tree_fields
+
+PROBLEM = Problem("p", split="train", question="q", gold="1", answer_type="number")
+
+
+class Pick:
+    """Stands in for random.Random: picks the first option, or the last."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def choice(self, options):
+        return options[self.index]
+
+
+def label_by(say, mas, *, num_simulations, num_candidates, c_uct=1.0, rng=None):
+    """Label PROBLEM with scripted messages. Returns the root."""
+    search = label_tree(
+        PROBLEM,
+        mas,
+        num_simulations=num_simulations,
+        num_candidates=num_candidates,
+        c_uct=c_uct,
+        rng=rng or Pick(0),
+    )
+    return drive(search, {Sample: ScriptedPolicy(mas, say)})
+
+
+# ---- By hand -------------------------------------------------------------------------------------
+
+
+def test_a_labelled_tree_by_hand(duo):
+    """C = 2, N = 2, and B's answer is right only on path (1, 0).
+
+    Simulation 1 expands the root and enters a0. It expands a0 into two terminal states, both
+    wrong, and counts each of them once: N(a0) = 2, Q(a0) = -1.
+    Simulation 2 selects a1, which is unvisited (Q = 0). It expands a1 into a right state (+1) and
+    its wrong sibling (-1).
+    """
+
+    def say(path):
+        if len(path) == 1:
+            return f"a{path[0]}"
+        return f"Final answer: {1 if path == (1, 0) else 7 + path[1]}"
+
+    root = label_by(say, duo, num_simulations=2, num_candidates=(2, 2))
+    assert root.state == State("q", ())
+    a0, a1 = root.children
+    assert [(node.N, node.W) for node in (root, a0, a1)] == [(4, -2.0), (2, -2.0), (2, 0.0)]
+    leaves = a0.children + a1.children
+    outcomes = [(leaf.N, leaf.W, leaf.outcome) for leaf in leaves]
+    assert outcomes == [(1, -1.0, -1.0), (1, -1.0, -1.0), (1, 1.0, 1.0), (1, -1.0, -1.0)]
+    # A simulation's own leaf is last, after its siblings.
+    replayed = [[leaf.path for leaf in leaves] for leaves in root.simulations]
+    assert replayed == [[(0, 1), (0, 0)], [(1, 1), (1, 0)]]
+
+
+def test_siblings_of_a_fresh_terminal_are_counted_once_and_revisits_again(duo):
+    """Simulation 1 counts both terminal states. Simulations 2 to 5 visit the better one (c = 0)."""
+
+    def say(path):
+        return "a" if len(path) == 1 else f"Final answer: {path[1]}"
+
+    root = label_by(say, duo, num_simulations=5, num_candidates=(1, 2), c_uct=0.0)
+    [a] = root.children
+    wrong, right = a.children
+    assert (wrong.N, wrong.W) == (1, -1.0)
+    assert (right.N, right.W) == (5, 5.0)
+    assert (a.N, root.N) == (6, 6)
+
+
+def test_a_fresh_child_is_picked_by_the_trees_own_generator(duo):
+    root = label_by(str, duo, num_simulations=1, num_candidates=(3, 1), rng=Pick(-1))
+    assert [child.N for child in root.children] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("first_message, num_last", [("fine", 4), ("help", 3)])
+def test_an_agent_gets_its_own_number_of_candidates_also_after_one_that_is_skipped(
+    first_message, num_last
+):
+    def say(path):
+        return first_message if len(path) == 1 else f"word {path}"
+
+    root = label_by(say, HINT, num_simulations=1, num_candidates=(1, 3, 4))
+    [a] = root.children
+    assert len(a.children) == num_last
+
+
+# ---- Planted, random and golden trees ------------------------------------------------------------
+
+
+def test_labels_find_the_planted_path(chain):
+    """Only Planner candidate 2 can lead to the right answer: it gets the best Q at every turn."""
+
+    def say(path):
+        is_right = path[1:2] == (2,)
+        return f"Final answer: {1 if is_right else 104} {path}" if len(path) == 4 else f"{path}"
+
+    root = label_by(
+        say, chain, num_simulations=40, num_candidates=(3, 3, 3, 3), rng=random.Random(0)
+    )
+    num_compared = 0
+    for reader in root.children:
+        plans = reader.children or []
+        if plans and all(plan.N > 0 for plan in plans):
+            assert max(plans, key=lambda plan: plan.Q).path[1] == 2
+            num_compared += 1
+    assert num_compared > 0
+
+
+def assert_backed_by_leaves(node) -> list:
+    """N and W are those of the terminal states below, graded anew. Returns the leaves below."""
+    leaves = []
+    for child in node.children or []:
+        leaves += assert_backed_by_leaves(child)
+    leaves = leaves or [node]
+    assert sum(leaf.N for leaf in leaves) == node.N
+    is_right = [leaf.message.text.endswith("answer: 1") for leaf in leaves]
+    assert sum(n.N * (2 * right - 1) for n, right in zip(leaves, is_right, strict=True)) == node.W
+    return leaves
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=25)
+@given(
+    seed=st.integers(0, 999),
+    num_simulations=st.integers(1, 15),
+    num_candidates=st.tuples(*[st.integers(1, 3)] * 4),
+    c_uct=st.sampled_from([0.0, 1.0, 4.0]),
+)
+def test_every_label_is_backed_by_terminal_states(seed, num_simulations, num_candidates, c_uct):
+    """Every simulation counts one terminal state, and every fresh sibling of it once more."""
+    root = label_by(
+        lambda path: f"{path[:3]} Final answer: {digit(seed, path)}",
+        CHAIN,
+        num_simulations=num_simulations,
+        num_candidates=num_candidates,
+        c_uct=c_uct,
+        rng=random.Random(seed),
+    )
+    terminal = [leaf for leaf in assert_backed_by_leaves(root) if len(leaf.path) == 4]
+    assert all(leaf.N > 0 for leaf in terminal)
+    num_siblings = len(terminal) - len({leaf.parent for leaf in terminal})
+    assert num_simulations + num_siblings == root.N
+
+
+def test_a_labelled_tree_is_as_it_always_was(chain):
+    """All of it: duplicates, siblings, unvisited nodes, and nodes that are visited again."""
+
+    def say(path):
+        return f"Final answer: {digit(10, path)}" if len(path) == 4 else f"word {digit(10, path)}"
+
+    root = label_by(say, chain, num_simulations=16, num_candidates=(2, 3, 2, 3), rng=seeded(0, "p"))
+    tree = tree_fields(root, chain, "number", chosen=None)
+    for node in tree["nodes"]:
+        node.pop("rung", None)
+    golden = Path(__file__).parent / "golden" / "labels.json"
+    assert json.loads(json.dumps(tree)) == json.loads(golden.read_text())
+
+
+# ---- Labelling many problems ---------------------------------------------------------------------
+
+
+def test_a_tree_does_not_depend_on_the_other_problems_of_its_run():
+    problems = make_problems(4)
+    together = label(problems)
+    assert label(problems[2:]) == {name: together[name] for name in ("p2", "p3")}
+
+
+def test_each_problem_is_searched_with_the_settings_of_the_flags(chain):
+    """The trees are those of label_tree with N, C, c and the seed of the flags."""
+    seen = []
+    for num_simulations, c_uct, seed in ((9, 1.0, 0), (4, 1.0, 0), (9, 0.0, 0), (9, 1.0, 3)):
+        flags = ["--num-simulations", num_simulations, "--c-uct", c_uct, "--seed", seed]
+        records = label([PROBLEM], *flags)
+        search = label_tree(
+            PROBLEM,
+            chain,
+            num_simulations=num_simulations,
+            num_candidates=(2, 3, 2, 2),
+            c_uct=c_uct,
+            rng=seeded(seed, PROBLEM.id),
+        )
+        agents = Answers(chain, say=None)
+        root = drive(
+            search, {Sample: lambda asked, agents=agents: agents([(PROBLEM, r) for _, r in asked])}
+        )
+        assert records["p"]["nodes"] == tree_fields(root, chain, "number", chosen=None)["nodes"]
+        assert records not in seen, (num_simulations, c_uct, seed)  # every setting counts
+        seen.append(records)
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+ROLLOUTS = ["--num-train", 3, "--num-heldout", 2, "--num-simulations", 3, "--num-candidates", 2]
+
+
+def trees_in(run) -> dict[str, dict]:
+    """Return problem id -> tree, without what depends on the clock or on rounding."""
+    records = read_records(run / "rollouts" / "trees.jsonl")
+    for record in records.values():
+        record["cost"].pop("seconds")
+        for node in record["nodes"]:
+            node.pop("logprob", None)
+    return records
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run folder with five labelled problems. Tests must not change it."""
+    run = tmp_path_factory.mktemp("runs") / "r"
+    output_of(generate_rollouts, "--run", run, *ROLLOUTS)
+    return run
+
+
+def test_training_and_held_out_problems_are_labelled(finished):
+    records = trees_in(finished)
+    splits = sorted(record["split"] for record in records.values())
+    assert splits == ["heldout"] * 2 + ["train"] * 3
+    assert all(record["nodes"][0]["N"] >= 3 for record in records.values())
+    config = json.loads((finished / "rollouts" / "config.json").read_text())
+    assert config["settings"]["num_candidates"] == [2, 2, 2, 2]
+
+
+def test_a_torn_file_is_resumed(finished, tmp_path):
+    path = tmp_path / "rollouts" / "trees.jsonl"
+    path.parent.mkdir()
+    (path.parent / "config.json").write_bytes((finished / "rollouts/config.json").read_bytes())
+    content = (finished / "rollouts" / "trees.jsonl").read_bytes()
+    path.write_bytes(content[: content.index(b"\n") + 40])
+    output_of(generate_rollouts, "--run", tmp_path, *ROLLOUTS)
+    assert len(read_lines(path)) == 5
+    assert trees_in(tmp_path) == trees_in(finished)
+
+
+def test_problems_whose_question_or_gold_has_changed_are_refused(finished, tmp_path):
+    """The file has the same path and ids as when it was labelled."""
+    data = tmp_path / "data.jsonl"
+    flags = ["--run", tmp_path, "--data", data, "--num-simulations", 1, "--num-candidates", 1]
+
+    def write(question="What is {} + 1?", answer="5"):
+        rows = []
+        for number in range(10):
+            rows.append({"id": f"n{number}", "question": question.format(number), "answer": answer})
+        data.write_text("\n".join(map(json.dumps, rows)))
+
+    write()
+    output_of(generate_rollouts, *flags)
+    before = (tmp_path / "rollouts" / "trees.jsonl").read_bytes()
+    write(answer="6")
+    assert "gold" in error_of(generate_rollouts, *flags)
+    write(question="What is {} + 1??")
+    assert "question" in error_of(generate_rollouts, *flags)
+    assert (tmp_path / "rollouts" / "trees.jsonl").read_bytes() == before
+
+
+def test_two_processes_give_the_trees_of_one(finished, tmp_path, monkeypatch):
+    shares = []
+    for rank in range(2):
+        become_process(monkeypatch, rank, 2)
+        output_of(generate_rollouts, "--run", tmp_path, *ROLLOUTS)
+        shares.append(read_lines(tmp_path / "rollouts" / f"trees.{rank}of2.jsonl"))
+    assert all(shares) and len(shares[0]) + len(shares[1]) == 5
+    assert trees_in(tmp_path) == trees_in(finished)
+
+    # One process alone finds all of them labelled.
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    output_of(generate_rollouts, "--run", tmp_path, *ROLLOUTS)
+    assert not read_lines(tmp_path / "rollouts" / "trees.jsonl")

@@ -1,0 +1,169 @@
+"""Tests of the embedded problems and of the tiny agents (tiny/)."""
+
+import random
+import re
+from itertools import combinations, product
+
+import pytest
+import torch
+from conftest import AGENTS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mas import State
+from support.records import read_jsonl
+from tasks.problems import EMBEDDED, load_problems, question_key
+from tiny import make_tiny
+from tiny.make_tiny import REFINE, Team, is_correct_work, make_example, read_candidates
+from tiny.problems import FAMILIES, SPLITS, make_puzzle, numbers_of, total, write_problems
+
+# ---- Problems ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", EMBEDDED)
+def test_the_data_files_are_what_the_generator_writes_and_the_tasks_load(tmp_path, task):
+    """The agents were trained on texts of the split `agents`, and would know other problems."""
+    path = EMBEDDED[task]
+    write_problems(tmp_path)
+    assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+    rows = read_jsonl(path)
+    sizes = {"tiny": [500, 45, 178], "tiny-score": [500, 54, 229]}[task]
+    for split, size in zip(("train", "heldout", "test"), sizes, strict=True):
+        problems = load_problems(task=task, data=None, split=split, num=size)
+        assert len(problems) == size
+        of_split = [row for row in rows if row["split"] == split]
+        for problem, row in zip(problems, of_split, strict=True):  # in the order of the file
+            assert (problem.id, problem.question) == (row["id"], row["question"])
+            assert (problem.gold, problem.level) == (str(row["answer"]), str(row["level"]))
+            assert (problem.split, problem.subject) == (split, row["subject"])
+            assert problem.answer_type == "number"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_splits_share_no_question_and_no_numbers(family):
+    """Not among each other. The agents practised on all numbers, but in other questions."""
+    numbers, questions = {}, {}
+    for split in SPLITS:
+        stated = set()
+        for a, b, x, y in numbers_of(family, split):
+            stated.add((*sorted((a, b)), x + y, total(family, a, b, x, y)))
+        numbers[split] = stated
+        puzzles = [make_puzzle(family, split, index) for index in range(500)]
+        questions[split] = {question_key(puzzle.question) for puzzle in puzzles}
+    for split, other in combinations(SPLITS, 2):
+        assert not questions[split] & questions[other]
+        if "agents" not in (split, other):
+            assert not numbers[split] & numbers[other]
+
+
+@pytest.mark.parametrize("split", ["heldout", "test"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_problems_to_measure_on_have_one_solution_each_and_numbers_of_their_own(family, split):
+    stated = set()
+    for index in range(len(numbers_of(family, split))):
+        puzzle = make_puzzle(family, split, index)
+        a, b, n, t = puzzle.a, puzzle.b, puzzle.n, puzzle.t
+        stated.add((*(sorted((a, b)) if family == "packs" else (a, b)), n, t))
+        solutions = [(x, n - x) for x in range(n + 1) if total(family, a, b, x, n - x) == t]
+        assert solutions == [puzzle.solution]
+        count_of_item = dict(zip(puzzle.item_names, puzzle.solution, strict=True))
+        [asked] = [item for item in count_of_item if item in puzzle.question.split(".")[-1]]
+        assert count_of_item[asked] == puzzle.answer
+        assert {str(a), str(b), str(n), str(t)} <= set(re.findall(r"\d+", puzzle.question))
+    assert len(stated) == len(numbers_of(family, split))
+
+
+# ---- The agents ----------------------------------------------------------------------------------
+
+# On make_puzzle("packs", "heldout", 3): 6 rides of 9 or 4 minutes, 39 minutes in all; 3 and 3. The
+# Planner guesses wrong; all others do faultless work.
+TRANSCRIPT = [
+    "Facts: count 6, short adds 9, long adds 4, total 39. Asked: short.",
+    "short adds 9, long adds 4, count 6, total 39. If all: 6*9=54, 6*4=24. "
+    "Try 4 short and 2 long. 4*9=36, 2*4=08, 6+8=14, 4|9 off.",
+    "4 short: 4*9=36. 2 long: 2*4=08. 6+8=14. 3+0+1=04. 36+08=44. 4+2=6. "
+    "Total: 4|3 off, 4|9 off. Count: 6|6 same.",
+    "The check fails. Final answer: 4",
+    "Try 3 long and 3 short. 3*9=27, 3*4=12, 7+2=09, 9|9 same. Final answer: 3",
+]
+SECOND_TRY = " Try 3 short and 3 long. 3*9=27, 3*4=12, 7+2=09, 9|9 same."
+
+
+def test_a_worked_example_of_each_agent():
+    """A wrong candidate is the fault of the Planner alone, unless it is followed by a right one."""
+    puzzle = make_puzzle("packs", "heldout", 3)
+    state = State(puzzle.question, ())
+    for agent, text in zip(REFINE.agents, TRANSCRIPT, strict=True):
+        is_planner = agent.name == "Planner"
+        assert is_correct_work(puzzle, agent.name, state, text) == (not is_planner)
+        assert is_correct_work(puzzle, agent.name, state, text + SECOND_TRY) == is_planner
+        for digit in set(re.findall(r"\d", text)):
+            wrong = text.replace(digit, str(9 - int(digit)))
+            assert not is_correct_work(puzzle, agent.name, state, wrong)
+        state = REFINE.step(state, text)
+
+
+def test_the_agents_load_and_speak_and_their_work_is_measured():
+    """Reading, multiplying and checking are learnt well."""
+    team = Team(AGENTS, device="cpu", seed=0)
+    puzzles = [make_puzzle("packs", "heldout", index) for index in range(4)]
+    measures = make_tiny.measure(team, puzzles, num_passes=2)
+    for agent in ("Reader", "Solver", "Verifier"):
+        assert measures[f"{agent} correct work"] > 0.7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("agent", [agent.name for agent in REFINE.agents])
+def test_every_equation_of_an_example_is_true_and_a_wrong_guess_is_never_learnt(family, agent):
+    """Products, sums and differences, column by column; and the verdicts on their digits."""
+    num_wrong = 0
+    for index in range(60):
+        rng = random.Random(index)
+        puzzle = make_puzzle(family, "agents", index)
+        example = make_example(puzzle, agent, rng, estimate=True, retry_share=0.3)
+        message = example.prefix + example.target
+        for left, right in re.findall(r"([\d*+-]+)=(\d+)", message):
+            numbers = re.sub(r"\b0+(?=\d)", "", left)  # 07 is no number in Python
+            assert eval(numbers) == int(right)
+        for computed, stated, verdict in re.findall(r"(\d+)\|(\d+) (\w+)", message):
+            assert (computed == stated) == (verdict == "same")
+
+        learnt = read_candidates(puzzle, example.target)
+        guessed = read_candidates(puzzle, example.prefix)
+        assert set(learnt) <= {puzzle.solution}
+        assert puzzle.solution not in guessed
+        if agent == "Planner" and learnt and guessed:  # it tries again, as it has seen its error
+            assert " off." in example.target
+        num_wrong += len(guessed)
+    assert 10 < num_wrong < 50 if agent in ("Planner", "Refiner") else num_wrong == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_columns_of_a_total_carry_and_only_the_solution_holds(family):
+    for index, x, y in product(range(10), range(1, 9), range(1, 9)):
+        puzzle = make_puzzle(family, "agents", index)
+        work = make_tiny.solver_message(puzzle, (x, y))
+        if columns := re.search(r"=(\d+)\. [\d+-]+=(\d+)\. \d\d[+-]\d\d=(\d+)\.", work):
+            assert int(columns[3]) == 10 * int(columns[2]) + int(columns[1]) % 10
+        verdict = "holds" if (x, y) == puzzle.solution else "fails"
+        answer = (x, y)[puzzle.asked_index]
+        expected = f"The check {verdict}. Final answer: {answer}"
+        assert make_tiny.verifier_message(puzzle, (x, y)) == expected
+
+
+def test_only_the_target_of_an_example_is_learnt_each_token_from_those_before_it():
+    """Not the prompt, not a wrong guess of the agent's own, but the end of the message is."""
+    tokenizer = AutoTokenizer.from_pretrained(AGENTS)
+    chat = [{"role": "user", "content": "How many?"}]
+    examples = [make_tiny.Example(chat, "", "Four."), make_tiny.Example(chat, "Try 3.", " Try 4.")]
+    input_ids, labels = make_tiny.collate(make_tiny.encode(tokenizer, examples), pad_token_id=0)
+    learnt = labels != make_tiny.IGNORED_LABEL
+    assert torch.equal(input_ids[learnt], labels[learnt])
+    texts = [tokenizer.decode(row[mask]) for row, mask in zip(labels, learnt, strict=True)]
+    assert texts == ["Four.<|im_end|>", " Try 4.<|im_end|>"]
+
+    model = AutoModelForCausalLM.from_pretrained(AGENTS)
+    logprobs = model(input_ids=input_ids).logits.log_softmax(-1)[:, :-1]
+    of_next = logprobs.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    loss = make_tiny.target_loss(model, input_ids, labels)
+    assert loss.item() == pytest.approx(-of_next[learnt[:, 1:]].mean().item(), abs=1e-5)
