@@ -76,7 +76,7 @@ def sample_tree(question: str, mas: MAS, num_candidates: tuple[int, ...]) -> Gen
     nodes = [make_root(question)]
     for turn, num in enumerate(num_candidates):
         waiting = [node for node in nodes if mas.turn_index(node.state) == turn]
-        replies = yield Sample(waiting, num)
+        replies = (yield Sample(waiting, num)) if waiting else []  # an agent may be skipped
         for node, candidates in zip(waiting, replies, strict=True):
             node.children = []
             for index, candidate in enumerate(candidates):
@@ -204,10 +204,10 @@ class Learner:
 
     The objective is PPO's clipped one per token, with a penalty on the KL divergence from the
     reference policy (the base, without adapters), as in MAPPA. The log-probabilities before the
-    update come from this model's own forward, not from the sampler, so that their ratio is 1 at
-    the start, up to rounding. `read` is documented in llm/packing.py.
+    update come from this model's own forward (`read`), not from the sampler, so that their ratio
+    is 1 at the start, up to rounding.
 
-    state: the last step, all messages so far; step, accuracy and weights of the best adapters.
+    state: the last step, messages so far; step, accuracy and weights of the adapters that are kept.
     """
 
     def __init__(self, args):
@@ -220,6 +220,8 @@ class Learner:
         if self.reward is None:
             raise InputError(f"--reward {args.reward}: none of {', '.join(REWARDS)}, coach:MODEL")
         self.problems = load_training_problems(args)
+        if len({problem.split for problem in self.problems}) < 2:
+            raise InputError(f"{args.data or args.task}: no training or no held-out problems")
         self.policy = make_policy(args, mas, progress=Progress(shown=True))
         if self.policy.adapters is None:
             torch.manual_seed(args.seed)
@@ -367,7 +369,8 @@ class Learner:
         problems = [problem for problem in self.problems if problem.split == "heldout"]
         num_candidates = (NUM_DEV_PASSES,) + (1,) * (len(self.policy.mas.agents) - 1)
         rollouts = self.sample(problems, num_candidates, name="dev")
-        accuracy = (mean_of_known([node.outcome for node in rollouts]) + 1) / 2
+        outcomes = [node.outcome for node in rollouts if node.outcome is not None]
+        accuracy = outcomes.count(1.0) / len(outcomes)
         if accuracy > self.state["best_accuracy"]:
             self.state |= {"best_step": step, "best_accuracy": accuracy}
             self.state["best_weights"] = self.adapters.weights()
@@ -410,7 +413,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-steps", type=positive_int, default=10, help="training steps")
     parser.add_argument("--num-questions", type=positive_int, default=64, help="questions per step")
     parser.add_argument(
-        "--adapters", choices=("shared", "per-agent"), default="shared", help="new ones, if any"
+        "--adapters", choices=("shared", "per-agent"), default="shared", help="one, or one for each"
     )
     add_lora_argument(parser)
     parser.add_argument(
@@ -424,9 +427,9 @@ def shape_of_rollouts(args, mas: MAS) -> tuple[tuple[int, ...], str]:
     shape, _, counts = args.rollouts.partition("-")
     if shape == "passes":
         return counts_per_agent(mas, f"{mas.agents[0].name}={counts}", "--rollouts"), "agent"
-    num_candidates = counts_per_agent(mas, counts, "--rollouts")
+    num_candidates = counts_per_agent(mas, counts, "--rollouts") if shape == "tree" else ()
     branching = [index for index, num in enumerate(num_candidates) if num > 1]
-    if shape != "tree" or not branching:
+    if not branching:
         raise InputError(f"--rollouts {args.rollouts}: give passes-4, or a tree as tree-1.8.1.1")
     # V and the coach read a message alone, and one without siblings is not trained on: nobody has
     # to speak after the last agent with several candidates.

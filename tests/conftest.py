@@ -9,9 +9,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from threading import RLock
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import generate_rollouts
 from llm.policy import Policy, make_policy
@@ -20,6 +22,7 @@ from support.flags import TINY_AGENTS, cli
 from support.progress import Progress
 
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # a fork can hang if there are further threads
 
 # `make test` hands out whole files. These take longest and begin first.
 LONGEST_FILES = ["test_pipeline.py", "test_train_value.py", "test_train_agents.py"]
@@ -120,12 +123,13 @@ def become_process(monkeypatch, rank: int, world_size: int) -> None:
 def start_in_fork(function, output: Path | str = os.devnull) -> int:
     """Call a function in a forked child, which prints to a file. Returns its process id.
 
-    A fork has imported all libraries already, a new process takes seconds for them. It can hang if
-    torch has started further threads; it is ended after two minutes.
+    A fork has imported all libraries already, a new process takes seconds for them. It is ended
+    after two minutes.
     """
     child = os.fork()
     if child == 0:
         signal.alarm(120)
+        tqdm.set_lock(RLock())  # that of a parent is shared, and a kill does not release it
         code = 1
         with open(output, "w") as file, redirect_stdout(file), redirect_stderr(file):
             try:

@@ -150,8 +150,9 @@ def test_steps_differ_in_their_learning_rate_and_gradients_are_clipped(tmp_path)
     model = make_model()
     model.head.weight.data *= 10
     argv = ["--epochs", 5, "--train-batch-tokens", 200, "--lr", 1e-6]
-    _, steps = fit(model, transcripts_of(model, TREES[:1]), tmp_path, *argv)
-    assert len(steps) >= 20
+    _, steps = fit(model, transcripts_of(model, TREES[:1]), tmp_path / "0", *argv)
+    _, others = fit(model, transcripts_of(model, TREES[:1]), tmp_path / "1", *argv, "--seed", 1)
+    assert len(steps) >= 20 and not torch.allclose(steps[0][-1], others[0][-1])
     for index, (lr, settings, gradient) in enumerate(steps):
         assert lr == pytest.approx(1e-6 * learning_rate_factor(index, len(steps)))
         assert settings == ((0.9, 0.999), 0.0)
@@ -209,6 +210,7 @@ def test_training_moves_lora_and_head_only_and_tries_the_largest_batch_first(tmp
     assert moved == {name for name in before if "lora_" in name or name.startswith("head.")}
     assert losses[1] < losses[0]
     assert sizes[0] == max(sizes) > min(sizes)
+    assert sizes[1 : len(sizes) // 2 + 1] != sizes[len(sizes) // 2 + 1 :]  # another order
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -271,7 +273,9 @@ def test_a_killed_run_resumes_after_its_last_whole_epoch_to_the_same_weights(
 
     hook = register_optimizer_step_pre_hook(count)
     assert exit_code_of(start_in_fork(lambda: train_value.main(args))) == -signal.SIGKILL
-    assert len(read_lines(tmp_path / "value" / "metrics.jsonl")) == 2
+    with open(tmp_path / "value" / "metrics.jsonl", "r+") as log:
+        assert len(log.readlines()) == 2
+        log.write('{"epoch": 2}\n')  # as if it was killed before its third checkpoint
     train_value.main(args)
     hook.remove()
     assert len(steps) == num_steps[2]

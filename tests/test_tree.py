@@ -114,7 +114,7 @@ def test_cheap_requests_are_answered_first_for_as_many_searches_as_may_be_active
 
         return answer
 
-    progress = Progress(shown=False)
+    progress = Progress(shown=True)
     with progress.over("searches", 6, unit="problems"):
         finished = run_searches(
             [(problem, search(index)) for index, problem in enumerate(make_problems(6))],
@@ -123,7 +123,7 @@ def test_cheap_requests_are_answered_first_for_as_many_searches_as_may_be_active
             progress=progress,
         )
         results = {problem.id: (result, cost) for problem, result, cost in finished}
-        assert progress.finished == len(results) == 6
+        assert progress.bar.n == len(results) == 6
     assert order == [
         ("score", ["p1", "p3"]),
         ("message", ["p0", "p2", "p1", "p3"]),

@@ -241,9 +241,14 @@ def test_checkpointed_activations_change_no_gradient(quantize):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return a folder with the runs "nf4" and "full", trained on a copy of the tiny agents."""
+    """Return a folder with the runs "nf4" and "full", trained on a copy of the tiny agents.
+
+    "full" is a link. On the way from there to the agents, ".." leads out of the linked folder.
+    """
     root = tmp_path_factory.mktemp("runs")
     shutil.copytree(TINY_AGENTS, root / "agents")
+    (root / "disk" / "full").mkdir(parents=True)
+    (root / "full").symlink_to("disk/full")
     rollouts = labelled.write_trees(root / "rollouts", [TREES[0], *HELDOUT], CHAIN)
     for name, flag in (("nf4", "--quantize"), ("full", "--no-quantize")):
         argv = ["--run", root / name, "--rollouts", rollouts, "--backbone", root / "agents"]
@@ -280,13 +285,11 @@ def test_a_saved_v_is_the_same_in_a_fresh_process(runs):
 
 
 def test_a_v_moves_together_with_its_backbone(runs, tmp_path, monkeypatch):
-    """Also below a link: ".." leads out of the folder that it points to."""
-    shutil.copytree(runs, tmp_path / "disk" / "deep")
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep" / "full")
-    monkeypatch.chdir(tmp_path / "disk")
-    for folder in (Path("deep/full/value"), tmp_path / "link" / "value"):
+    root = shutil.copytree(runs, tmp_path / "moved", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("moved/nf4/value"), root / "full" / "value"):
         name = load(folder).backbone.config._name_or_path
-        assert Path(name).resolve() == tmp_path / "disk" / "deep" / "agents"
+        assert Path(name).resolve() == root / "agents"
 
 
 OTHER_READER = replace(CHAIN.agents[0], prompt="Other.")
@@ -300,7 +303,7 @@ def test_a_v_that_does_not_belong_here_is_refused(runs, tmp_path):
         with pytest.raises(InputError, match=reason):
             load(root / "full" / "value", mas)
 
-    root = shutil.copytree(runs, tmp_path / "runs")
+    root = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
     load(root / "full" / "value")
     refused("graph .*chain.*single", SINGLE)
     refused("graph .*chain.*chain", OTHER_CHAIN)

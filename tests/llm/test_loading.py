@@ -120,7 +120,7 @@ REASONING = [  # template, what is sampled, and the message
     (QWEN_2, "Is it 5? No.</think>\nFour.", "Four."),
     (QWEN_2, "<think>Is it 5? And then", ""),
     (QWEN_2, "Four. <think>Or is it 5?", "Four."),
-    (QWEN_2, "<think>a</think>Four <think>b</think>boxes.", "Four boxes."),
+    (QWEN_2, "<think>a</think>Four <think>b\nb</think>boxes.", "Four boxes."),
     (QWEN_2, "<think>a <think>b</think> Final answer: 5 </think>Four.", "Four."),
     (OPENED, "Is it 5? Final answer: 5", ""),
     (OPENED, "Is it 5?</think>\nFour.", "Four."),

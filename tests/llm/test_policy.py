@@ -373,7 +373,7 @@ def test_a_setting_that_changes_messages_or_trees_is_recorded(policy, name):
 
     def settings_with(*flags):
         args = generate_rollouts.parse_args(list(flags))
-        settings = policy_settings(args, policy.decoder.model)
+        settings = policy_settings(args)
         return search_settings(args, replace(policy, settings=settings))
 
     value = SETTINGS[name]

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import become_process
@@ -13,11 +14,13 @@ from support.records import (
     Journal,
     append_jsonl,
     is_mine,
+    only,
     open_to_append,
     read_jsonl,
     read_records,
     record_names,
     shard_path,
+    unfinished,
     write_line,
 )
 
@@ -86,6 +89,7 @@ def test_a_line_that_is_written_again_replaces_itself_and_all_after_it(tmp_path,
 
 WRITER = """
 import sys
+from types import SimpleNamespace
 from pathlib import Path
 from support.records import append_jsonl, open_to_append
 
@@ -115,15 +119,24 @@ def test_a_kill_while_appending_loses_nothing_that_was_finished(tmp_path):
 # ---- Several processes ---------------------------------------------------------------------------
 
 
-def test_each_problem_belongs_to_exactly_one_process(monkeypatch):
-    problem_ids = [f"p{index}" for index in range(40)]
-    assert all(is_mine(problem_id) for problem_id in problem_ids)  # without a launcher
+def test_each_problem_belongs_to_exactly_one_process_until_it_is_finished(monkeypatch, tmp_path):
+    """A problem that any process has finished is left out."""
+    problems = [SimpleNamespace(id=f"p{index}") for index in range(40)]
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"id": "p7"}\n')
     shares = []
     for rank in range(3):
         become_process(monkeypatch, rank, 3)
-        shares.append([problem_id for problem_id in problem_ids if is_mine(problem_id)])
-    assert sorted(sum(shares, [])) == sorted(problem_ids)
+        with unfinished(path, problems, only("id")) as (file, records, todo, num_done):
+            assert num_done == sum(is_mine(name) for name in records)
+            append_jsonl(file, {"id": todo[0].id})
+            shares.append([problem.id for problem in todo])
+    assert sorted([*sum(shares, []), "p7"]) == sorted(problem.id for problem in problems)
     assert min(map(len, shares)) > 5
+    assert read_records(path).keys() == {"p7", *[share[0] for share in shares]}
+    become_process(monkeypatch, 0, 1)
+    with unfinished(path, problems, only("id")) as (_, records, todo, num_done):
+        assert (len(records), len(todo), num_done) == (4, 36, 4)
 
 
 def test_the_records_of_all_processes_are_read_sorted_by_id(tmp_path, monkeypatch):
