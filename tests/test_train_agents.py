@@ -463,7 +463,7 @@ def test_what_a_step_logs_is_what_it_compares(value_folder, reward, rollouts, nu
 
 
 def test_messages_without_a_score_of_the_coach_are_not_trained_on():
-    """The tiny agents do not grade. Every step has other questions, and other noise for the same."""
+    """The tiny agents do not grade. Every step has other questions, and other noise for them."""
     flags = ["--reward", f"coach:{TINY_AGENTS}", "--num-questions", 2, "--num-train", 3]
     learner = make_learner(*flags, "--max-new-tokens", 30)
     before = learner.adapters.weights()

@@ -97,8 +97,8 @@ def test_saved_adapters_are_loaded_by_us_and_by_peft_and_refused_elsewhere(tmp_p
     reader, *others = CHAIN.agents
     briefed = MAS("chain", (replace(reader, prompt=reader.prompt + " Be brief."), *others))
     for mas, changes, complaint in (
-        (DEBATE, {}, "each agent"),
-        (briefed, {}, "each agent"),
+        (DEBATE, {}, "each of them"),
+        (briefed, {}, "each of them"),
         (CHAIN, {"model": {"name": "other", "fingerprint": "0"}}, "--model other"),
         (CHAIN, {"quantize_policy": True}, "--quantize-policy"),
     ):

@@ -80,6 +80,10 @@ def test_noise_is_exact_for_rare_tokens_too_and_finite():
         uniform = (splitmix64(splitmix64(0, 0), token) >> 11) / 2**53
         assert noise[token].item() == pytest.approx(-math.log(-math.log1p(-uniform)), abs=1e-5)
     assert noise.max() > 14
+    # Bits of 0 are taken for u = 2^-54. SplitMix64 gives them for a sum of 0 modulo 2^64.
+    token = (-splitmix64(0, 0) * pow(0x9E3779B97F4A7C15, -1, 2**64) - 1 + 2**63) % 2**64 - 2**63
+    noise = gumbel_noise(torch.tensor([0]), torch.tensor([0]), torch.tensor([token]))
+    assert noise.item() == pytest.approx(54 * math.log(2))
 
 
 @pytest.mark.parametrize("axis", ["key", "step", "token"])
@@ -282,6 +286,7 @@ def recorded(model, look):
 
 def test_greedy_messages_equal_those_of_generate(model):
     """Prompts of several lengths, together and refilled. The cache has no room for the longest."""
+    decoder = make_decoder(model.train())  # which turns dropout off
     limit = PreallocatedLayer.SPARE_COLUMNS + 20
     config = GenerationConfig(max_new_tokens=limit, eos_token_id=0, pad_token_id=7, do_sample=False)
     expected = []
@@ -293,7 +298,7 @@ def test_greedy_messages_equal_those_of_generate(model):
 
     settings = {"limits": [limit] * 5, "greedy": [True] * 5}
     for batch_tokens in (5 * (8 + limit), 2 * (8 + limit)):
-        messages = decode(make_decoder(model), PROMPTS, batch_tokens=batch_tokens, **settings)
+        messages = decode(decoder, PROMPTS, batch_tokens=batch_tokens, **settings)
         assert [tokens for tokens, _ in messages] == expected
 
 

@@ -14,10 +14,10 @@ from urllib.parse import unquote
 
 import pytest
 
+from experiments import compare
 from experiments.compare import compare_runs, read_groups, write_curves
 from report import pictures, tables
 from report.__main__ import main, parse_args, read_markdown, tree_page
-from support import statistics
 from support.flags import InputError
 
 SEES = {"Reader": ["Q"], "Planner": ["Q", "Reader"], "Solver": ["Planner"], "Verifier": ["Q"]}
@@ -508,9 +508,9 @@ def test_groups_of_seeds_are_not_paired_run_by_run(tmp_path):
     texts = [f"{name}={tmp_path}/{name}0,{tmp_path}/{name}1" for name in "ab"]
     _, row = cells_of(compare_runs(read_groups(texts)))
     a, b = [verdicts["a0"], verdicts["a1"]], [verdicts["b0"], verdicts["b1"]]
-    result = statistics.seeds_and_problems_difference(b, a)
+    result = compare.seeds_and_problems_difference(b, a)
     difference = tables.percent_text("difference", result, form="+.1f")
-    em = tables.percent_text("mean", statistics.seeds_and_problems(b), form=".1f")
+    em = tables.percent_text("mean", compare.seeds_and_problems(b), form=".1f")
     assert em.startswith("30.0 (") and difference.startswith("-20.0 (")
     assert row == ["greedy", "b", "5", em, "6.0", difference, "2", "42.4"]  # 60 / sqrt(2)
 
@@ -525,7 +525,7 @@ def test_the_methods_of_a_single_group_are_compared_over_its_runs(tmp_path):
     (tmp_path / "0" / "eval" / "summary.json").write_text(json.dumps(summary))
     _, pairs = compare_runs(read_groups([f"a={tmp_path}/0,{tmp_path}/1"])).split("\n\n")
     greedy, vote = [[1, 1, 1, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 1]]
-    result = statistics.within_runs_difference(vote, greedy)
+    result = compare.within_runs_difference(vote, greedy)
     difference = tables.percent_text("difference", result, form="+.1f")
     assert difference.startswith("+25.0 (")
     assert cells_of(pairs) == [["vote-4", "greedy: greedy", difference]]

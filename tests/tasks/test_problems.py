@@ -13,7 +13,6 @@ from tasks.problems import (
     TASKS,
     Problem,
     add_problem_arguments,
-    add_training_problems_arguments,
     check_same_problems,
     is_correct,
     load_problems,
@@ -226,8 +225,7 @@ def test_an_id_names_the_file_or_the_public_task(tmp_path, task, prefix):
 
 def test_training_problems_are_of_the_task_that_the_flags_name(tmp_path):
     parser = Parser("doc")
-    add_problem_arguments(parser)
-    add_training_problems_arguments(parser)
+    add_problem_arguments(parser, training=True)
     problems = load_training_problems(parser.parse_args(["--num-train", "7"]))
     assert [problem.split for problem in problems] == ["train"] * 7 + ["heldout"] * 45
     assert {problem.id.split("-")[0] for problem in problems} == {"packs"}

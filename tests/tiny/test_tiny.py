@@ -6,10 +6,10 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from conftest import AGENTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mas import State
+from support.flags import TINY_AGENTS as AGENTS
 from support.records import read_jsonl
 from tasks.problems import EMBEDDED, load_problems, question_key
 from tiny import make_tiny
