@@ -298,26 +298,25 @@ DEFAULT_METHODS += ["mcts-8x1.8.1.1-value", "mcts-8x1.8.1.1-policy", "mcts-8x1.8
 def parse_args(argv=None):
     parser = stage_parser(__doc__, writes=True)
     add_search_arguments(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--methods",
         nargs="+",
         metavar="METHOD",
         default=DEFAULT_METHODS,
         help="names as in search.py; without four agents, the default is those that fit",
     )
-    parser.add_argument(
-        "--by", nargs="+", choices=("subject", "level"), default=[], help="show EM per group, too"
-    )
-    parser.add_argument(
+    add("--by", nargs="+", choices=("subject", "level"), default=[], help="show EM per group, too")
+    add(
         "--compare",
         nargs="+",
         metavar="RUN",
         default=[],
         help="only compare runs, from their records; NAME=RUN,RUN: they differ in their seed",
     )
-    parser.add_argument("--curves", default=None, help="with --compare: PNG of stage 5's learning")
-    parser.add_argument("--num-problems", type=positive_int, default=178, help="`tiny` has 178")
-    parser.add_argument("--num-trees", type=int, default=178, help="problems to keep the trees of")
+    add("--curves", default=None, help="with --compare: PNG of stage 5's learning")
+    add("--num-problems", type=positive_int, default=178, help="`tiny` has 178")
+    add("--num-trees", type=int, default=178, help="problems to keep the trees of")
     return parser.parse_args(argv)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from support.flags import InputError
+from support.flags import ROOT, InputError
 
 try:
     import tomllib
@@ -210,7 +210,7 @@ def _with_sender(message: Message) -> str:
     return f"{sender}: {message.text}"
 
 
-# ---- The named graphs ----------------------------------------------------------------------------
+# ---- The paper's graph ---------------------------------------------------------------------------
 
 READER = Agent(
     name="Reader",
@@ -239,91 +239,9 @@ VERIFIER = Agent(
     "that the check fails. Your last line is: Final answer: <answer>",
     max_new_tokens=256,
 )
-REFINER = Agent(
-    name="Refiner",
-    sees=("Q", "Planner", "Solver", "Verifier"),
-    prompt="You are the Refiner. The check of this plan fails. Find a better answer. "
-    "Your last line is: Final answer: <answer>",
-    max_new_tokens=512,
-    when=("Verifier", "check fails"),
-)
 
-# The paper's pipeline. Each agent sees the message before it; all but the Solver see the question.
+# Each agent sees the message before it; all but the Solver see the question.
 CHAIN = MAS("chain", (READER, PLANNER, SOLVER, VERIFIER))
-
-# The chain, and a fifth agent that speaks only if the Verifier objects.
-REFINE = MAS("refine", (READER, PLANNER, SOLVER, VERIFIER, REFINER))
-
-# One agent: the model without a multi-agent system, as a control.
-SINGLE = MAS(
-    "single",
-    (
-        Agent(
-            name="Solver",
-            sees=("Q",),
-            prompt="You solve the question step by step. Your last line is: Final answer: <answer>",
-            max_new_tokens=512,
-        ),
-    ),
-)
-
-# Two debaters and a judge.
-DEBATE = MAS(
-    "debate",
-    (
-        Agent(
-            name="First",
-            sees=("Q",),
-            prompt="You are the first debater. Choose an answer and argue for it in a few "
-            "sentences.",
-            max_new_tokens=256,
-        ),
-        Agent(
-            name="Second",
-            sees=("Q", "First"),
-            prompt="You are the second debater. Say where the first debater is wrong, or what is "
-            "missing. Then choose an answer and argue for it in a few sentences.",
-            max_new_tokens=256,
-        ),
-        Agent(
-            name="Judge",
-            sees=("Q", "First", "Second"),
-            prompt="You are the judge. Weigh both arguments against the question. "
-            "Your last line is: Final answer: <answer>",
-            max_new_tokens=256,
-        ),
-    ),
-)
-
-# For multiple choice: collect conditions, test each option, check.
-CONSTRAINTS = MAS(
-    "constraints",
-    (
-        Agent(
-            name="Extractor",
-            sees=("Q",),
-            prompt="You are the Extractor. List every statement and every condition of the text, "
-            "one per line, and what is asked. Do not choose an option.",
-            max_new_tokens=384,
-        ),
-        Agent(
-            name="Builder",
-            sees=("Q", "Extractor"),
-            prompt="You are the Builder. For each option, say which of the conditions it meets and "
-            "which it breaks. Then name the option that breaks none.",
-            max_new_tokens=512,
-        ),
-        Agent(
-            name="Checker",
-            sees=("Q", "Builder"),
-            prompt="You are the Checker. Check the reasoning against the text. "
-            "Your last line is: Final answer: <answer>",
-            max_new_tokens=256,
-        ),
-    ),
-)
-
-GRAPHS = {graph.name: graph for graph in (CHAIN, SINGLE, DEBATE, CONSTRAINTS, REFINE)}
 
 # ---- A graph from a file -------------------------------------------------------------------------
 
@@ -346,17 +264,24 @@ AGENT_KEYS = {
 }
 
 
+def graph_names() -> list[str]:
+    """Return the names of the graphs that come with this project: the files of graphs/."""
+    return ["chain", *sorted(path.stem for path in (ROOT / "graphs").glob("*.toml"))]
+
+
 def load_graph(name: str) -> MAS:
-    """Return a graph by its name, or read it from a TOML file (such as docs/editor.toml).
+    """Return the paper's graph "chain", one of graphs/ by its name, or one of another TOML file.
 
     Raises InputError if there is no such graph, or if the file does not describe one.
     """
-    if name in GRAPHS:
-        return GRAPHS[name]
+    if name == "chain":
+        return CHAIN
     path = Path(name)
     if path.suffix != ".toml":
-        listed = ", ".join(GRAPHS)
-        raise InputError(f"--graph {name}: unknown; it is one of {listed}, or a file FILE.toml")
+        path = ROOT / "graphs" / f"{name}.toml"
+        if name not in graph_names():
+            listed = ", ".join(graph_names())
+            raise InputError(f"--graph {name}: unknown; it is one of {listed}, or FILE.toml")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

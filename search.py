@@ -388,20 +388,20 @@ def add_search_arguments(parser) -> None:
     """Add the flags that search.py and evaluate.py share."""
     add_problem_arguments(parser, training=False)
     add_tree_search_arguments(parser)
-    parser.add_argument(
-        "--lam", type=unit_float, default=0.0, help="lambda: weight of the ORM in a terminal value"
-    )
-    parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
-    parser.add_argument("--orm", default=None, help="folder of the ORM (default: RUN/orm)")
+    add = parser.add_argument
+    add("--lam", type=unit_float, default=0.0, help="lambda: weight of the ORM in a terminal value")
+    add("--value", default=None, help="folder of V (default: RUN/value)")
+    add("--orm", default=None, help="folder of the ORM (default: RUN/orm)")
 
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__, writes=False)
     add_search_arguments(parser)
-    parser.add_argument("--method", default="mcts-8x3-value", help="see the top of search.py")
-    parser.add_argument("--question", default=None, help="your own, instead of a test problem")
-    parser.add_argument("--index", type=positive_int, default=1, help="which test problem, from 1")
-    parser.add_argument("--html", default=None, help="write the tree to this file, as a page")
+    add = parser.add_argument
+    add("--method", default="mcts-8x3-value", help="see the top of search.py")
+    add("--question", default=None, help="your own, instead of a test problem")
+    add("--index", type=positive_int, default=1, help="which test problem, from 1")
+    add("--html", default=None, help="write the tree to this file, as a page")
     return parser.parse_args(argv)
 
 

@@ -403,22 +403,21 @@ def parse_args(argv=None):
     # The policy that is trained gives every token its own probability.
     parser.set_defaults(top_k=0, top_p=1.0, quantize_policy=False)
     rewards = ", ".join([*REWARDS, "coach:MODEL"])
-    parser.add_argument("--reward", default="value", help=f"of a message: {rewards}")
-    parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--reward", default="value", help=f"of a message: {rewards}")
+    add("--value", default=None, help="folder of V (default: RUN/value)")
+    add(
         "--rollouts",
         default="passes-4",
         help="passes-K, compared with all of an agent; or tree-1.8.1.1, compared with siblings",
     )
-    parser.add_argument("--num-steps", type=positive_int, default=10, help="training steps")
-    parser.add_argument("--num-questions", type=positive_int, default=64, help="questions per step")
-    parser.add_argument(
+    add("--num-steps", type=positive_int, default=10, help="training steps")
+    add("--num-questions", type=positive_int, default=64, help="questions per step")
+    add(
         "--adapters", choices=("shared", "per-agent"), default="shared", help="one, or one for each"
     )
     add_lora_argument(parser)
-    parser.add_argument(
-        "--policy-lr", type=positive_float, default=1e-3, help="learning rate; real models: 1e-5"
-    )
+    add("--policy-lr", type=positive_float, default=1e-3, help="learning rate; real models: 1e-5")
     return parser.parse_args(argv)
 
 

@@ -35,13 +35,19 @@ from llm.packing import Batch, PackedRow, pack, sequences_of, token_batches
 from mas import MAS, State
 from support.flags import TINY_AGENTS, InputError, cli, positive_float, positive_int, stage_parser
 from support.progress import Progress
-from support.records import append_jsonl, open_to_append, read_jsonl, read_records, write_line
+from support.records import (
+    append_jsonl,
+    open_to_append,
+    process_rank,
+    read_jsonl,
+    read_records,
+    write_line,
+)
 from support.runs import (
     fingerprint,
     open_run,
     peak_memory,
     read_config,
-    refuse_several_processes,
     seeded,
     write_checkpoint,
     write_config,
@@ -277,47 +283,31 @@ def train(
 
 def parse_args(argv=None):
     parser = stage_parser(__doc__, writes=True)
-    parser.add_argument("--rollouts", help="folder of the labels (default: RUN/rollouts)")
-    parser.add_argument(
-        "--heldout-rollouts", help="folder of the held-out labels (default: as --rollouts)"
-    )
-    parser.add_argument(
-        "--target", choices=("search", "outcome"), default="search", help="outcome: train an ORM"
-    )
-    parser.add_argument(
-        "--backbone", default=TINY_AGENTS, help="folder or hub name (paper: Qwen2.5-1.5B)"
-    )
-    parser.add_argument(
-        "--view", choices=("full", "local"), default="full", help="what V reads (MAS.value_text)"
-    )
-    parser.add_argument(
-        "--quantize", action=argparse.BooleanOptionalAction, default=True, help="NF4: QLoRA"
-    )
+    add = parser.add_argument
+    add("--rollouts", help="folder of the labels (default: RUN/rollouts)")
+    add("--heldout-rollouts", help="folder of the held-out labels (default: as --rollouts)")
+    add("--target", choices=("search", "outcome"), default="search", help="outcome: train an ORM")
+    add("--backbone", default=TINY_AGENTS, help="folder or hub name (paper: Qwen2.5-1.5B)")
+    add("--view", choices=("full", "local"), default="full", help="what V reads (MAS.value_text)")
+    add("--quantize", action=argparse.BooleanOptionalAction, default=True, help="NF4: QLoRA")
     add_lora_argument(parser)
-    parser.add_argument(
-        "--train-batch-tokens", type=positive_int, default=2048, help="padded size of a batch"
-    )
-    parser.add_argument(
-        "--lr", type=positive_float, default=1e-3, help="peak; give 1e-4 or so for a real model"
-    )
-    parser.add_argument("--epochs", type=positive_int, default=2, help="paper: 5")
-    parser.add_argument(
+    add("--train-batch-tokens", type=positive_int, default=2048, help="padded size of a batch")
+    add("--lr", type=positive_float, default=1e-3, help="peak; give 1e-4 or so for a real model")
+    add("--epochs", type=positive_int, default=2, help="paper: 5")
+    add(
         "--loss",
         choices=("huber", "mse", "rank", "dist"),
         default="huber",
         help="huber (paper), squared error, Bradley-Terry ranking, or a distribution over bins",
     )
-    parser.add_argument(
-        "--label-weights", choices=("equal", "visits"), default="equal", help="visits: by N(s, a)"
-    )
-    parser.add_argument(
-        "--huber-delta", type=positive_float, default=1.0, help="error where it becomes linear"
-    )
+    add("--label-weights", choices=("equal", "visits"), default="equal", help="visits: by N(s, a)")
+    add("--huber-delta", type=positive_float, default=1.0, help="error where it becomes linear")
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    refuse_several_processes()
+    if process_rank()[1] > 1:
+        raise InputError("V is trained in one process; start it without a launcher")
     torch.set_num_threads(args.num_threads)
 
     # 1. Load the labels, and make an untrained V.
@@ -384,6 +374,8 @@ def load_labels(args) -> tuple[dict[str, dict], dict[str, list[dict]]]:
         settings[split] = read_config(folder)["settings"]
         records = read_records(folder / "trees.jsonl").values()
         trees[split] = [record for record in records if record["split"] == split]
+        for tree in trees[split]:
+            del tree["cost"]  # equal trees take other seconds
         if not trees[split]:
             remedy = f"generate_rollouts.py --num-{split} N labels some"
             raise InputError(f"{folder / 'trees.jsonl'}: no {split} problems; {remedy}")

@@ -102,6 +102,7 @@ Handler = Callable[[list[tuple[Problem, Any]]], list[tuple[Any, Cost]]]
 # ---- The tree ------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class Node:
     """A state, and the edge (s, a) that leads to it. N, W and Q are the statistics of that edge.
 
@@ -120,25 +121,18 @@ class Node:
             last. The search can be replayed from them.
     """
 
-    def __init__(
-        self,
-        state: State,
-        parent: "Node | None",
-        candidate: Candidate | None,
-        path: tuple[int, ...],
-    ):
-        self.state = state
-        self.parent = parent
-        self.candidate = candidate
-        self.path = path
-        self.children: list[Node] | None = None
-        self.N = 0
-        self.W = 0.0
-        self.V: float | None = None
-        self.outcome: float | None = None
-        self.orm: float | None = None
-        self.value: float | None = None
-        self.simulations: list[list[Node]] = []
+    state: State
+    parent: "Node | None"
+    candidate: Candidate | None
+    path: tuple[int, ...]
+    children: list["Node"] | None = None
+    N: int = 0
+    W: float = 0.0
+    V: float | None = None
+    outcome: float | None = None
+    orm: float | None = None
+    value: float | None = None
+    simulations: list[list["Node"]] = field(default_factory=list)
 
     @property
     def Q(self) -> float:

@@ -35,7 +35,7 @@ from llm.loading import (
     resolve_dtype,
 )
 from llm.packing import collate, packed_batches, row_width, sequence_columns
-from mas import GRAPHS, MAS, State
+from mas import MAS, State, graph_names
 from support.flags import (
     TINY_AGENTS,
     InputError,
@@ -248,7 +248,6 @@ class Policy:
         """
         # 1. One job per node: its prompt, and how many messages to sample from it.
         jobs = self._make_jobs(requests)
-        self._check_context(jobs)
 
         # 2. Look up the messages that were generated before.
         for job in jobs:
@@ -259,7 +258,8 @@ class Policy:
         jobs_of_adapter = defaultdict(list)
         for job in sorted(jobs, key=lambda job: -job.row_tokens):
             if job.missing():
-                jobs_of_adapter[self._adapter_of(job)].append(job)
+                name = self.adapters.name_for(job.agent) if self.adapters else None
+                jobs_of_adapter[name].append(job)
         for jobs_of_one in jobs_of_adapter.values():
             self._sample(jobs_of_one)
 
@@ -293,13 +293,9 @@ class Policy:
                     greedy=request.greedy,
                 )
                 jobs.append(job)
+        context = context_length(self.decoder.model)
         for job, prompt_ids in zip(jobs, self.chat_format.encode(chats), strict=True):
             job.prompt_ids = prompt_ids
-        return jobs
-
-    def _check_context(self, jobs: list[PromptJob]) -> None:
-        context = context_length(self.decoder.model)
-        for job in jobs:
             if job.row_tokens > context:
                 raise InputError(
                     f"problem {job.problem_id}: the {job.agent}'s prompt of "
@@ -307,9 +303,7 @@ class Policy:
                     f"do not fit into the model's {context}; "
                     f"lower --max-new-tokens or remove the problem"
                 )
-
-    def _adapter_of(self, job: PromptJob) -> str | None:
-        return None if self.adapters is None else self.adapters.name_for(job.agent)
+        return jobs
 
     def _sample(self, jobs: list[PromptJob]) -> None:
         """Sample the missing messages of jobs with one adapter.
@@ -440,7 +434,7 @@ class Policy:
 
 def add_agent_arguments(parser: Parser) -> None:
     """Add the flags of all stages with agents: who they are, and how they speak."""
-    named_graphs = ", ".join(GRAPHS)
+    named_graphs = ", ".join(graph_names())
     add = parser.add_argument
     add("--graph", default="chain", help=f"{named_graphs}, or FILE.toml: who sees whom")
     add("--model", default=TINY_AGENTS, help="the agents' language model: folder or hub name")

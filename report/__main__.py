@@ -186,9 +186,10 @@ def load_tree(run: Path, problem_id: str, method: str | None) -> tuple[dict, dic
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("page", nargs="+", metavar="RUN", help="a run, or: tree RUN ID")
-    parser.add_argument("--method", default=None, help="with tree: the search by this method")
-    parser.add_argument("--output", default=None, help="file of the page (of a run: in its folder)")
+    add = parser.add_argument
+    add("page", nargs="+", metavar="RUN", help="a run, or: tree RUN ID")
+    add("--method", default=None, help="with tree: the search by this method")
+    add("--output", default=None, help="file of the page (of a run: in its folder)")
     return parser.parse_args(argv)
 
 

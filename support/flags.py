@@ -22,15 +22,6 @@ class InputError(Exception):
 # ---- Flags ---------------------------------------------------------------------------------------
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of each flag except switches."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or isinstance(action.default, bool):
-            return action.help
-        return super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """`argparse.ArgumentParser` that reports a wrong flag as an InputError and shows defaults.
 
@@ -41,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str):
         super().__init__(
             description=doc.split("\n\n")[0],
-            formatter_class=_HelpFormatter,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
 

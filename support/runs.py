@@ -108,12 +108,6 @@ def write_checkpoint(path: Path, state: dict) -> None:
     temporary.replace(path)
 
 
-def refuse_several_processes() -> None:
-    """Raise InputError if a launcher has started several processes: training takes one."""
-    if process_rank()[1] > 1:
-        raise InputError("this script trains in one process; start it without a launcher")
-
-
 # ---- Settings ------------------------------------------------------------------------------------
 # A model is recorded as {"name": ..., "fingerprint": ...}: one that was moved is still the same.
 

@@ -127,16 +127,17 @@ def source(task: str, data: str | None) -> dict:
 def add_problem_arguments(parser: Parser, *, training: bool) -> None:
     """Add the flags that choose the problems. training: see `load_training_problems`."""
     names = f"{', '.join(EMBEDDED)} (embedded), or {', '.join(TASKS)}"
-    parser.add_argument("--task", default="tiny", help=names)
-    parser.add_argument(
+    add = parser.add_argument
+    add("--task", default="tiny", help=names)
+    add(
         "--data",
         default=None,
         help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`; "
         "graded as --task, or by the narrowest answer type that fits if that is embedded",
     )
     if training:
-        parser.add_argument("--num-train", type=positive_int, default=300, help="training problems")
-        parser.add_argument(
+        add("--num-train", type=positive_int, default=300, help="training problems")
+        add(
             "--num-heldout",
             type=positive_int,
             default=45,

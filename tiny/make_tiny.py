@@ -37,12 +37,12 @@ from transformers import (
 # Python puts the folder of this script on sys.path, but the modules below are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mas import GRAPHS, State
+from mas import State, load_graph
 from tasks.grading import extract_answer
 from tiny.problems import FAMILIES, Puzzle, make_puzzle, write_problems
 
 HERE = Path(__file__).resolve().parent
-REFINE = GRAPHS["refine"]  # the agents of `chain`, then a Refiner
+REFINE = load_graph("refine")  # the agents of `chain`, then a Refiner
 SIGN = {"packs": "+", "score": "-"}
 
 Pair = tuple[int, int]  # a candidate (x, y) for the numbers of first and of second items
