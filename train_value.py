@@ -375,7 +375,7 @@ def load_labels(args) -> tuple[dict[str, dict], dict[str, list[dict]]]:
         records = read_records(folder / "trees.jsonl").values()
         trees[split] = [record for record in records if record["split"] == split]
         for tree in trees[split]:
-            del tree["cost"]  # equal trees take other seconds
+            tree.pop("cost", None)  # equal trees take other seconds
         if not trees[split]:
             remedy = f"generate_rollouts.py --num-{split} N labels some"
             raise InputError(f"{folder / 'trees.jsonl'}: no {split} problems; {remedy}")

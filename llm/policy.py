@@ -441,7 +441,7 @@ def add_agent_arguments(parser: Parser) -> None:
     add("--adapter", default=None, help="finetuned agents: a folder RUN/agents of train_agents.py")
     add(
         "--chat-template-kwargs",
-        type=json_object,
+        type=json.loads,
         default="{}",
         help='variables of the chat template as JSON, e.g. {"enable_thinking": false}',
     )
@@ -480,14 +480,6 @@ def add_tree_search_arguments(parser: Parser) -> None:
         help="folder of the journal of messages; runs with the same agents can share it "
         "(default: RUN/messages)",
     )
-
-
-def json_object(text: str) -> dict:
-    """Parse the value of a flag that is a JSON object. Raises ValueError if it is none."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
 
 
 def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:

@@ -129,34 +129,27 @@ def read_markdown(text: str) -> list[str | list[list[str]]]:
 def instructive_problems(records: dict[str, list[dict]], run: Path, config: dict):
     """Return a table of problems from which something can be learnt; write the pages of its trees.
 
-    Of the searches by V that kept their trees: five that answered wrongly although their tree holds
-    a right answer, and five with a final state that V and the ORM value differently. Those where V
-    errs most, or they differ most, come first.
+    Of the searches by V that kept their trees, these answered wrongly although their tree holds a
+    right answer. Those in which V errs most come first.
     """
-    missed, disputed = [], []  # (size of the error or the difference, what happened, record)
+    missed = []  # (error of V, what happened, record)
     for record in itertools.chain(*records.values()):
-        if record["tree"] is not None and record["method"]["scorer"] == "value":
-            nodes = record["tree"]["nodes"]
-            right = [node["V"] for node in nodes if node.get("correct")]
-            if right and not record["correct"]:
-                chosen = nodes[record["tree"]["chosen"]]["V"]
-                what = f"V of the wrong answer {chosen:+.3f}, of a right one {max(right):+.3f}"
-                missed.append((chosen - max(right), what, record))
-            scored = [(abs(node["V"] - node["orm"]), node) for node in nodes if "orm" in node]
-            if scored:
-                difference, node = max(scored, key=lambda pair: pair[0])
-                verdict = "right" if node["correct"] else "wrong"
-                what = f"V {node['V']:+.3f}, ORM {node['orm']:+.3f} of a {verdict} answer"
-                disputed.append((difference, what, record))
+        if record["tree"] is None or record["method"]["scorer"] != "value" or record["correct"]:
+            continue
+        nodes = record["tree"]["nodes"]
+        right = [node["V"] for node in nodes if node.get("correct")]
+        if right:
+            chosen = nodes[record["tree"]["chosen"]]["V"]
+            what = f"V of the wrong answer {chosen:+.3f}, of a right one {max(right):+.3f}"
+            missed.append((chosen - max(right), what, record))
+    missed.sort(key=lambda instance: -instance[0])
     table = [["problem", "method", "what happened", "answer", "gold"]]
-    for instances in (missed, disputed):
-        instances.sort(key=lambda instance: -instance[0])
-        for _, what, record in instances[:5]:
-            method = record["method"]
-            page = page_path(run, record["id"], method["name"])
-            write_page(page, tree_page(record | record["tree"], config["settings"], method))
-            link = Markup('<a href="pages/{}">{}</a>').format(quote(page.name), record["id"])
-            table.append([link, method["name"], what, record["answer"] or "none", record["gold"]])
+    for _, what, record in missed[:10]:
+        method = record["method"]
+        page = page_path(run, record["id"], method["name"])
+        write_page(page, tree_page(record | record["tree"], config["settings"], method))
+        link = Markup('<a href="pages/{}">{}</a>').format(quote(page.name), record["id"])
+        table.append([link, method["name"], what, record["answer"] or "none", record["gold"]])
     return table
 
 

@@ -74,21 +74,14 @@ def counts_per_agent(mas, spec: str, flag: str) -> tuple[int, ...]:
         flag: where `spec` comes from, for the message of an error.
     """
     names = [agent.name for agent in mas.agents]
-    count_of = {}
-    try:
-        if "=" in spec:
-            for pair in spec.split(","):
-                name, count = pair.split("=")
-                count_of[name] = int(count) if name not in count_of else 0  # named twice
-            counts = [count_of.pop(name, 1) for name in names]
-        else:
-            counts = [int(count) for count in spec.split(".")]
-    except ValueError:
-        counts = []
-    if len(counts) == 1:
-        counts *= len(names)
-    # What is left in `count_of` is not an agent.
-    if count_of or len(counts) != len(names) or min(counts) < 1:
+    pairs = [pair.partition("=") for pair in spec.split(",")] if "=" in spec else []
+    count_of = {name: count for name, _, count in pairs}
+    texts = [count_of.get(name, "1") for name in names] if pairs else spec.split(".")
+    if len(texts) == 1:
+        texts *= len(names)
+    counts = [int(text) for text in texts if text.isdecimal()]
+    are_agents = len(pairs) == len(count_of) and count_of.keys() <= set(names)
+    if not are_agents or len(counts) != len(names) or min(counts) < 1 or len(texts) != len(counts):
         raise InputError(
             f"{flag} {spec}: give one whole number of at least 1, or one for each of "
             f"{', '.join(names)}, as 1.8.1.1 or Planner=8,Solver=2"

@@ -37,16 +37,9 @@ FORKED = MAS(
 
 
 class ScriptedPolicy:
-    """Answers Sample requests without a model.
+    """Answers Sample requests without a model. say: path of a candidate -> text of its message.
 
-    Args:
-        mas: its agents.
-        say: path of a candidate from the root -> text of its message.
-
-    Attributes:
-        requests: (problem id or None, paths of the nodes, num, greedy) of every request.
-        batches: number of requests in each batch.
-        num_messages: so far.
+    requests: (problem id or None, paths of the nodes, num, greedy) of every request.
     """
 
     def __init__(self, mas, say):
@@ -54,17 +47,13 @@ class ScriptedPolicy:
         self.say = say
         self.progress = Progress(shown=False)
         self.requests = []
-        self.batches = []
-        self.num_messages = 0
 
     def __call__(self, requests):
-        self.batches.append(len(requests))
         replies = []
         for problem, request in requests:
             paths = [node.path for node in request.nodes]
             self.requests.append((problem and problem.id, paths, request.num, request.greedy))
             num = request.num * len(paths)
-            self.num_messages += num
             cost = Cost(agent_calls=num, prompt_tokens=10 * len(paths), generated_tokens=2 * num)
             reply = []
             for node in request.nodes:
@@ -78,14 +67,7 @@ class ScriptedPolicy:
 
 
 class ScriptedScorer:
-    """Answers Score and OrmScore requests without a model.
-
-    Args:
-        value: path of a node -> its value.
-
-    Attributes:
-        paths: of every node in a request, in order.
-    """
+    """Answers Score and OrmScore requests by path, without a model. Keeps the paths, in order."""
 
     def __init__(self, value):
         self.value = value

@@ -1,13 +1,12 @@
 """Tests of mas.py: who speaks when, who sees what, how V reads a state, and graphs from files."""
 
 import json
-import re
 from dataclasses import asdict
 
 import pytest
 from transformers import AutoTokenizer
 
-from mas import GRAPHS, MAS, Agent, State, load_graph, normalize_words
+from mas import MAS, Agent, State, graph_names, load_graph, normalize_words
 from support.flags import TINY_AGENTS, InputError, counts_per_agent
 from tasks.grading import extract_answer
 
@@ -31,10 +30,10 @@ def states_of_one_path(mas: MAS) -> list[State]:
     return states
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", graph_names())
 def test_a_prompt_contains_exactly_the_in_edges(name):
     """The role is the system's message. What the agent sees is the user's, each with its sender."""
-    graph = GRAPHS[name]
+    graph = load_graph(name)
     *states, last = states_of_one_path(graph)
     assert [message.agent for message in last.messages] == list(EDGES[name])
     for state, agent, seen in zip(states, graph.agents, EDGES[name].values(), strict=True):
@@ -56,12 +55,12 @@ def test_a_prompt_contains_exactly_the_in_edges(name):
         ("math", "<answer in LaTeX>", r"\frac{3}{4}", "3/4"),
     ],
 )
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", graph_names())
 def test_an_answer_in_the_form_that_the_last_prompt_shows_is_read_back(
     name, answer_type, form, answer, canonical
 ):
-    *_, state, _ = states_of_one_path(GRAPHS[name])
-    system, _ = GRAPHS[name].prompt(state, answer_type)
+    *_, state, _ = states_of_one_path(load_graph(name))
+    system, _ = load_graph(name).prompt(state, answer_type)
     last_line = system["content"].rsplit("Your last line is: ")[-1].replace(form, answer)
     assert extract_answer(last_line, answer_type).value == canonical
 
@@ -108,7 +107,7 @@ VERDICTS = [  # message of the Verifier, and whether the Refiner then speaks
 
 @pytest.mark.parametrize("verdict, refines", VERDICTS)
 def test_a_conditional_agent_speaks_only_when_its_condition_holds(verdict, refines):
-    refine = GRAPHS["refine"]
+    refine = load_graph("refine")
     state = State("q", ())
     for text in ("the check fails", "plan", "work", verdict):  # only the Verifier's words count
         assert not refine.is_terminal(state)
@@ -171,10 +170,10 @@ def test_an_agent_that_nobody_sees_may_be_the_last_to_speak():
     MAS("good", (make_agent("A", "Q"), make_agent("B", "Q", when=("A", "x"))))
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", graph_names())
 def test_a_named_graph_is_loaded_and_a_recorded_one_reads_back(name):
-    assert load_graph(name) is GRAPHS[name]
-    assert MAS.from_dict(json.loads(json.dumps(asdict(GRAPHS[name])))) == GRAPHS[name]
+    assert load_graph(name).name == name
+    assert MAS.from_dict(json.loads(json.dumps(asdict(load_graph(name))))) == load_graph(name)
 
 
 TOML = """
@@ -203,39 +202,6 @@ def test_a_graph_from_a_file(tmp_path):
         assert load_graph(str(path)) == MAS(name, (writer, editor))
 
 
-MISTAKES = [  # a part of TOML, its replacement, and what the complaint names
-    ('name = "Editor"', 'name = "Writer"', "Writer"),
-    ('name = "Editor"', 'name = "a.b"', "a.b"),  # it becomes the name of a folder
-    ('sees = ["Q"]', 'sees = "Q"', "sees"),
-    ('name = "pair"', "num_candidates = 3", "[[agents]]"),
-    ("max_new_tokens = 1\n", "max_tokens = 32\n", "max_tokens"),
-    ("max_new_tokens = 1\n", "\n", "max_new_tokens"),
-    ("max_new_tokens = 1\n", "max_new_tokens = 0\n", "max_new_tokens"),
-    ("max_new_tokens = 1\n", "max_new_tokens = true\n", "max_new_tokens"),
-    ('["Writer", "not sure"]', '["Writer"]', "when"),
-    ('["Writer", "not sure"]', '["Author", "not sure"]', "Author"),
-    ("[[agents]]", "[[agent]]", "[[agents]]"),
-    ("name =", "name", "bad.toml"),
-    ("Editor", "\xc9diteur", "bad.toml"),  # not UTF-8
-]
-
-
-@pytest.mark.parametrize("part, mistake, culprit", MISTAKES)
-def test_a_bad_graph_file_is_refused_in_one_line(tmp_path, part, mistake, culprit):
-    path = tmp_path / "bad.toml"
-    path.write_text(TOML.replace(part, mistake), encoding="latin-1")
-    with pytest.raises(InputError, match=re.escape(culprit)) as error:
-        load_graph(str(path))
-    assert "\n" not in str(error.value)
-
-
-def test_a_graph_that_is_not_there_is_named(tmp_path):
-    (tmp_path / "folder.toml").mkdir()
-    for name in ("nonsense", str(tmp_path / "none.toml"), str(tmp_path / "folder.toml")):
-        with pytest.raises(InputError, match=f"{name}: "):
-            load_graph(name)
-
-
 # ---- Counts per agent ----------------------------------------------------------------------------
 
 
@@ -243,12 +209,3 @@ def test_counts_per_agent(chain, duo):
     assert counts_per_agent(duo, "3", "C") == (3, 3)
     assert counts_per_agent(chain, "1.8.1.2", "C") == (1, 8, 1, 2)
     assert counts_per_agent(chain, "Planner=6,Reader=2", "C") == (2, 6, 1, 1)
-
-
-BAD_COUNTS = ["0", "-1", "1.2", "x", "Plumber=2", "1.0.1.1", "Reader=", ""]
-
-
-@pytest.mark.parametrize("spec", BAD_COUNTS)
-def test_bad_counts_per_agent_are_refused(chain, spec):
-    with pytest.raises(InputError, match=f"--num-candidates {spec}: "):
-        counts_per_agent(chain, spec, "--num-candidates")

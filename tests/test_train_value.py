@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_value
 from llm.packing import sequences_of
-from mas import CHAIN, SINGLE
+from mas import CHAIN, load_graph
 from support.runs import differences, seeded
 from tasks.problems import question_key
 from train_value import edges_of, epoch_batches, learning_rate_factor, pack_trees, training_loss
@@ -343,7 +343,7 @@ def test_what_cannot_be_trained_on_is_refused(trained, rollouts, tmp_path, monke
     for name, trees, graph, reason in (
         ("shared", [TREES[4], TREES[5] | {"question": question}], CHAIN, "the held-out problem p5"),
         ("empty", TREES[:4], CHAIN, "no heldout problems"),
-        ("single", HELDOUT, SINGLE, "another graph"),
+        ("single", HELDOUT, load_graph("single"), "another graph"),
         ("changed", HELDOUT[:1], CHAIN, "trees (there"),
     ):
         write_trees(tmp_path / name, trees, graph)

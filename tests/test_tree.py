@@ -12,7 +12,6 @@ from labelling import label, make_problems
 
 from mas import State
 from support.progress import Progress
-from tasks.grading import extract_answer
 from tasks.problems import Problem
 from tree import (
     Candidate,
@@ -24,7 +23,6 @@ from tree import (
     make_root,
     run_searches,
     select,
-    tree_fields,
     tree_paths,
     tree_record,
 )
@@ -136,71 +134,7 @@ def test_cheap_requests_are_answered_first_for_as_many_searches_as_may_be_active
     assert results["p3"] == (expected, Cost(agent_calls=2, seconds=1.0))
 
 
-def test_costs_add_up():
-    total = Cost(agent_calls=1, prompt_tokens=2, truncated=Counter(A=1))
-    total += Cost(agent_calls=10, scored_tokens=3, truncated=Counter(A=2, B=1), seconds=0.5)
-    total += Cost(generated_tokens=4, seconds=0.25)
-    assert total == Cost(11, 2, 4, 3, Counter(A=3, B=1), 0.75)
-
-
-# ---- Records -------------------------------------------------------------------------------------
-
-
-def tree_by_hand(duo):
-    """Return problem and root: a0 leads to a right and a wrong answer; a1 is never visited."""
-    problem = Problem("p", "train", "q", "B", "letter", subject="logic", level="2")
-    root = make_root("q")
-    a0, _ = expand(duo, root, make_candidates("a0", "a1"))
-    right, wrong = expand(duo, a0, make_candidates("Final answer: (b)", "No idea."))
-    right.outcome, wrong.outcome = 1.0, -1.0
-    for leaf in (wrong, right, right):
-        backup(leaf, leaf.outcome)
-    root.simulations = [[wrong, right], [right]]
-    return problem, root
-
-
-def test_a_tree_record_holds_everything(duo):
-    problem, root = tree_by_hand(duo)
-    cost = Cost(agent_calls=4, truncated=Counter(A=1))
-    record = json.loads(json.dumps(tree_record(problem, root, cost, duo)))
-    nodes = record.pop("nodes")
-    assert record.pop("cost") == vars(cost)
-    assert record == {
-        "id": "p",
-        "split": "train",
-        "question": "q",
-        "gold": "B",
-        "kind": "letter",
-        "subject": "logic",
-        "level": "2",
-        "simulations": [[3, 2], [2]],
-    }
-    from_a, from_b = {"parent": 0, "agent": "A"}, {"parent": 1, "agent": "B"}
-    first = {"tokens": 0, "logprob": -0.1235, "truncated": False}
-    second = first | {"tokens": 1}
-    right = {"reward": 1.0, "answer": "B", "rung": extract_answer("Final answer: B", "letter").rung}
-    wrong = {"reward": -1.0, "answer": None, "rung": extract_answer("No idea.", "letter").rung}
-    assert nodes == [
-        {"parent": None, "N": 3, "W": 1.0},
-        from_a | first | {"message": "a0", "N": 3, "W": 1.0},
-        from_b | first | right | {"message": "Final answer: (b)", "N": 2, "W": 2.0},
-        from_b | second | wrong | {"message": "No idea.", "N": 1, "W": -1.0},
-        from_a | second | {"message": "a1", "N": 0, "W": 0.0},
-    ]
-
-
-def test_the_tree_of_a_search_holds_its_scores_and_the_chosen_node(duo):
-    problem, root = tree_by_hand(duo)
-    a0, a1 = root.children
-    right, wrong = a0.children
-    a0.V, a1.V, right.V, right.orm, right.value = 0.25, 0.0, 0.5, 0.75, 0.625
-    fields = tree_fields(root, duo, "letter", chosen=wrong)
-    assert fields["chosen"] == 3
-    numbers = []
-    for node in fields["nodes"]:
-        numbers.append({name: node[name] for name in ("V", "orm", "value") if name in node})
-    assert numbers == [{}, {"V": 0.25}, {"V": 0.5, "orm": 0.75, "value": 0.625}, {}, {"V": 0.0}]
-    assert "chosen" not in tree_fields(root, duo, "letter", chosen=None)
+# ---- Records and labels --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +156,6 @@ def test_a_search_can_be_replayed_from_its_record(records):
                 index = record["nodes"][index]["parent"]
         for index, node in enumerate(record["nodes"]):
             assert (node["N"], node["W"]) == (visits[index], totals[index])
-
-
-# ---- Labels --------------------------------------------------------------------------------------
 
 
 def test_every_visited_edge_is_labelled_exactly_once_with_its_q(chain, records):
@@ -253,8 +184,17 @@ def test_every_visited_edge_is_labelled_exactly_once_with_its_q(chain, records):
 
 
 def test_label_paths_by_hand(duo):
-    """The tree has one path of two edges, and one of one edge. The ORM learns terminal states."""
-    problem, root = tree_by_hand(duo)
+    """a0 leads to a right and a wrong answer; a1 is never visited.
+
+    So there is one path of two edges, and one of one edge. The ORM learns terminal states.
+    """
+    problem = Problem("p", "train", "q", "B", "letter")
+    root = make_root("q")
+    a0, _ = expand(duo, root, make_candidates("a0", "a1"))
+    right, wrong = expand(duo, a0, make_candidates("Final answer: (b)", "No idea."))
+    right.outcome, wrong.outcome = 1.0, -1.0
+    for leaf in (wrong, right, right):
+        backup(leaf, leaf.outcome)
     record = tree_record(problem, root, Cost(), duo)
 
     def labels(target):

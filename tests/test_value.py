@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import train_value
 from llm.adapters import add_lora
-from mas import CHAIN, SINGLE, State
+from mas import CHAIN, State, load_graph
 from support.flags import ROOT, TINY_AGENTS, InputError
 from value import ValueModel, load_backbone, rendering_fingerprint, weights_fingerprint
 
@@ -305,7 +305,7 @@ def test_a_v_that_does_not_belong_here_is_refused(runs, tmp_path):
 
     root = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
     load(root / "full" / "value")
-    refused("graph .*chain.*single", SINGLE)
+    refused("graph .*chain.*single", load_graph("single"))
     refused("graph .*chain.*chain", OTHER_CHAIN)
 
     config = root / "full" / "value" / "config.json"
@@ -327,7 +327,7 @@ def test_a_v_that_does_not_belong_here_is_refused(runs, tmp_path):
 
 
 def test_a_rendering_is_told_apart_by_its_view_and_its_graph():
-    rendered = [(CHAIN, "full"), (CHAIN, "local"), (SINGLE, "full")]
+    rendered = [(CHAIN, "full"), (CHAIN, "local"), (load_graph("single"), "full")]
     assert len({rendering_fingerprint(mas, view) for mas, view in rendered}) == 3
 
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from llm.adapters import AgentAdapters
-from mas import CHAIN, DEBATE, MAS
+from mas import CHAIN, MAS, load_graph
 from support.flags import TINY_AGENTS, InputError
 from support.runs import write_config
 from tasks.problems import Problem
@@ -97,7 +97,7 @@ def test_saved_adapters_are_loaded_by_us_and_by_peft_and_refused_elsewhere(tmp_p
     reader, *others = CHAIN.agents
     briefed = MAS("chain", (replace(reader, prompt=reader.prompt + " Be brief."), *others))
     for mas, changes, complaint in (
-        (DEBATE, {}, "each of them"),
+        (load_graph("debate"), {}, "each of them"),
         (briefed, {}, "each of them"),
         (CHAIN, {"model": {"name": "other", "fingerprint": "0"}}, "--model other"),
         (CHAIN, {"quantize_policy": True}, "--quantize-policy"),

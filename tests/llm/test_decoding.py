@@ -1,9 +1,7 @@
 """Tests of decoding.py: random numbers, the sampler, shared and refilled rows, `generate`."""
 
-import itertools
 import math
 import time
-from collections import deque
 from contextlib import contextmanager
 
 import pytest
@@ -18,18 +16,15 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
 )
-from transformers.cache_utils import DynamicLayer
 
 from llm.decoding import (
     SHARE_WORTH_KEEPING,
     Decoder,
-    Message,
     PreallocatedLayer,
     gumbel_noise,
     make_warpers,
     message_key,
     sample_tokens,
-    take_waiting,
     uniforms,
 )
 
@@ -172,25 +167,6 @@ def large():
     """Return logits of 800 rows: more entries than are made float32 at once; keys and steps."""
     logits = 2 * torch.randn((800, VOCABULARY), generator=torch.Generator().manual_seed(0))
     return logits, keys_of(800), torch.arange(800)
-
-
-def test_a_token_is_the_best_of_its_block_and_its_block_the_best_of_all(large):
-    """Another batch, or rounding, changes it only if two scores are that close."""
-    logits, keys, steps = large
-    tokens, logprobs = sample(logits - 10, keys=keys, steps=steps)
-
-    scores_of_blocks = []
-    for number, block in enumerate(logits.split(BLOCK, dim=-1)):
-        noise = gumbel_noise(keys, steps, torch.tensor([VOCABULARY + number]))[:, 0]
-        scores_of_blocks.append(block.exp().sum(-1).log() + noise)
-    best_block = torch.stack(scores_of_blocks, dim=-1).argmax(-1)
-    assert best_block.unique().tolist() == [0, 1, 2]
-
-    is_in_block = torch.arange(VOCABULARY) // BLOCK == best_block[:, None]
-    scores = logits + gumbel_noise(keys, steps, torch.arange(VOCABULARY))
-    assert torch.equal(tokens, scores.masked_fill(~is_in_block, -math.inf).argmax(-1))
-    expected = logits.log_softmax(-1)[torch.arange(800), tokens]
-    assert logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_tokens_of_all_blocks_are_drawn_as_often_as_they_should_be():
@@ -358,23 +334,6 @@ def test_two_sampled_tokens_have_the_frequencies_of_the_softmax():
 # ---- The rows of the cache -----------------------------------------------------------------------
 
 
-def test_a_preallocated_layer_equals_one_that_copies_and_pads_with_zeros():
-    """Keys and values may differ in size. 0 * NaN would be NaN, so padding is zeros."""
-    ours, theirs, other = PreallocatedLayer(), DynamicLayer(), PreallocatedLayer()
-    for num_columns in (5, 1, 1, PreallocatedLayer.SPARE_COLUMNS, 1):
-        keys, values = torch.randn(3, 2, num_columns, 8), torch.randn(3, 2, num_columns, 4)
-        ours.update(keys, values)
-        theirs.update(keys, values)
-    ours.batch_select_indices(torch.tensor([1, 0, 1, 2]))
-    theirs.batch_select_indices(torch.tensor([1, 0, 1, 2]))
-    other.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 4))
-    ours.add_rows(other)
-    for name in ("keys", "values"):
-        states, one = getattr(ours, name), getattr(ours, name)[4]
-        assert torch.equal(states[:4], getattr(theirs, name))
-        assert one[:, -3:].eq(1).all() and one[:, :-3].eq(0).all()
-
-
 @pytest.mark.parametrize("greedy", [True, False])
 def test_messages_of_one_prompt_are_computed_once_while_they_are_equal(qwen, greedy):
     """The model reads the prompt once, and each distinct beginning of its messages once.
@@ -394,13 +353,6 @@ def test_messages_of_one_prompt_are_computed_once_while_they_are_equal(qwen, gre
     assert (len(beginnings) == 18) == greedy
     assert len(beginnings) <= sum(steps) <= len(beginnings) / SHARE_WORTH_KEEPING
     assert sum(steps) < 0.9 * sum(range(11, 19))
-
-
-def test_a_message_ends_at_its_own_limit_and_its_row_is_removed(qwen):
-    with recorded(qwen, lambda a: a["input_ids"].numel()) as tokens_per_forward:
-        messages = decode(make_decoder(qwen, eos_ids=[40]), PROMPTS[:2], limits=[5, 9])
-    assert [len(tokens) for tokens, _ in messages] == [5, 9]
-    assert tokens_per_forward == [2 * 8] + [2] * 4 + [1] * 4  # prompts are padded to the longest
 
 
 def test_rows_of_messages_that_have_ended_are_given_to_others(qwen):
@@ -428,61 +380,6 @@ def test_the_cache_stays_within_its_limit(name):
     with recorded(model, lambda a: a["attention_mask"].numel()) as sizes:
         decode(decoder, prompts, limits=limits, batch_tokens=batch_tokens)
     assert batch_tokens / 2 < max(sizes) <= batch_tokens
-
-
-def test_only_the_logits_of_the_newest_token_are_computed_and_no_gradients_kept(qwen):
-    """Those of a whole prompt would be prompt x vocabulary numbers per row."""
-    found = []
-    hook = qwen.lm_head.register_forward_hook(
-        lambda _, args, logits: found.append((logits.shape[1], logits.requires_grad))
-    )
-    decode(make_decoder(qwen), PROMPTS, limits=[3] * 5)
-    hook.remove()
-    assert set(found) == {(1, False)}
-
-
-# ---- Which messages are decoded together ---------------------------------------------------------
-
-
-def groups_of(limits_of_prompts):
-    """Return waiting messages of prompts of 10 tokens: for each, the limits of its messages."""
-    index = itertools.count()
-    return deque(
-        [Message(next(index), [1] * 10, limit, key=0, greedy=False) for limit in limits]
-        for limits in limits_of_prompts
-    )
-
-
-def started(waiting, live, batch_tokens):
-    """Start messages beside the live ones. Returns the indices of those started."""
-    groups = take_waiting(waiting, live, batch_tokens)
-    return [message.index for group in groups for message in group]
-
-
-TAKEN = [  # limits of the messages of each prompt, batch tokens, first and next batch
-    ([[20] * 3] * 4, 12 * 30, list(range(12)), []),
-    ([[20] * 3] * 4, 12 * 30 - 1, list(range(9)), [9, 10, 11]),
-    ([[5] * 3, [20] * 3, [5] * 7], 12 * 30, list(range(6)), list(range(6, 13))),  # the longest
-    ([[20], [20] * 5, [20] * 4], 9 * 30, list(range(6)), [6, 7, 8, 9]),  # four stay together
-    ([[20] * 8], 3 * 30, [0, 1, 2], [3, 4, 5]),  # unless they are more than a batch
-    ([[20] * 2, [20]], 1, [0], [1]),  # one always fits
-]
-
-
-@pytest.mark.parametrize("limits, batch_tokens, first, then", TAKEN)
-def test_a_batch_holds_as_many_messages_as_its_tokens_allow(limits, batch_tokens, first, then):
-    waiting = groups_of(limits)
-    assert started(waiting, [], batch_tokens) == first
-    assert started(waiting, [], batch_tokens) == then
-
-
-def test_prompts_are_added_when_a_fifth_of_the_batch_is_free():
-    waiting = groups_of([[20]] * 14)
-    live = [waiting.popleft()[0] for _ in range(10)]
-    assert started(waiting, live, 10 * 30) == []
-    assert started(waiting, live[1:], 10 * 30) == []
-    assert started(waiting, live[2:], 10 * 30) == [10, 11]
-    assert started(waiting, live[5:], 10 * 30) == [12, 13]
 
 
 # ---- What is reported ----------------------------------------------------------------------------

@@ -17,15 +17,12 @@ from transformers import (
 from llm.packing import (
     MAX_WIDTH,
     collate,
-    num_distinct_tokens,
     pack,
     packed_batches,
     row_mask,
     row_width,
     sequence_columns,
     sequences_of,
-    shared_prefix,
-    token_batches,
 )
 
 
@@ -34,20 +31,6 @@ def pack_all(sequences, max_width=MAX_WIDTH):
 
 
 # ---- Batches -------------------------------------------------------------------------------------
-
-BATCHES = [  # lengths in order, batch tokens, batches
-    ([1, 4, 4, 5, 8, 9, 30], 20, [[1, 4, 4, 5], [8, 9], [30]]),
-    ([1, 4, 4, 5, 8, 9, 30], 12, [[1, 4, 4], [5], [8], [9], [30]]),
-    ([1, 9, 1, 1], 10, [[1], [9], [1, 1]]),
-    ([1, 1, 9], 18, [[1, 1], [9]]),
-]
-
-
-@pytest.mark.parametrize("lengths, batch_tokens, batches", BATCHES)
-def test_a_batch_times_its_longest_is_within_the_budget(lengths, batch_tokens, batches):
-    items = ["x" * length for length in lengths]
-    found = token_batches(items, batch_tokens, length=len)
-    assert [[len(item) for item in batch] for batch in found] == batches
 
 
 def test_packed_batches_hold_whole_rows_within_the_budget():
@@ -95,12 +78,6 @@ def test_a_row_by_hand():
     ]
 
 
-def test_equal_sequences_and_prefixes_take_no_room():
-    [row] = pack_all([[1, 2, 3], [1, 2], [1, 2, 3], [1]])
-    assert row.ids == [1, 2, 3]
-    assert row.columns == {3: [0], 1: [0, 1], 0: [0, 1, 2], 2: [0, 1, 2]}
-
-
 SIBLINGS = [[1, 1, 1, 1, token] for token in (5, 3, 7, 2, 8, 6, 4)]
 WIDTHS = [  # sequences, largest width, widths of the rows
     (SIBLINGS, 99, [11]),
@@ -110,21 +87,12 @@ WIDTHS = [  # sequences, largest width, widths of the rows
     ([[1] + [token] * 14 for token in range(2, 9)], 99, [29, 29, 29, 15]),
     ([[1, 1] + [token] * 20 for token in range(2, 9)], 99, [42, 42, 42, 22]),
     ([[1] + [token] * 15 for token in range(2, 5)], 99, [16, 16, 16]),
-    ([[2, 2], [3, 3]], 99, [2, 2]),
 ]
 
 
 @pytest.mark.parametrize("sequences, max_width, widths", WIDTHS)
 def test_a_row_is_as_wide_as_pays(sequences, max_width, widths):
     assert [row.width for row in pack_all(sequences, max_width)] == widths
-
-
-def test_shared_prefixes_and_distinct_tokens_by_hand():
-    assert shared_prefix([1, 2, 3], [1, 2, 4]) == 2
-    assert shared_prefix([1, 2], [1, 2, 4]) == 2
-    assert shared_prefix([], [1]) == 0
-    # The distinct prefixes: 1, 12, 123, 124, 15, 2, 23
-    assert num_distinct_tokens([[1, 2, 3], [1, 2, 4], [1, 5], [2, 3], [1, 2]]) == 7
 
 
 # ---- What a model computes -----------------------------------------------------------------------
@@ -187,12 +155,6 @@ def test_packed_sequences_are_read_as_if_each_were_alone(name, max_width):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     for ours, expected in zip(gradients(packed), gradients(alone), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-4)
-
-
-def test_packing_reads_nearly_every_token_of_a_tree_once():
-    sequences = random_trees(1)
-    num_tokens = sum(row.width for row in pack_all(sequences))
-    assert num_distinct_tokens(sequences) <= num_tokens < 0.7 * sum(map(len, sequences))
 
 
 def test_without_shared_prefixes_there_is_no_mask():

@@ -17,7 +17,7 @@ import pytest
 from experiments import compare
 from experiments.compare import compare_runs, read_groups, write_curves
 from report import pictures, tables
-from report.__main__ import main, parse_args, read_markdown, tree_page
+from report.__main__ import main, parse_args, tree_page
 from support.flags import InputError
 
 SEES = {"Reader": ["Q"], "Planner": ["Q", "Reader"], "Solver": ["Planner"], "Verifier": ["Q"]}
@@ -271,52 +271,6 @@ def test_texts_cannot_become_html_on_the_page_of_a_run(tmp_path):
     assert unquote(html.unescape(target)) == f"pages/{tree.name}"
 
 
-def test_paragraphs_and_tables_of_markdown_are_taken_apart():
-    table = [["a", "b|c"], ["1", ""], ["|", "x y"]]
-    text = f"one\ntwo\n\n{tables.markdown_table(table)}\n\n\nthree\n"
-    assert read_markdown(text) == ["one\ntwo", table, "three"]
-
-
-def test_instructive_problems_are_ranked_and_linked(tmp_path):
-    """Missed answers by how much V prefers the wrong one; then five where V and ORM differ most.
-
-    p1 is of an earlier command, and not in the summary.
-    """
-    right = (0.25, None, True)
-    records = {
-        MCTS["name"]: [
-            search_of("a", (0.5, None, False), right, (-0.5, None, True)),
-            search_of("b", (0.75, None, False), MISSED),
-            search_of("c", (0.5, None, False), (0.25, None, False)),  # nothing to miss
-            search_of("d", right, (0.75, None, False)),  # it is right
-            search_of("e", right) | {"tree": None},
-            search_of("f", right),
-        ]
-    }
-    records["mixed"] = [
-        search_of("a", (0.5, 0.25, True), (0.75, -0.5, False)),
-        search_of("b", (-0.5, 0.9, True)),
-        *[search_of(name, (0.5, 0.5, True)) for name in "cdef"],
-    ]
-    records["policy"] = [search_of(name, (0.5, 0.1, False), right) for name in "abcdef"]
-    for method in (MCTS | {"name": "mixed"}, MCTS | {"name": "policy", "scorer": "policy"}):
-        for record in records[method["name"]]:
-            record["method"] = method
-    write_evaluation(tmp_path, records)
-    write(tmp_path / "eval" / "mixed.1of2.jsonl", [search_of("p1", (0.9, -0.9, True))])
-    rows = rows_of(page_of(tmp_path), "problem")
-    assert [[re.sub("<.*?>", "", row[0]), *row[1:]] for row in rows[:4]] == [
-        ["b", MCTS["name"], "V of the wrong answer +0.750, of a right one -0.500", "5", "4"],
-        ["a", MCTS["name"], "V of the wrong answer +0.500, of a right one +0.250", "5", "4"],
-        ["b", "mixed", "V -0.500, ORM +0.900 of a right answer", "4", "4"],
-        ["a", "mixed", "V +0.750, ORM -0.500 of a wrong answer", "4", "4"],
-    ]
-    assert len(rows) == 2 + 5
-    [target] = re.findall('href="(.*?)"', rows[0][0])
-    page = (tmp_path / target).read_text()
-    assert f"b, {MCTS['name']}" in page and "Answer given: 5." in page
-
-
 def test_pages_of_trees_are_written_from_the_records(tmp_path):
     labels = read("labels")
     write(tmp_path / "rollouts" / "trees.jsonl", [labels])
@@ -326,28 +280,6 @@ def test_pages_of_trees_are_written_from_the_records(tmp_path):
     assert "labelled by search" in page.read_text() and "Answer given" not in page.read_text()
     call("tree", tmp_path, "p", "--method", "m", "--output", tmp_path / "new" / "p.html")
     assert "Answer given: 5." in (tmp_path / "new" / "p.html").read_text()
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["tree", "RUN", "p2", "--method", "m"], "no tree of p2, but 1 others"),
-        (["tree", "RUN", "p1", "--method", "no"], "no tree of p1, but 0 others"),
-        (["tree", "RUN", "p1"], "no config.json"),
-        (["tree", "RUN"], "give RUN"),
-        (["RUN", "--method", "m"], "give RUN"),
-        (["RUN/eval"], "not a run"),
-    ],
-)
-def test_what_cannot_be_shown_is_named(tmp_path, argv, message):
-    kept = search_of("p1", (0.7, None, False))
-    write_evaluation(tmp_path, {"m": [kept, kept | {"id": "p2", "tree": None}]})
-    with pytest.raises(InputError, match=message):
-        call(*[text.replace("RUN", str(tmp_path)) for text in argv])
-
-
-def test_a_table_in_the_terminal_is_aligned():
-    assert tables.text_table([["a", "bb"], ["ccc", "d"]]) == "a    bb\nccc   d"
 
 
 def test_labels_are_counted_per_agent():
@@ -385,48 +317,6 @@ def test_the_agents_are_shown_before_when_kept_and_at_the_end():
     assert [row[:3] for row in rows[::2]] == moments
 
 
-def test_the_line_of_a_step_has_its_numbers():
-    _, step, measured = training_of((0.5, 0.5), (0.5, 0.25))
-    line = tables.training_line(step | {"reward": {"Reader": None, "Planner": 0.5}, "cut": 3})
-    assert line.startswith("step 1: reward Reader - Planner 0.50; KL 0.0000, clipped 12.5%; 3 mess")
-    assert "accuracy" not in line and "25.0%" in tables.training_line(measured)
-
-
-SUMMARY = {"methods": {}}
-for name, num_candidates, scorer, em, calls in (
-    ("greedy", [1, 1], None, 0.25, 4),
-    ("mcts-8x1.2-value", [1, 2], "value", 0.5, 16),
-    ("mcts-4x1.2-value", [1, 2], "value", 0.375, 8),
-    ("mcts-8x2-value", [2, 2], "value", 0.625, 20),
-    ("mcts-8x2-policy", [2, 2], "policy", 0.125, 20),
-):
-    row = {"algorithm": name.split("-")[0], "num_candidates": num_candidates, "scorer": scorer}
-    row |= {"lam": 0.0, "em": em, "low": em - 0.1, "high": em + 0.2, "n": 9, "agent_calls": calls}
-    row |= {"prompt_tokens": 1, "generated_tokens": 20, "scored_tokens": 100 * calls}
-    SUMMARY["methods"][name] = row
-
-
-def points_of(panel):
-    return {line.get_label(): list(map(tuple, line.get_xydata().tolist())) for line in panel.lines}
-
-
-def test_methods_that_differ_in_n_are_one_line_in_the_order_of_cost_with_intervals():
-    [panel] = pictures.plot_accuracy(SUMMARY, ["agent_calls"]).axes
-    assert points_of(panel) == {
-        "greedy": [(4, 25)],
-        "mcts-4x1.2-value, mcts-8x1.2-value": [(8, 37.5), (16, 50)],
-        "mcts-8x2-value": [(20, 62.5)],
-        "mcts-8x2-policy": [(20, 12.5)],
-    }
-    assert len({line.get_color() for line in panel.lines}) == 4
-    assert len(panel.get_legend().get_texts()) == 4
-    bars = [collection.get_segments()[0].tolist() for collection in panel.collections]
-    assert len(bars) == 5 and bars[0] == [[4, 15], [4, pytest.approx(45)]]
-    costs = ["prompt_tokens", "generated_tokens", "scored_tokens"]
-    [panel] = pictures.plot_accuracy(SUMMARY, costs).axes
-    assert list(points_of(panel).values())[1] == [(821, 37.5), (1621, 50)]
-
-
 def test_reliability_shows_the_means_of_each_bin():
     """V of 0.90, 0.94 and 1 are in one bin; -1 is alone; NaN is nowhere; another agent's is not."""
     values_and_labels = [(0.9, 1.0), (0.94, 0.0), (1.0, -1.0), (-1.0, -0.5), (math.nan, 1.0)]
@@ -436,26 +326,6 @@ def test_reliability_shows_the_means_of_each_bin():
     [points] = planner.collections
     assert points.get_offsets().tolist() == [[pytest.approx(2.84 / 3), 0.0], [-1.0, -0.5]]
     assert points.get_sizes().tolist() == [20 + 300, 20 + 100]
-
-
-def test_the_picture_of_a_training_has_each_number_in_its_panel():
-    records = training_of((0.75, 0.5), (0.9, 0.25))
-    panels = [points_of(panel) for panel in pictures.plot_training({"run": [records]}).axes]
-    accuracy, excess, ranking, length, reward, distance = panels
-    assert accuracy == {"run": [(0, 0.5), (20, 0.25)]}
-    assert excess["Planner"] == [(0, 0.25), (20, pytest.approx(0.65))]
-    assert all(math.isnan(y) for _, y in excess["Reader"])
-    assert ranking["Reader"] == [(0, 0.5), (20, 0.625)]
-    assert length["Planner"] == [(0, 9), (20, 9)]
-    assert reward["Planner"] == [(10, 0), (20, 0.25)]
-    assert distance == {"run": [(10, 0), (20, 0.125)]}
-
-    # The runs of a group have one colour.
-    figure = pictures.plot_training({"a": [records, records], "b": [records]})
-    for panel in figure.axes:
-        colours = {line.get_label(): line.get_color() for line in panel.lines}
-        assert list(colours) == ["a", "b"] and len(set(colours.values())) == 2
-        assert len(panel.get_legend().get_texts()) == 2 and len(panel.lines) % 3 == 0
 
 
 # ---- Runs side by side ---------------------------------------------------------------------------

@@ -21,12 +21,6 @@ def test_one_cut_message_in_twenty_is_the_limit(num_cut, is_warned, tmp_path):
         answer_warnings(answers, tmp_path),
     ):
         assert bool(lines) == is_warned
-        assert not lines or f"{num_cut} of 100" in lines[0]
-
-
-def test_nothing_is_no_trouble(tmp_path):
-    assert label_warnings([]) == value_warnings(0.1, [], HUBER) == []
-    assert answer_warnings({"greedy": []}, tmp_path) == []
 
 
 HUBER = {"target": "search", "loss": "huber", "huber_delta": 1.0, "label_weights": "equal"}
@@ -39,24 +33,19 @@ HUBER = {"target": "search", "loss": "huber", "huber_delta": 1.0, "label_weights
         (0.2, 0.159, {}, True),
         (0.2, 0.161, {}, False),
         (0.2, 0.0, {"target": "outcome"}, True),
-        (0.2, 0.319, {"loss": "mse"}, True),
-        (0.2, 0.321, {"loss": "mse"}, False),
         (0.2, 0.037, {"huber_delta": 0.1}, True),  # 0.1 * (0.8 - 0.05) = 0.075
         (0.2, 0.038, {"huber_delta": 0.1}, False),
         # 1 - 0.72**2 = 0.48, and 1 - 0.7**2 = 0.51.
         (0.28, 0.01, {}, True),
         (0.30, 0.01, {}, False),
         (0.2, 0.01, {"loss": "bce"}, False),  # it cannot be compared
-        (0.2, 0.01, {"label_weights": "visits"}, False),
         (math.nan, 0.01, {}, True),
         (0.2, math.nan, {}, True),
     ],
 )
 def test_a_v_that_fits_its_training_problems_only(value, train_loss, changes, is_warned):
     heldout = [{"V": value, "y": 1.0}, {"V": -value, "y": -1.0}]
-    lines = value_warnings(train_loss, heldout, HUBER | changes)
-    assert bool(lines) == is_warned
-    assert not lines or lines[0].startswith("! The ORM" if "target" in changes else "! V")
+    assert bool(value_warnings(train_loss, heldout, HUBER | changes)) == is_warned
 
 
 def searches(*trees, algorithm="mcts", scorer="value", num_candidates=(3, 3, 3, 3)):
@@ -77,13 +66,10 @@ STUCK = [[5, 3]] + [[3]] * 5
     "simulations, settings, is_warned",
     [
         (STUCK, {}, True),  # one of six
-        (STUCK, {"scorer": "orm"}, True),
         (STUCK, {"scorer": "policy"}, False),  # controls search where they like
         (STUCK[:5], {}, False),  # one of five
-        ([[3]] * 4 + [[3, 4]] * 2, {}, False),
         (STUCK * 7, {"num_candidates": (1, 6, 1, 1)}, True),  # there are six final states
         (STUCK * 7, {"num_candidates": (1, 5, 1, 1)}, False),
-        ([], {"algorithm": "sbs"}, False),
     ],
 )
 def test_an_mcts_without_distinct_final_answers(simulations, settings, is_warned, tmp_path):
@@ -98,9 +84,7 @@ def test_a_v_and_an_orm_that_disagree(num_different, is_warned, tmp_path):
     for index in range(num_different):
         finals[index] = {"V": finals[index]["V"], "orm": -finals[index]["orm"]}
     trees = [(finals[:3], []), (finals[3:], [])]
-    lines = answer_warnings(searches(*trees, algorithm="sbs"), tmp_path)
-    assert bool(lines) == is_warned
-    assert not lines or f"{num_different} of 10" in lines[0]
+    assert bool(answer_warnings(searches(*trees, algorithm="sbs"), tmp_path)) == is_warned
 
 
 def ranked(*, num_bad, num_good):
@@ -113,13 +97,10 @@ def ranked(*, num_bad, num_good):
 @pytest.mark.parametrize(
     "trees, auc, scorer, is_warned",
     [
-        (ranked(num_bad=0, num_good=12), 1.0, "value", False),
         (ranked(num_bad=4, num_good=8), 1.0, "value", True),
-        (ranked(num_bad=4, num_good=8), 0.67, "value", False),
         (ranked(num_bad=4, num_good=8), None, "value", False),
         (ranked(num_bad=4, num_good=8), 1.0, "orm", False),
         (ranked(num_bad=9, num_good=0), 1.0, "value", False),  # too few problems with both
-        (ranked(num_bad=9, num_good=0) + [([{"V": 0.9, "correct": False}], [])], 1, "value", False),
         (ranked(num_bad=10, num_good=0), 0.051, "value", True),  # 0 is below by more than 0.05
         (ranked(num_bad=10, num_good=0), 0.049, "value", False),
         ([([{"V": math.nan, "correct": index < 1} for index in (0, 1)], [])] * 10, 0.7, "value", 1),

@@ -8,9 +8,7 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-import generate_rollouts
 from support import flags
 from support.flags import ROOT
 
@@ -55,23 +53,6 @@ def test_the_same_flag_means_the_same_in_every_script(monkeypatch):
         importlib.import_module(name).parse_args([])
     assert len(meanings) > 20
     assert {flag for flag, different in meanings.items() if len(different) > 1} <= {"--rollouts"}
-
-
-def test_the_defaults_are_those_with_which_the_results_were_made(monkeypatch):
-    """docs/results.md names flags only where they differ from these."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    args = generate_rollouts.parse_args([])
-    assert (args.run, args.task, args.graph, args.seed) == ("runs/tiny", "tiny", "chain", 0)
-    assert (args.num_train, args.num_heldout, args.num_simulations) == (300, 45, 40)
-    assert (args.num_candidates, args.c_uct, args.max_new_tokens) == ("3", 1.0, 192)
-    assert (args.temperature, args.top_k, args.top_p) == (1.0, 0, 1.0)
-    assert (args.max_active, args.batch_tokens, args.num_threads) == (512, 131072, 7)
-
-
-def test_a_launched_process_takes_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert generate_rollouts.parse_args([]).device == "cuda:3"
 
 
 # ---- The end of a script -------------------------------------------------------------------------

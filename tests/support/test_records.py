@@ -1,15 +1,11 @@
 """Tests of support/records.py: JSON lines that survive a kill, shards, and the journal."""
 
-import os
-import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 from conftest import become_process
 
-from support.flags import ROOT, InputError
+from support.flags import InputError
 from support.records import (
     Journal,
     append_jsonl,
@@ -85,35 +81,6 @@ def test_a_line_that_is_written_again_replaces_itself_and_all_after_it(tmp_path,
         write_line(file, index, {"again": index})
     expected = [{"step": step} for step in range(index)] + [{"again": index}]
     assert read_jsonl(path) == expected
-
-
-WRITER = """
-import sys
-from types import SimpleNamespace
-from pathlib import Path
-from support.records import append_jsonl, open_to_append
-
-with open_to_append(Path(sys.argv[1])) as file:
-    for index in range(int(sys.argv[2]), 10**9):
-        append_jsonl(file, {"id": index, "text": "x" * (index % 5000)})
-        print(index, flush=True)
-"""
-
-
-def test_a_kill_while_appending_loses_nothing_that_was_finished(tmp_path):
-    path = tmp_path / "x.jsonl"
-    num_finished = 0
-    for num_more in (1, 150, 40):
-        argv = [sys.executable, "-c", WRITER, str(path), str(num_finished)]
-        with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
-            for _ in range(num_more):
-                child.stdout.readline()
-            os.kill(child.pid, signal.SIGKILL)
-            printed = child.stdout.read()
-        ids = list(read_records(path))
-        assert ids == list(range(len(ids)))
-        assert len(ids) >= num_finished + num_more + printed.count("\n")
-        num_finished = len(ids)
 
 
 # ---- Several processes ---------------------------------------------------------------------------

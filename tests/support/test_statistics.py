@@ -10,11 +10,9 @@ from experiments.compare import (
 )
 from mas import State
 from support.statistics import (
-    auc,
     bootstrap_interval,
     calibration_error,
     paired,
-    problem_aucs,
     value_metrics,
     wilson,
 )
@@ -22,52 +20,47 @@ from tree import Edge
 
 # ---- V against labels ----------------------------------------------------------------------------
 
-
-def solver_metrics(labels, values):
-    """Return the metrics of V on states of the Solver. labels: (problem, parent, y) of each."""
-    edges = []
-    for problem_id, parent, y in labels:
-        edges.append(Edge(problem_id, 9, parent, "Solver", State("q", ()), y, visits=1))
-    return value_metrics(edges, values)["Solver"]
-
-
-def test_auc_is_the_share_of_pairs_in_order_and_a_tie_is_half():
-    assert [auc([v, 0.5], [True, False]) for v in (0.9, 0.5, 0.1)] == [1.0, 0.5, 0.0]
-    # Of the four pairs of a right and a wrong state, 0.4 against 0.6 is in the wrong order.
-    assert auc([0.8, 0.6, 0.4, 0.2], [True, False, True, False]) == 0.75
-    assert auc([0.8, 0.4, 0.4, 0.4], [True, False, True, False]) == 0.75
-
-
 # Problem a is easy (every V is high), problem b is hard (V is low at its root).
-LABELS = [  # (problem, parent, y)
-    ("a", 0, 1.0),
-    ("a", 0, -1.0),
-    ("a", 0, -1.0),
-    ("b", 0, 1.0),
-    ("b", 0, -0.5),
-    ("b", 1, 0.5),
-    ("b", 1, 0.5),
+LABELS = [  # problem, parent, y and V
+    ("a", 0, 1.0, 0.9),
+    ("a", 0, -1.0, 0.8),
+    ("a", 0, -1.0, 0.9),
+    ("b", 0, 1.0, -0.9),
+    ("b", 0, -0.5, -0.8),
+    ("b", 1, 0.5, 0.1),
+    ("b", 1, 0.5, 0.0),
+    ("c", 0, 1.0, 0.2),
+    ("c", 0, 0.5, 0.2),
+    ("c", 0, 1.0, 0.2),
+    ("c", 0, -1.0, 0.1),
+    ("c", 0, 0.0, -0.5),
 ]
-VALUES = [0.9, 0.8, 0.95, -0.9, -0.8, 0.1, 0.0]
 
 
 def test_metrics_by_hand():
     """AUC is within problems, so that it does not reward knowing which problem is easy.
 
-    a: 1 of 2 pairs is in order. b: 2 of 3, because the right state at -0.9 is below the wrong one.
-    V picks a wrong sibling in both groups; the siblings under (b, 1) are equally good.
+    Pairs of a right and a wrong state in order, where a tie is half and y = 0 is neither:
+        a: 1.5 of 2.  b: 2 of 3, the right state at -0.9 is below the wrong one.  c: 3 of 3.
+    V's pick among siblings is uniform among the tied, of which the best are:
+        a: 1 of 2.  b: 0 of 1; the siblings under (b, 1) are equally good.  c: 2 of 3.
     """
-    metrics = solver_metrics(LABELS, VALUES)
-    assert metrics["n"] == 7
-    assert metrics["auc"] == pytest.approx((1 / 2 + 2 / 3) / 2)
-    assert metrics["auc_problems"] == 2
-    assert metrics["auc_95"] == bootstrap_interval([1 / 2, 2 / 3])
-    assert (metrics["sibling_groups"], metrics["top1"]) == (2, 0.0)
-    assert metrics["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-    errors = [value - y for (_, _, y), value in zip(LABELS, VALUES, strict=True)]
-    assert metrics["rmse"] == pytest.approx((sum(error**2 for error in errors) / 7) ** 0.5)
-    assert metrics["rmse_of_mean"] == pytest.approx(np.std([y for _, _, y in LABELS]))
-    assert metrics["ece"] == calibration_error(np.array(VALUES), np.array([y for *_, y in LABELS]))
+    targets, values = [y for _, _, y, _ in LABELS], [value for *_, value in LABELS]
+    edges = []
+    for problem_id, parent, y, _ in LABELS:
+        edges.append(Edge(problem_id, 9, parent, "Solver", State("q", ()), y, visits=1))
+    metrics = value_metrics(edges, values)["Solver"]
+    assert metrics["n"] == 12
+    assert metrics["auc"] == pytest.approx((3 / 4 + 2 / 3 + 1) / 3)
+    assert metrics["auc_problems"] == 3
+    assert metrics["auc_95"] == bootstrap_interval([3 / 4, 2 / 3, 1.0])
+    assert metrics["sibling_groups"] == 3
+    assert metrics["top1"] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
+    assert metrics["chance"] == pytest.approx((1 / 3 + 1 / 2 + 2 / 5) / 3)
+    errors = [value - y for y, value in zip(targets, values, strict=True)]
+    assert metrics["rmse"] == pytest.approx((sum(error**2 for error in errors) / 12) ** 0.5)
+    assert metrics["rmse_of_mean"] == pytest.approx(np.std(targets))
+    assert metrics["ece"] == calibration_error(np.array(values), np.array(targets))
 
 
 CALIBRATIONS = [  # V, y, and the sum over ten bins of |sum of V - sum of y|
@@ -82,47 +75,6 @@ CALIBRATIONS = [  # V, y, and the sum over ten bins of |sum of V - sum of y|
 @pytest.mark.parametrize("v, y, total", CALIBRATIONS)
 def test_calibration_error_by_hand(v, y, total):
     assert calibration_error(np.array(v), np.array(y)) == pytest.approx(total / len(v))
-
-
-def test_a_v_that_only_knows_the_problem_scores_chance():
-    """Problem d is the easiest and has the largest V. Over all problems, AUC would be 0.75."""
-    ids, targets, values = [], [], []
-    for num_right, problem_id in enumerate("abcd", 1):
-        ids += [problem_id] * 5
-        targets += [1.0] * num_right + [-1.0] * (5 - num_right)
-        values += [num_right / 5] * 5
-    assert auc(values, [y > 0 for y in targets]) == 0.75
-    assert problem_aucs(ids, targets, values) == [0.5] * 4
-    # A label of 0 is neither right nor wrong; a problem with one kind of states has no AUC.
-    ids, targets = ["a", "a", "a", "b", "b"], [0.25, -0.25, 0.0, 1.0, 0.5]
-    assert problem_aucs(ids, targets, [0.2, 0.1, 0.9, 0.2, 0.1]) == [1.0]
-
-
-def test_a_tie_in_v_is_a_uniform_pick_among_the_tied_siblings():
-    """The groups of siblings, with the largest V tied in the first three:
-
-    group  V                   y                tied  best of the tied
-    a      0.4  0.4  0.1       1  -1   1        2     1 of 2
-    b      0.2  0.2  0.2 -0.5  1   1  -1  -1    3     2 of 3
-    c      0.0  0.7  0.7       1  -1  -1        2     0 of 2
-    d      0.0  0.1            0.5 0.5          equal labels: left out
-    """
-    values = [0.4, 0.4, 0.1, 0.2, 0.2, 0.2, -0.5, 0.0, 0.7, 0.7, 0.0, 0.1]
-    targets = [1.0, -1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, -1.0, -1.0, 0.5, 0.5]
-    labels = [(problem, 0, y) for problem, y in zip("aaabbbbcccdd", targets, strict=True)]
-    metrics = solver_metrics(labels, values)
-    assert metrics["sibling_groups"] == 3
-    assert metrics["top1"] == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
-    assert metrics["chance"] == pytest.approx((2 / 3 + 2 / 4 + 1 / 3) / 3)
-
-
-def test_metrics_that_do_not_exist_are_none():
-    """One right state: no pair for an AUC, no siblings to choose from."""
-    metrics = solver_metrics([("a", 0, 1.0)], [0.3])
-    assert [metrics[name] for name in ("auc", "auc_95", "top1", "chance")] == [None] * 4
-    # AUC that is the same for every problem has no interval: nothing tells its spread.
-    metrics = solver_metrics(LABELS, [y for _, _, y in LABELS])
-    assert (metrics["auc"], metrics["auc_problems"], metrics["auc_95"]) == (1.0, 2, None)
 
 
 def test_the_bootstrap_interval_is_that_of_the_normal_distribution():
@@ -178,15 +130,6 @@ def test_one_run_has_the_interval_of_its_problems():
         assert compare([[True, True, False]], [[False, True, False]]) == (
             paired([True, True, False], [False, True, False])
         )
-
-
-def test_runs_that_are_all_alike_have_the_interval_of_one():
-    result = seeds_and_problems([RIGHT, RIGHT])
-    assert (result["mean"], interval(result)) == (1.0, wilson(40, 40))
-    for compare in COMPARISONS:
-        result = compare([RIGHT, RIGHT], [RIGHT, RIGHT])
-        assert result["difference"] == 0
-        assert interval(result) == interval(paired(RIGHT, RIGHT))
 
 
 def test_the_noise_of_training_widens_the_interval():

@@ -8,19 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from support.flags import InputError, Parser
-from tasks.grading import extract_answer
 from tasks.problems import (
-    TASKS,
     Problem,
     add_problem_arguments,
     check_same_problems,
-    is_correct,
     load_problems,
     load_training_problems,
-    problem_at,
     question_key,
     read_row,
-    source,
 )
 
 
@@ -39,17 +34,6 @@ def load_rows(folder, rows, *, task, split="test", num=1000):
 def sums(numbers):
     """Return a row for each number: how much is the number and 1?"""
     return [{"question": f"How much is {i}+1?", "answer": str(i + 1)} for i in numbers]
-
-
-def test_an_answer_is_compared_with_the_gold_answer_as_its_type_demands():
-    number = Problem("p", "test", "q", "16", "number")
-    text = "16 − 3 = 13. Final answer: 13"  # neither of two numbers will do
-    assert not is_correct(number, extract_answer(text, "number").value)
-    assert is_correct(number, "16")
-    formula = Problem("p", "test", "q", "x+1", "math")
-    assert is_correct(formula, "1+x")
-    assert not is_correct(formula, "1-x")
-    assert not is_correct(formula, None)
 
 
 # ---- Rows of data sets ---------------------------------------------------------------------------
@@ -216,13 +200,6 @@ def test_a_question_that_occurs_twice_counts_once_if_its_answers_agree(
             load_rows(tmp_path, rows, task=task)
 
 
-@pytest.mark.parametrize("task, prefix", [("tiny", "d"), ("gsm8k", "gsm8k")])
-def test_an_id_names_the_file_or_the_public_task(tmp_path, task, prefix):
-    """The file names own data; a copy of a public data set has the ids of the data set."""
-    [problem] = load_rows(tmp_path, [{"question": "How many?", "answer": "2"}], task=task)
-    assert problem.id == f"{prefix}-{question_key('How many?')}"
-
-
 def test_training_problems_are_of_the_task_that_the_flags_name(tmp_path):
     parser = Parser("doc")
     add_problem_arguments(parser, training=True)
@@ -233,25 +210,6 @@ def test_training_problems_are_of_the_task_that_the_flags_name(tmp_path):
     flags = ["--task", "gsm8k", "--data", write_rows(tmp_path / "d.jsonl", sums(range(40)))]
     problems = load_training_problems(parser.parse_args([*flags, "--num-heldout", "2"]))
     assert [problem.split for problem in problems] == ["train"] * 36 + ["heldout"] * 2
-
-
-def test_one_test_problem_is_found_by_its_place(tmp_path, capsys):
-    problems = load_problems(task="tiny", data=None, split="test", num=3)
-    assert problem_at(task="tiny", data=None, position=3) == problems[2]
-    with pytest.raises(InputError, match="--index 99999999: --task tiny has 178 test problems"):
-        problem_at(task="tiny", data=None, position=99_999_999)
-    data = write_rows(tmp_path / "d.jsonl", sums([1]))
-    with pytest.raises(InputError, match="--index 2: .*d.jsonl has 1 test problems"):
-        problem_at(task="tiny", data=data, position=2)
-    assert capsys.readouterr().err == ""  # the error is the only line
-
-    assert len(load_problems(task="tiny", data=None, split="test", num=179)) == 178
-    assert "179 test problems were requested, but there are only 178" in capsys.readouterr().err
-
-
-def test_an_unknown_task_is_named():
-    with pytest.raises(InputError, match="chess: unknown; it is one of tiny, tiny-score, gsm8k"):
-        load_problems(task="chess", data=None, split="test", num=1)
 
 
 # ---- Files and the hub ---------------------------------------------------------------------------
@@ -268,18 +226,6 @@ def test_csv_json_and_parquet_are_read_by_their_name(tmp_path, monkeypatch):
         data = str(tmp_path / name)
         [problem] = load_problems(task="gsm8k", data=data, split="test", num=1)
         assert (problem.question, problem.gold) == ("How many?", "7")
-
-    (tmp_path / "torn.parquet").write_text("question,answer\nq,1\n")
-    (tmp_path / "torn.jsonl").write_text('{"question": "q", "answer": "1"}\n{"quest')
-    for name, complaint in (
-        ("torn.parquet", "cannot be loaded"),
-        ("torn.jsonl", "line 2"),
-        ("none.jsonl", "no such file"),
-        ("none.csv", "cannot be loaded"),
-    ):
-        with pytest.raises(InputError, match=f"{name}.*{complaint}") as error:
-            load_problems(task="gsm8k", data=str(tmp_path / name), split="test", num=1)
-        assert "offline" not in str(error.value)  # not blamed on the network
 
 
 def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
@@ -308,13 +254,6 @@ def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
     with pytest.raises(InputError, match="Couldn't reach the hub.; .* --data FILE") as error:
         load_problems(task="gsm8k", data=None, split="test", num=1)
     assert "\n" not in str(error.value)
-
-
-def test_the_source_of_problems_is_recorded():
-    hub = {"train": TASKS["gsm8k"].train, "test": TASKS["gsm8k"].test}
-    assert source("gsm8k", None) == {"task": "gsm8k", "data": None, "hub": hub}
-    assert source("gsm8k", "d.csv") == {"task": "gsm8k", "data": "d.csv", "hub": None}
-    assert source("tiny", None) == {"task": "tiny", "data": None, "hub": None}
 
 
 @pytest.mark.parametrize("change", [{}, {"question": "How much?"}, {"gold": "8"}])

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mas import State
 from support.flags import TINY_AGENTS as AGENTS
 from support.records import read_jsonl
 from tasks.problems import EMBEDDED, load_problems, question_key
 from tiny import make_tiny
-from tiny.make_tiny import REFINE, Team, is_correct_work, make_example, read_candidates
+from tiny.make_tiny import REFINE, make_example, read_candidates
 from tiny.problems import FAMILIES, SPLITS, make_puzzle, numbers_of, total, write_problems
 
 # ---- Problems ------------------------------------------------------------------------------------
@@ -75,42 +74,6 @@ def test_problems_to_measure_on_have_one_solution_each_and_numbers_of_their_own(
 
 # ---- The agents ----------------------------------------------------------------------------------
 
-# On make_puzzle("packs", "heldout", 3): 6 rides of 9 or 4 minutes, 39 minutes in all; 3 and 3. The
-# Planner guesses wrong; all others do faultless work.
-TRANSCRIPT = [
-    "Facts: count 6, short adds 9, long adds 4, total 39. Asked: short.",
-    "short adds 9, long adds 4, count 6, total 39. If all: 6*9=54, 6*4=24. "
-    "Try 4 short and 2 long. 4*9=36, 2*4=08, 6+8=14, 4|9 off.",
-    "4 short: 4*9=36. 2 long: 2*4=08. 6+8=14. 3+0+1=04. 36+08=44. 4+2=6. "
-    "Total: 4|3 off, 4|9 off. Count: 6|6 same.",
-    "The check fails. Final answer: 4",
-    "Try 3 long and 3 short. 3*9=27, 3*4=12, 7+2=09, 9|9 same. Final answer: 3",
-]
-SECOND_TRY = " Try 3 short and 3 long. 3*9=27, 3*4=12, 7+2=09, 9|9 same."
-
-
-def test_a_worked_example_of_each_agent():
-    """A wrong candidate is the fault of the Planner alone, unless it is followed by a right one."""
-    puzzle = make_puzzle("packs", "heldout", 3)
-    state = State(puzzle.question, ())
-    for agent, text in zip(REFINE.agents, TRANSCRIPT, strict=True):
-        is_planner = agent.name == "Planner"
-        assert is_correct_work(puzzle, agent.name, state, text) == (not is_planner)
-        assert is_correct_work(puzzle, agent.name, state, text + SECOND_TRY) == is_planner
-        for digit in set(re.findall(r"\d", text)):
-            wrong = text.replace(digit, str(9 - int(digit)))
-            assert not is_correct_work(puzzle, agent.name, state, wrong)
-        state = REFINE.step(state, text)
-
-
-def test_the_agents_load_and_speak_and_their_work_is_measured():
-    """Reading, multiplying and checking are learnt well."""
-    team = Team(AGENTS, device="cpu", seed=0)
-    puzzles = [make_puzzle("packs", "heldout", index) for index in range(4)]
-    measures = make_tiny.measure(team, puzzles, num_passes=2)
-    for agent in ("Reader", "Solver", "Verifier"):
-        assert measures[f"{agent} correct work"] > 0.7
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("agent", [agent.name for agent in REFINE.agents])
@@ -132,8 +95,6 @@ def test_every_equation_of_an_example_is_true_and_a_wrong_guess_is_never_learnt(
         guessed = read_candidates(puzzle, example.prefix)
         assert set(learnt) <= {puzzle.solution}
         assert puzzle.solution not in guessed
-        if agent == "Planner" and learnt and guessed:  # it tries again, as it has seen its error
-            assert " off." in example.target
         num_wrong += len(guessed)
     assert 10 < num_wrong < 50 if agent in ("Planner", "Refiner") else num_wrong == 0
 
