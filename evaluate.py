@@ -299,21 +299,9 @@ def parse_args(argv=None):
     parser = stage_parser(__doc__, writes=True)
     add_search_arguments(parser)
     add = parser.add_argument
-    add(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        default=DEFAULT_METHODS,
-        help="names as in search.py; without four agents, the default is those that fit",
-    )
+    add("--methods", nargs="+", default=DEFAULT_METHODS, help="names as in search.py")
     add("--by", nargs="+", choices=("subject", "level"), default=[], help="show EM per group, too")
-    add(
-        "--compare",
-        nargs="+",
-        metavar="RUN",
-        default=[],
-        help="only compare runs, from their records; NAME=RUN,RUN: they differ in their seed",
-    )
+    add("--compare", nargs="+", default=[], help="only compare runs: RUN, or NAME=RUN,RUN (seeds)")
     add("--curves", default=None, help="with --compare: PNG of stage 5's learning")
     add("--num-problems", type=positive_int, default=178, help="`tiny` has 178")
     add("--num-trees", type=int, default=178, help="problems to keep the trees of")

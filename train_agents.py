@@ -406,16 +406,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--reward", default="value", help=f"of a message: {rewards}")
     add("--value", default=None, help="folder of V (default: RUN/value)")
-    add(
-        "--rollouts",
-        default="passes-4",
-        help="passes-K, compared with all of an agent; or tree-1.8.1.1, compared with siblings",
-    )
+    shapes = "passes-K, compared with all of an agent; or tree-1.8.1.1, compared with siblings"
+    add("--rollouts", default="passes-4", help=shapes)
     add("--num-steps", type=positive_int, default=10, help="training steps")
     add("--num-questions", type=positive_int, default=64, help="questions per step")
-    add(
-        "--adapters", choices=("shared", "per-agent"), default="shared", help="one, or one for each"
-    )
+    sharing = ("shared", "per-agent")
+    add("--adapters", choices=sharing, default="shared", help="one for all, or one for each")
     add_lora_argument(parser)
     add("--policy-lr", type=positive_float, default=1e-3, help="learning rate; real models: 1e-5")
     return parser.parse_args(argv)

@@ -439,20 +439,11 @@ def add_agent_arguments(parser: Parser) -> None:
     add("--graph", default="chain", help=f"{named_graphs}, or FILE.toml: who sees whom")
     add("--model", default=TINY_AGENTS, help="the agents' language model: folder or hub name")
     add("--adapter", default=None, help="finetuned agents: a folder RUN/agents of train_agents.py")
-    add(
-        "--chat-template-kwargs",
-        type=json.loads,
-        default="{}",
-        help='variables of the chat template as JSON, e.g. {"enable_thinking": false}',
-    )
+    help_kwargs = "variables of the chat template, as JSON"
+    add("--chat-template-kwargs", type=json.loads, default="{}", help=help_kwargs)
     add("--temperature", type=positive_float, default=1.0, help="of every sampled message")
-    add(
-        "--max-new-tokens",
-        type=positive_int,
-        default=192,
-        help="limit of a message, in addition to the agent's own; suits the tiny agents, "
-        "give 512 or so for a real model",
-    )
+    help_limit = "limit of a message, beside the agent's own; give 512 or so for a real model"
+    add("--max-new-tokens", type=positive_int, default=192, help=help_limit)
 
 
 def add_tree_search_arguments(parser: Parser) -> None:
@@ -465,21 +456,14 @@ def add_tree_search_arguments(parser: Parser) -> None:
         "--top-p",
         type=positive_unit_float,
         default=1.0,
-        help="only the likeliest tokens that together have this probability; 1: all",
+        help="only the likeliest tokens, 1: all",
     )
-    add(
-        "--num-candidates",
-        default="3",
-        help="C, messages per expansion: 3, or 1.8.1.1, or Planner=8,Reader=2",
-    )
+    help_candidates = "C, messages per expansion: 3, or 1.8.1.1, or Planner=8,Reader=2"
+    add("--num-candidates", default="3", help=help_candidates)
     add("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
     add("--max-active", type=positive_int, default=512, help="problems searched together")
-    add(
-        "--messages",
-        default=None,
-        help="folder of the journal of messages; runs with the same agents can share it "
-        "(default: RUN/messages)",
-    )
+    help_messages = "folder of the journal (default: RUN/messages); runs may share one"
+    add("--messages", default=None, help=help_messages)
 
 
 def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:

@@ -106,25 +106,12 @@ def stage_parser(doc: str, *, writes: bool) -> Parser:
     add("--run", default="runs/tiny", help="run folder")
     add("--seed", type=int, default=0, help="seed of everything that is random")
     add("--device", default=default_device, help="cpu, cuda or cuda:N")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU",
-    )
-    add(
-        "--num-threads",
-        type=positive_int,
-        default=_default_num_threads(),
-        help="torch threads on the CPU; more than 2 do not help tiny models, and scripts that run "
-        "at the same time are several times slower if they have more threads than cores",
-    )
-    add(
-        "--batch-tokens",
-        type=positive_int,
-        default=131072,
-        help="size of one batch that is generated or scored: rows x tokens of the longest",
-    )
+    dtypes = ("auto", "float32", "bfloat16")
+    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, else float32")
+    num_threads = _default_num_threads()
+    add("--num-threads", type=positive_int, default=num_threads, help="of torch, on the CPU")
+    help_batch = "size of a batch that is generated or scored: rows x tokens of the longest"
+    add("--batch-tokens", type=positive_int, default=131072, help=help_batch)
     if writes:
         add("--overwrite", action="store_true", help="delete this stage's results and start over")
     return parser

@@ -129,20 +129,11 @@ def add_problem_arguments(parser: Parser, *, training: bool) -> None:
     names = f"{', '.join(EMBEDDED)} (embedded), or {', '.join(TASKS)}"
     add = parser.add_argument
     add("--task", default="tiny", help=names)
-    add(
-        "--data",
-        default=None,
-        help="problems from a file (JSON lines, json, csv, parquet) with `question` and `answer`; "
-        "graded as --task, or by the narrowest answer type that fits if that is embedded",
-    )
+    help_data = "problems from a file (JSON lines, json, csv, parquet): `question` and `answer`"
+    add("--data", default=None, help=help_data)
     if training:
         add("--num-train", type=positive_int, default=300, help="training problems")
-        add(
-            "--num-heldout",
-            type=positive_int,
-            default=45,
-            help="held-out problems, to measure V and the agents on; `tiny` has 45",
-        )
+        add("--num-heldout", type=positive_int, default=45, help="problems to measure on")
 
 
 def load_training_problems(args) -> list[Problem]:

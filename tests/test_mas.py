@@ -30,7 +30,7 @@ def states_of_one_path(mas: MAS) -> list[State]:
     return states
 
 
-@pytest.mark.parametrize("name", graph_names())
+@pytest.mark.parametrize("name", EDGES)
 def test_a_prompt_contains_exactly_the_in_edges(name):
     """The role is the system's message. What the agent sees is the user's, each with its sender."""
     graph = load_graph(name)
