@@ -77,15 +77,8 @@ def states_of(model: ValueModel, trees: list[dict]):
     return [edge.state for edge in train_value.edges_of(transcripts_of(model, trees))]
 
 
-def load(folder: Path, mas: MAS = CHAIN, *, must_be_finished=True) -> ValueModel:
-    options = {"device": "cpu", "dtype": "float32", "must_be_finished": must_be_finished}
-    return ValueModel.load(folder, mas, **options)
-
-
-def on_forward(model: ValueModel, look):
-    """Call a function with the token ids of every forward of the backbone, until `remove`."""
-    hook = model.backbone.register_forward_pre_hook
-    return hook(lambda module, args, inputs: look(inputs["input_ids"]), with_kwargs=True)
+def load(folder: Path, mas: MAS = CHAIN) -> ValueModel:
+    return ValueModel.load(folder, mas, device="cpu", dtype="float32", must_be_finished=True)
 
 
 def flags(*argv):

@@ -23,27 +23,23 @@ import generate_rollouts
 import train_agents
 import train_value
 from mas import CHAIN
-from support.flags import TINY_AGENTS, InputError
+from support.flags import TINY_AGENTS
 from support.runs import read_config, seeded
-from support.statistics import agent_measures
-from tasks.grading import extract_answer
-from tasks.problems import Problem, is_correct, load_problems
+from tasks.problems import load_problems
 from train_agents import REWARDS, Learner, TrainedMessage, advantages, returns, search_rewards
-from tree import Candidate, Sample
-
-PROBLEM = Problem("p", "train", "What is 3 + 4?", "7", "number")
+from tree import Sample
 
 # ---- Rollouts ------------------------------------------------------------------------------------
 
 
-def messages_of(mas, num_candidates, *, say=str, outcomes=(), problem=PROBLEM):
+def messages_of(mas, num_candidates, *, say=str, outcomes=()):
     """Return the messages of a scripted tree; its terminal nodes have these outcomes, in order."""
     search = train_agents.sample_tree("q", mas, num_candidates)
     nodes = drive(search, {Sample: ScriptedPolicy(mas, say)})
     leaves = [node for node in nodes if not node.children]
     for leaf, outcome in zip(leaves, outcomes, strict=False):
         leaf.outcome = outcome
-    return dict.fromkeys(nodes, problem)
+    return dict.fromkeys(nodes)
 
 
 def test_every_state_gets_its_candidates_and_equal_messages_are_not_merged():
@@ -51,20 +47,14 @@ def test_every_state_gets_its_candidates_and_equal_messages_are_not_merged():
     nodes = list(messages_of(DUO, (2, 3), say=lambda path: "the same"))
     paths = [node.path for node in nodes]
     assert paths == [(0,), (1,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    passes = [node.path for node in messages_of(CHAIN, (2, 1, 1, 1))]
-    assert passes == [(0,), (1,), (0, 0), (1, 0), (0, 0, 0), (1, 0, 0), (0, 0, 0, 0), (1, 0, 0, 0)]
 
 
 def test_agents_speak_in_their_turn_if_they_have_an_entry():
     """C is the third agent, whether or not B has spoken."""
-    for first, num_candidates, expected in (
-        ("help", (1, 2, 2), "ABBCCCC"),
-        ("fine", (1, 2, 2), "ACC"),
-        ("help", (1, 2), "ABB"),
-        ("fine", (1, 2), "A"),
-    ):
-        nodes = messages_of(HINT, num_candidates, say=lambda path, a=first: "b" if path[1:] else a)
-        assert "".join(node.message.agent for node in nodes) == expected
+    for first, all_agents, without_c in (("help", "ABBCCCC", "ABB"), ("fine", "ACC", "A")):
+        for num_candidates, expected in (((1, 2, 2), all_agents), ((1, 2), without_c)):
+            nodes = messages_of(HINT, num_candidates, say=lambda path, a=first: a)
+            assert "".join(node.message.agent for node in nodes) == expected
 
 
 # ---- Rewards -------------------------------------------------------------------------------------
@@ -105,34 +95,18 @@ def test_the_mean_outcome_weighs_continuations_equally_and_needs_answers():
 
 
 def test_random_rewards_are_those_of_other_messages_of_the_same_agent():
-    outcomes = [1.0, -1.0, -1.0] * 4
-    rollouts = messages_of(CHAIN, (3, 4, 1, 1), outcomes=outcomes)
+    rollouts = messages_of(CHAIN, (3, 4, 1, 1), outcomes=[1.0, -1.0, -1.0] * 4)
     original, shuffled = REWARDS["outcome"](rollouts), REWARDS["random"](rollouts)
     for agent in CHAIN.agents:
         nodes = [node for node in rollouts if node.message.agent == agent.name]
         assert sorted(shuffled[node] for node in nodes) == sorted(original[node] for node in nodes)
-    others = messages_of(CHAIN, (3, 4, 1, 1), outcomes=outcomes, say=lambda path: f"{path}!")
-    shuffles = [list(REWARDS["random"](nodes).values())[-24:] for nodes in (rollouts, others)]
-    assert shuffles[0] != shuffles[1] != list(original.values())[-24:] != shuffles[0]
+    assert list(shuffled.values())[-12:] != list(original.values())[-12:]
 
 
 def test_returns_add_the_later_rewards_and_average_over_continuations(tree):
     rewards = dict(zip(tree, [1.0, 2.0, 10.0, 20.0, 30.0, 50.0], strict=True))
     expected = dict(zip(tree, [16.0, 42.0, 10.0, 20.0, 30.0, 50.0], strict=True))
     assert list(returns(rewards).items()) == list(expected.items())
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_changes_of_v_sum_to_the_outcome_minus_v_whatever_v_is(seed):
-    """No error of V can bend the returns: (Q - V) / 2, so V is a baseline only."""
-    rng = seeded(seed)
-    outcomes = [rng.choice([1.0, -1.0]) for _ in range(6)]
-    rollouts = messages_of(CHAIN, (2, 3, 1, 1), outcomes=outcomes)
-    for node in [next(iter(rollouts)).parent, *rollouts]:
-        node.V = rng.uniform(-1, 1)
-    q = search_rewards(rollouts)
-    for node, total in returns(REWARDS["value-return"](rollouts)).items():
-        assert total == pytest.approx((q[node] - node.parent.V) / 2)
 
 
 # ---- Advantages ----------------------------------------------------------------------------------
@@ -171,36 +145,6 @@ def test_the_advantages_by_hand(tree, rewards, by_agent, by_siblings, is_cut):
         assert [result.get(node) for node in tree] == pytest.approx(expected)
 
 
-def test_the_agent_baseline_is_over_all_questions():
-    """MAPPA: no group by question, because later agents see different inputs."""
-    first, second = list(messages_of(DUO, (1, 1))), list(messages_of(DUO, (1, 1)))
-    credits = dict(zip(first + second, [0.0, 1.0, 4.0, 2.0], strict=True))
-    assert list(advantages(credits, "agent").values()) == [-1.0, -1.0, 1.0, 1.0]
-    assert advantages(credits, "siblings") == {}
-
-
-# ---- What is measured ----------------------------------------------------------------------------
-
-
-def test_the_measures_of_an_agent_by_hand():
-    """V knows which question is easy, and ranks the plans of each in the wrong order."""
-    easy = messages_of(CHAIN, (1, 4, 1, 1), outcomes=[1.0, 1.0, 1.0, -1.0])
-    hard = messages_of(CHAIN, (1, 4, 1, 1), outcomes=[1.0, -1.0, -1.0, -1.0])
-    both = easy | dict.fromkeys(hard, replace(PROBLEM, id="hard"))
-    q = search_rewards(both)
-    for node in both:
-        node.V = (0.5 if node in easy else -0.5) - 0.1 * q[node]
-    plan = next(node for node in easy if node.message.agent == "Planner")
-    plan.candidate = Candidate("long", 12, -1.0, truncated=True)
-    expected = {"messages": 8, "tokens": (12 + 7 * 2) / 8, "truncated": 1 / 8, "right": 0.5}
-    expected |= {"value": pytest.approx(0.5), "value_auc": 0.0}
-    assert agent_measures(both, q)["Planner"] == expected
-    for node in easy:
-        node.V = None
-    measures = agent_measures(easy, q)["Planner"]
-    assert (measures["value"], measures["value_auc"], measures["right"]) == (None, None, 0.75)
-
-
 # ---- The update ----------------------------------------------------------------------------------
 
 
@@ -212,17 +156,8 @@ def make_learner(*flags):
 
 @pytest.fixture(scope="module")
 def shared():
-    """A learner that no test changes."""
+    """A learner whose weights no test moves."""
     return make_learner()
-
-
-@pytest.fixture
-def learner(shared):
-    """A learner that is as before when the test ends."""
-    weights = shared.adapters.weights()
-    yield shared
-    shared.adapters.set_weights(weights)
-    shared.optimizer.zero_grad()
 
 
 def train_problems(num):
@@ -234,20 +169,13 @@ def rollouts(shared):
     return shared.sample(train_problems(2), (2, 2, 1, 1), name="fixture")
 
 
-def trained_messages(learner, rollouts, *, advantage=1.0):
+def trained_messages(learner, advantage_of, rollouts):
     messages = []
-    for node, problem in rollouts.items():
-        prompt_ids = tuple(learner.policy.prompt_ids(node.parent.state, problem.answer_type))
-        token_ids = node.candidate.token_ids
-        messages.append(TrainedMessage(node.message.agent, prompt_ids, token_ids, advantage))
+    for node, advantage in advantage_of.items():
+        prompt_ids = learner.policy.prompt_ids(node.parent.state, rollouts[node].answer_type)
+        agent, token_ids = node.message.agent, node.candidate.token_ids
+        messages.append(TrainedMessage(agent, tuple(prompt_ids), token_ids, advantage))
     return messages
-
-
-def randomise(adapters, std=0.05):
-    torch.manual_seed(1)
-    adapters.set_weights(
-        {name: std * torch.randn_like(w) for name, w in adapters.weights().items()}
-    )
 
 
 @torch.no_grad()
@@ -261,19 +189,18 @@ def teacher_forced(learner, message, temperature):
 
 
 def test_log_probabilities_are_those_of_the_agent_that_spoke_at_the_sampling_temperature():
-    """Packed or alone. Each agent has an adapter; the sampler recorded them before temperature."""
+    """Packed or alone. Each agent has an adapter, which the reference is without."""
     learner = make_learner("--adapters", "per-agent", "--temperature", 1.7)
-    randomise(learner.adapters)
+    torch.manual_seed(1)
+    for weight in learner.parameters:
+        weight.data = 0.05 * torch.randn_like(weight)
     rollouts = learner.sample(train_problems(1), (2, 2, 1, 1), name="s")
-    messages = trained_messages(learner, rollouts)
+    messages = trained_messages(learner, dict.fromkeys(rollouts, 1.0), rollouts)
     read = list(itertools.chain(*learner.read(messages)))
     assert len(read) == len(messages) == 2 + 3 * 4
     for message, logprobs in read:
         expected = teacher_forced(learner, message, 1.7)
         torch.testing.assert_close(logprobs.detach(), expected, atol=1e-4, rtol=0)
-    for node, message in zip(rollouts, messages, strict=True):
-        logprob = teacher_forced(learner, message, 1.0).sum().item()
-        assert node.candidate.logprob == pytest.approx(logprob, abs=1e-3)
     learner.update(messages, seeded(0))
     with learner.adapters.off():
         for message in messages:
@@ -281,32 +208,22 @@ def test_log_probabilities_are_those_of_the_agent_that_spoke_at_the_sampling_tem
             torch.testing.assert_close(message.reference_logprobs, expected, atol=1e-4, rtol=0)
 
 
-def test_messages_are_sampled_graded_and_read_by_v(learner, value_folder):
-    """With the noise of the step's name. V also reads the question, without any message."""
-    problems = train_problems(2)[::-1]
-    rollouts = learner.sample(problems, (2, 1, 1, 1), name="step 1")
-    assert list(dict.fromkeys(rollouts.values())) == problems[::-1]  # by id
-    for node, problem in rollouts.items():
-        assert learner.policy.chat_format.message(node.candidate.token_ids) == node.message.text
-        expected = None
-        if CHAIN.is_terminal(node.state):
-            answer = extract_answer(node.message.text, problem.answer_type).value
-            expected = 1.0 if is_correct(problem, answer) else -1.0
-        assert node.outcome == expected and node.V is None
-    reader = make_learner("--value", value_folder)
-    again = reader.sample(problems, (2, 1, 1, 1), name="step 1")
-    other = reader.sample(problems, (2, 1, 1, 1), name="step 2")
-    texts = [[node.message.text for node in nodes] for nodes in (rollouts, again, other)]
+def test_messages_are_sampled_with_the_noise_of_their_step_and_read_by_v(value_folder):
+    """V also reads the question, without any message."""
+    learner = make_learner("--value", value_folder)
+    first, again, other = [
+        learner.sample(train_problems(1), (2, 1, 1, 1), name=name) for name in ("1", "1", "2")
+    ]
+    texts = [[node.message.text for node in nodes] for nodes in (first, again, other)]
     assert texts[0] == texts[1] != texts[2]
-    nodes = [*again, next(iter(again)).parent]
+    nodes = [*first, next(iter(first)).parent]
     for node in nodes:
-        [expected] = reader.value_model.score([node.state], batch_tokens=999)
+        [expected] = learner.value_model.score([node.state], batch_tokens=999)
         assert abs(node.V - expected) < 1e-5
     assert len({node.V for node in nodes}) > 3
 
 
 CLIPPED_BY_HAND = [  # ratio, advantage, gain, clipped
-    (1.0, 2.0, 2.0, 0),
     (1.1, 1.0, 1.1, 0),
     (1.5, 1.0, 1.2, 1),  # no more to gain above 1.2
     (0.5, 1.0, 0.5, 0),
@@ -341,68 +258,51 @@ def test_the_kl_penalty_by_hand(shared):
 
 
 def gradients_of_update(learner, messages):
-    """Return the gradient of each optimizer step, and what `update` returns."""
+    """Return the gradient of each optimizer step."""
     gradients = []
 
     def keep(optimizer, *_):
-        grads = [p.grad for p in learner.parameters if p.grad is not None]
-        gradients.append(torch.cat([grad.flatten() for grad in grads]) if grads else None)
+        gradients.append(torch.cat([p.grad.flatten() for p in learner.parameters]))
 
     for group in learner.optimizer.param_groups:
         group["lr"] = 1e-12
     hook = learner.optimizer.register_step_pre_hook(keep)
-    report = learner.update(messages, seeded(0))
+    learner.optimizer.zero_grad()
+    learner.update(messages, seeded(0))
     hook.remove()
-    return gradients, report
+    return gradients
 
 
-def test_every_token_of_every_sample_has_the_same_weight(learner, rollouts):
+def test_every_token_of_every_sample_has_the_same_weight(shared, rollouts):
     """Whatever the minibatches are. Equal messages count as often as they were sampled."""
-    messages = trained_messages(learner, rollouts, advantage=0.01)
-    messages += [replace(messages[0], advantage=a) for a in (-0.02, 0.03)]
-    gradients, _ = gradients_of_update(learner, messages)
+    messages = trained_messages(shared, dict.fromkeys(rollouts, 0.01), rollouts)
+    messages.append(replace(messages[0], advantage=0.03))
+    gradients = gradients_of_update(shared, messages)
     assert len(gradients) == 4
     num_tokens = sum(len(message.token_ids) for message in messages)
-    learner.optimizer.zero_grad()
     for message in messages:
-        for batch in learner.read([message]):
-            (learner.loss(batch)[0] / num_tokens).backward()
-    expected = torch.cat([parameter.grad.flatten() for parameter in learner.parameters])
+        for batch in shared.read([message]):
+            (shared.loss(batch)[0] / num_tokens).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in shared.parameters])
     assert expected.norm() > 1e-4
-    mean = sum(gradient for gradient in gradients if gradient is not None) / 4
+    mean = torch.stack(gradients).mean(0)
     torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-3)
 
 
-def test_messages_of_one_prompt_share_a_minibatch(learner, rollouts):
-    """At the first minibatch the ratio is 1, and the KL that to the base, over all tokens."""
-    randomise(learner.adapters, std=0.2)
-    messages = trained_messages(learner, rollouts)
-    messages = [m for m in messages if m.prompt_ids == messages[0].prompt_ids]
-    gradients, report = gradients_of_update(learner, messages)
-    assert len(messages) == 2 and sum(gradient is not None for gradient in gradients) == 1
-    log_r = torch.cat([message.reference_logprobs - message.old_logprobs for message in messages])
-    kl = (log_r.exp() - log_r - 1).mean().item()
-    assert report == {"kl": pytest.approx(kl, rel=1e-3), "clip_share": 0} and kl > 0.01
-
-
-def test_gradients_are_clipped_to_norm_1_and_must_be_finite(learner, rollouts):
-    messages = trained_messages(learner, rollouts, advantage=1e4)
-    for gradient in gradients_of_update(learner, messages)[0]:
-        assert gradient is None or gradient.norm().item() == pytest.approx(1.0, abs=1e-3)
-    messages[0].advantage = math.inf
-    with pytest.raises(InputError, match="not finite; lower --policy-lr"):
-        learner.update(messages, seeded(0))
+def test_gradients_are_clipped_to_norm_1(shared, rollouts):
+    messages = trained_messages(shared, dict.fromkeys(rollouts, 1e4), rollouts)
+    for gradient in gradients_of_update(shared, messages):
+        assert gradient.norm().item() == pytest.approx(1.0, abs=1e-3)
 
 
 def test_an_update_moves_the_adapter_of_the_speaker_only(rollouts):
     learner = make_learner("--adapters", "per-agent", "--lora-rank", 4)
     before = {n: p.detach().clone() for n, p in learner.adapters.model.named_parameters()}
-    messages = [m for m in trained_messages(learner, rollouts) if m.agent == "Planner"]
-    learner.update(messages, seeded(0))
+    plans = {node: 1.0 for node in rollouts if node.message.agent == "Planner"}
+    learner.update(trained_messages(learner, plans, rollouts), seeded(0))
     after = dict(learner.adapters.model.named_parameters())
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(".agent_Planner." in name for name in moved)
-    assert learner.update([], seeded(0)) == {"kl": 0, "clip_share": 0}
 
 
 def test_a_planted_reward_is_learnt():
@@ -414,10 +314,7 @@ def test_a_planted_reward_is_learnt():
         rollouts = learner.sample(problems[4 * step : 4 * step + 4], (12,), name=f"step {step}")
         rewards = {node: float(node.message.text.startswith("Facts: total")) for node in rollouts}
         shares.append(statistics.fmean(rewards.values()))
-        messages = []
-        for node, advantage in advantages(rewards, "siblings").items():
-            of_node = {node: rollouts[node]}
-            messages += trained_messages(learner, of_node, advantage=advantage)
+        messages = trained_messages(learner, advantages(rewards, "siblings"), rollouts)
         learner.update(messages, seeded(step))
     assert shares[0] < 0.5 and shares[-1] > 0.8, shares
 
@@ -431,50 +328,40 @@ def value_folder(tmp_path_factory):
     return run / "value"
 
 
-STEPS = [  # reward, rollouts, and who has to speak
-    ("value", "tree-1.3.1.1", 2),  # nobody after the Planner
-    ("search", "tree-1.3.1.1", 4),
-    ("value-return", "passes-3", 4),
-    ("random", "passes-3", 4),
-]
-
-
-@pytest.mark.parametrize("reward, rollouts, num_speakers", STEPS)
-def test_what_a_step_logs_is_what_it_compares(value_folder, reward, rollouts, num_speakers):
+@pytest.mark.parametrize("reward", ["value", "value-return"])
+def test_a_step_compares_values_with_siblings_or_returns_with_the_agent(value_folder, reward):
+    """For V of new states, nobody has to speak after the Planner, whose messages are compared."""
+    compared, rollouts, speakers = {
+        "value": ("reward", "tree-1.3.1.1", {"Reader", "Planner"}),
+        "value-return": ("return", "passes-3", {agent.name for agent in CHAIN.agents}),
+    }[reward]
     flags = ["--reward", reward, "--rollouts", rollouts, "--num-questions", 2]
     learner = make_learner("--value", value_folder, *flags, "--max-new-tokens", 192)
-    record, step = learner.take_step(1)
-    groups, agents = defaultdict(list), defaultdict(list)
+    _, step = learner.take_step(1)
+    groups, of_agent = defaultdict(list), defaultdict(list)
     for message in step["messages"]:
-        compared = message.get("return", message["reward"])
-        parent = (message["problem"], message["path"][:-1])
-        groups[message["agent"] if "passes" in rollouts else parent].append((compared, message))
-        agents[message["agent"]].append(compared)
-        if reward == "value":
-            assert message["reward"] == (message["V"] + 1) / 2 and message["outcome"] is None
-        assert ("return" in message) == (reward == "value-return")
-    assert len(agents) == num_speakers and record["messages"] == len(step["messages"])
+        of_agent[message["agent"]].append(message[compared])
+        state = (message["problem"], message["path"][:-1])
+        groups[state if reward == "value" else message["agent"]].append(message)
+    assert of_agent.keys() == speakers
     for group in groups.values():
-        mean = statistics.fmean(compared for compared, _ in group)
-        for compared, message in group:
-            spread = statistics.pstdev(agents[message["agent"]])
-            expected = (compared - mean) / spread if len(group) > 1 and spread > 1e-4 else None
+        mean = statistics.fmean(message[compared] for message in group)
+        for message in group:
+            spread = statistics.pstdev(of_agent[message["agent"]])
+            expected = (message[compared] - mean) / spread if len(group) > 1 else None
             assert message["advantage"] == pytest.approx(expected)
 
 
 def test_messages_without_a_score_of_the_coach_are_not_trained_on():
     """The tiny agents do not grade. Every step has other questions, and other noise for them."""
     flags = ["--reward", f"coach:{TINY_AGENTS}", "--num-questions", 2, "--num-train", 3]
-    learner = make_learner(*flags, "--max-new-tokens", 30)
-    before = learner.adapters.weights()
-    texts = []
-    for step in (1, 2):
+    learner = make_learner(*flags, "--graph", "single", "--max-new-tokens", 30)
+    texts = [defaultdict(list), defaultdict(list)]
+    for step in (0, 1):
         record, logged = learner.take_step(step)
-        assert (record["without_reward"], record["trained_on"]) == (32, 0)
-        texts.append(defaultdict(list))
+        assert (record["without_reward"], record["trained_on"]) == (8, 0)
         for message in logged["messages"]:
-            texts[-1][message["problem"]].append(message["message"])
-    assert all(torch.equal(w, before[name]) for name, w in learner.adapters.weights().items())
+            texts[step][message["problem"]].append(message["message"])
     [shared] = texts[0].keys() & texts[1].keys()
     assert texts[0][shared] != texts[1][shared]
 
@@ -507,7 +394,6 @@ def finished(tmp_path_factory, small):
 
 def test_a_finished_run_has_measured_kept_and_recorded_what_it_should(finished, small):
     records = read_lines(finished / "metrics.jsonl")
-    assert [record["messages"] for record in records] == [0, 32, 64, 96]
     accuracies = {r["step"]: r["dev"]["accuracy"] for r in records if "dev" in r}
     assert list(accuracies) == [0, 2, 3] and accuracies[3] > accuracies[0]
     assert read_config(finished)["best_step"] == max(accuracies, key=accuracies.get)
@@ -516,15 +402,13 @@ def test_a_finished_run_has_measured_kept_and_recorded_what_it_should(finished, 
         trained_on |= {message["problem"] for message in step["messages"]}
     seen = read_lines(finished / "problems.jsonl")
     assert len(seen) == 36 and trained_on <= {row["id"] for row in seen if row["split"] == "train"}
-    # It is not trained again.
-    assert "finished already" in output_of(train_agents, "--run", finished.parent, *small)
 
 
 def test_the_first_of_the_best_adapters_are_kept(tmp_path, small):
     """Here the agents break, so that nothing is better than the adapters that change nothing."""
-    flags = ["--policy-lr", "0.03", "--seed", 2, "--num-steps", 2]
+    flags = ["--policy-lr", "0.03", "--num-steps", 1, "--seed", 2, "--max-new-tokens", 60]
     output_of(train_agents, "--run", tmp_path, *small, *flags)
-    before, _, after = read_lines(tmp_path / "agents" / "metrics.jsonl")
+    before, after = read_lines(tmp_path / "agents" / "metrics.jsonl")
     assert before["dev"]["accuracy"] > after["dev"]["accuracy"]
     assert read_config(tmp_path / "agents")["best_step"] == 0
     weights = load_file(tmp_path / "agents" / FILES[2])
@@ -534,29 +418,23 @@ def test_the_first_of_the_best_adapters_are_kept(tmp_path, small):
 def test_a_run_that_is_killed_and_resumed_equals_one_that_is_not(finished, tmp_path, small):
     run = partial(output_of, train_agents, "--run", tmp_path, *small)
     metrics = tmp_path / "agents" / "metrics.jsonl"
-    for num_lines in (1, 3):
-        child = start_in_fork(run)
-        while not metrics.is_file() or metrics.read_bytes().count(b"\n") < num_lines:
-            time.sleep(0.01)
-        os.kill(child, signal.SIGKILL)
-        assert exit_code_of(child) == -signal.SIGKILL
+    child = start_in_fork(run)
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert exit_code_of(child) == -signal.SIGKILL
     run()
     for name in FILES:
         assert (tmp_path / "agents" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-def test_training_goes_on_from_given_adapters_and_inherits_what_they_and_v_have_seen(
-    finished, tmp_path, small
-):
-    """They are as good as when they were kept: the held-out noise is the same at every step."""
+def test_training_from_given_adapters_inherits_what_they_and_v_have_seen(finished, tmp_path, small):
+    """evaluate.py refuses to test on it."""
     flags = ["--graph", "single", "--num-train", 3, "--num-heldout", 1, "--num-simulations", 3]
     output_of(generate_rollouts, "--run", tmp_path, *flags)
     output_of(train_value, "--run", tmp_path, "--epochs", 1)
-    flags = ["--adapter", finished, "--reward", "value", "--num-steps", 1]
+    flags = ["--adapter", finished, "--reward", "value", "--num-steps", 1, "--num-questions", 1]
     output_of(train_agents, "--run", tmp_path, *small, *flags)
-    start, _ = read_lines(tmp_path / "agents" / "metrics.jsonl")
-    kept = read_lines(finished / "metrics.jsonl")[read_config(finished)["best_step"]]
-    assert start["dev"]["accuracy"] == kept["dev"]["accuracy"]
     seen = read_lines(tmp_path / "agents" / "problems.jsonl")
     assert seen[36:72] == read_lines(finished / "problems.jsonl")
     assert seen[72:] == read_lines(tmp_path / "value" / "problems.jsonl")
@@ -570,17 +448,3 @@ OTHER_SETTINGS += ["--adapters per-agent", "--policy-lr 0.1", "--seed 1", "--num
 def test_another_setting_in_the_same_folder_is_refused(finished, small, flags):
     error = error_of(train_agents, "--run", finished.parent, *small, *flags.split())
     assert flags.split()[0][2:].replace("num-train", "problems").replace("-", "_") in error
-
-
-REFUSED = ["--reward bogus", "--rollouts bogus", "--rollouts tree-1", "--reward value"]
-REFUSED += ["--value nowhere", "--adapter nowhere"]
-
-
-@pytest.mark.parametrize("flags", REFUSED)
-def test_flags_that_make_no_sense_are_refused_in_one_line(tmp_path, flags):
-    assert flags.split()[1] in error_of(train_agents, "--run", tmp_path, *flags.split())
-    assert not (tmp_path / "agents").exists()
-
-
-def test_there_are_25_flags():
-    assert len(vars(train_agents.parse_args([]))) == 25 + 3  # and three that are fixed

@@ -8,16 +8,16 @@ from transformers import AutoTokenizer
 
 from llm.coach import Coach
 from mas import CHAIN
-from support.flags import TINY_AGENTS, InputError
+from support.flags import TINY_AGENTS
 from tasks.problems import Problem
 from tree import Candidate, expand, make_root
 
 PROBLEM = Problem("p", "train", "What is 3 + 4?", "gold 98765", "number")
 
 
-def make_coach(name=TINY_AGENTS, *, seed=0):
+def make_coach(*, seed=0):
     args = SimpleNamespace(device="cpu", dtype="float32", chat_template_kwargs={}, seed=seed)
-    return Coach(str(name), CHAIN, args)
+    return Coach(str(TINY_AGENTS), CHAIN, args)
 
 
 def say(text):
@@ -55,15 +55,5 @@ def test_the_coach_sees_role_observation_and_message_between_markers_but_not_the
         assert f":\n{marker}\n{text}\n{marker}" in user["content"]
     assert "98765" not in system["content"] + user["content"]
     assert coach.chat(node, PROBLEM) == coach.chat(say("facts"), PROBLEM)
-    other_problem = Problem("q", "train", PROBLEM.question, "7", "number")
-    chats = [coach.chat(say("other"), PROBLEM), coach.chat(node, other_problem)]
-    chats.append(make_coach(seed=1).chat(node, PROBLEM))
-    assert len({marker, *(user["content"].split("\n")[1] for _, user in chats)}) == 4
-
-
-def test_a_long_prompt_and_a_model_without_a_chat_template_are_refused(copied_agents):
-    with pytest.raises(InputError, match="does not fit into the coach"):
-        make_coach()({say("word " * 2000): PROBLEM})
-    (copied_agents / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match="coach.* no chat template"):
-        make_coach(copied_agents)
+    chats = [coach.chat(say("other"), PROBLEM), make_coach(seed=1).chat(node, PROBLEM)]
+    assert len({marker, *(user["content"].split("\n")[1] for _, user in chats)}) == 3

@@ -8,7 +8,6 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
@@ -97,20 +96,6 @@ def test_variables_of_the_template_can_be_given():
     assert not text_of(make_format(QWEN_3)).endswith(EMPTY_BLOCK)
     assert text_of(make_format(QWEN_3, enable_thinking=False)).endswith(EMPTY_BLOCK)
     assert "Today Date: 1 May" in text_of(make_format(LLAMA_3, date_string="1 May"))
-    for key in ("messages", "tokenize", "chat_template"):
-        with pytest.raises(InputError, match="--chat-template-kwargs"):
-            make_format(QWEN_2, **{key: False})
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{% for %}", '{{ raise_exception("no\nroles") }}', "{{ messages[7].content }}"]
-    + ["{{ 1 + messages[0].content }}", "{{ messages[0].content }}", None],
-)
-def test_a_template_that_fails_or_leaves_out_the_question_is_refused_in_one_line(template):
-    with pytest.raises(InputError, match="^--model model: .*chat") as error:
-        make_format(template)
-    assert "\n" not in str(error.value)
 
 
 OPENED = QWEN_2 + "<think>\n"  # by the prompt: then all is reasoning until it is closed
@@ -144,40 +129,15 @@ def test_a_message_ends_as_the_tokenizer_or_the_checkpoint_says(named, ids):
 # ---- Loading -------------------------------------------------------------------------------------
 
 
-def load(name, *, flag="--model", auto_class=AutoModelForCausalLM, **changes):
-    options = {"quantize": False, "device": "cpu", "dtype": "auto"} | changes
-    return load_pretrained(flag, str(name), auto_class, **options)
+def load(name):
+    options = {"quantize": False, "device": "cpu", "dtype": "auto"}
+    return load_pretrained("--model", str(name), AutoModelForCausalLM, **options)
 
 
-def test_the_type_of_numbers():
-    for dtype, device, expected in (
-        ("auto", "cpu", "float32"),
-        ("auto", "cuda:3", "bfloat16"),
-        ("bfloat16", "cpu", "bfloat16"),
-    ):
-        assert loading.resolve_dtype(dtype, device) == expected
-        model, _ = load(TINY_AGENTS, dtype=expected)
-        assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, expected)}
-
-
-class NeedsBitsandbytes:
-    @staticmethod
-    def from_pretrained(name, **options):
-        raise ImportError("no bitsandbytes")
-
-
-def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path):
-    def refused(reason, name, **options):
-        with pytest.raises(InputError, match=f"^[^\n]*{reason}[^\n]*$"):
-            load(name, **options)
-
-    refused("no model here", tmp_path)
-    refused("--model no/such/model", "no/such/model")
-    for device in ("gpu", "cuda:99"):
-        refused(f"--device {device}: ", TINY_AGENTS, device=device)
-    nf4 = {"auto_class": NeedsBitsandbytes, "quantize": True}
-    refused("--no-quantize", TINY_AGENTS, flag="--backbone", **nf4)
-    refused("--quantize-policy", TINY_AGENTS, **nf4)
+def test_a_model_without_end_of_message_or_weights_is_refused(tmp_path):
+    def refused(reason, name):
+        with pytest.raises(InputError, match=reason):
+            load(name)
 
     # A tokenizer without padding pads with its end, as that of Llama 3; it cannot lack both.
     agents = shutil.copytree(TINY_AGENTS, tmp_path / "agents")
@@ -195,11 +155,6 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(tmp_path):
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, agents / "model.safetensors", metadata={"format": "pt"})
     refused("lack weights", agents)
-
-
-def test_a_model_without_trained_positions_has_no_limit():
-    """Bloom's positions are biases of the attention; its configuration names no limit."""
-    assert loading.context_length(SimpleNamespace(config=transformers.BloomConfig())) > 10**9
 
 
 FILES = ["model-1-of-2.safetensors", "pytorch_model.bin", "config.json", "merges.txt"]

@@ -1,10 +1,11 @@
 """Tests of support/runs.py: the run folder, which settings may resume it, and seeds."""
 
 import json
+import pickle
 import re
-import sys
 
 import pytest
+import torch
 from conftest import become_process
 
 from support import runs
@@ -16,14 +17,11 @@ def open_with(folder, settings, *, overwrite=False):
     runs.open_run(folder, settings, device="cpu", overwrite=overwrite)
 
 
-def test_a_configuration_records_settings_and_provenance(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["folder/stage.py", "--seed", "7"])
+def test_a_configuration_records_settings_and_provenance(tmp_path):
     open_with(tmp_path / "run", {"counts": (1, 8)})
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["settings"] == {"counts": [1, 8]}
-    assert config["command"] == "python stage.py --seed 7"
-    assert config["device"].startswith("cpu ")
-    assert config.keys() >= {"commit", "versions", "started"}
+    assert config.keys() >= {"commit", "versions", "started", "command", "device"}
     open_with(tmp_path / "run", {"counts": (1, 8)})  # tuples are read back as lists
 
 
@@ -99,20 +97,14 @@ def test_a_configuration_is_replaced_as_a_whole(tmp_path):
         runs.write_config(tmp_path, {"settings": {"seed": 1}})
         assert json.load(old)["settings"] == {"seed": 0}
     assert runs.read_config(tmp_path)["settings"] == {"seed": 1}
-    assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_that_is_no_run_or_not_finished_is_named(tmp_path):
-    config = tmp_path / "config.json"
-    for content in (None, '{"sett', '{"model_type": "qwen2"}', '{"settings": {}}'):
-        if content is not None:
-            config.write_text(content)
-        with pytest.raises(InputError, match=str(tmp_path)):
-            runs.read_finished_config(tmp_path)
-    config.write_text('{"settings": {}, "finished": true}')
-    assert runs.read_finished_config(tmp_path)["finished"]
-    with pytest.raises(InputError, match="--run"):
-        open_with(config / "value", {})  # below a file
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    runs.write_checkpoint(path, {"epoch": 1})
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        runs.write_checkpoint(path, {"epoch": 2, "cannot be written": lambda: 0})
+    assert torch.load(path) == {"epoch": 1}
 
 
 def test_a_fingerprint_tells_contents_apart_and_nothing_else(tmp_path):
