@@ -5,6 +5,7 @@ that the noise of training is part of every interval. Groups are a dict: name ->
 """
 
 import json
+import re
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -12,11 +13,22 @@ from statistics import fmean
 import numpy as np
 
 from report.pictures import plot_training
-from report.tables import markdown_table, percent_text, training_table, value_table
+from report.tables import markdown_table, training_table, value_table
 from support.flags import InputError
-from support.records import read_jsonl, read_records, record_names
+from support.records import read_jsonl, read_records
 from support.runs import read_config
 from support.statistics import NUM_RESAMPLES, QUANTILES, paired, wilson
+
+
+def record_names(folder: Path) -> set[str]:
+    """Return the names of the record files of a folder, without suffix, whatever their shards."""
+    return {re.sub(r"(\.\d+of\d+)?\.jsonl$", "", path.name) for path in folder.glob("*.jsonl")}
+
+
+def percent_text(name: str, row: dict, *, form: str) -> str:
+    """Show a number of a row with its interval, in percent: "32.7 (27.6 to 38.2)"."""
+    number, low, high = (f"{100 * row[key]:{form}}" for key in (name, "low", "high"))
+    return f"{number} ({low} to {high})"
 
 
 def read_groups(texts: list[str]) -> dict[str, list[Path]]:

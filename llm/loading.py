@@ -60,12 +60,8 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = auto_class.from_pretrained(name, **options)
     except ImportError as error:
-        if not quantize:
-            raise InputError(f"{flag} {name}: a package is missing: {error}") from None
-        remedy = "give --no-quantize" if flag == "--backbone" else "leave out --quantize-policy"
-        raise InputError(
-            f"{flag} {name}: NF4 needs bitsandbytes ({error}); install it, or {remedy}"
-        ) from None
+        remedy = "; or load it without NF4 (--no-quantize)" if quantize else ""
+        raise InputError(f"{flag} {name}: a package is missing: {error}{remedy}") from None
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{flag} {name}: neither a folder nor on the hub: {reason}") from None

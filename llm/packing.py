@@ -7,6 +7,7 @@ absolute or rotary positions then computes the same hidden states as for each se
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -142,12 +143,7 @@ def sequence_columns(batch: Batch) -> dict[int, tuple[int, list[int]]]:
 
 def shared_prefix(a: list[int], b: list[int]) -> int:
     """Return how many tokens two sequences have in common at their beginnings."""
-    num = 0
-    for token, other in zip(a, b, strict=False):
-        if token != other:
-            break
-        num += 1
-    return num
+    return len(os.path.commonprefix([a, b]))  # of any two lists
 
 
 def num_distinct_tokens(sequences: list[list[int]]) -> int:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llm.adapters import AgentAdapters
@@ -126,7 +125,8 @@ class ChatFormat:
 
     def _render(self, chats: list[list[dict[str, str]]]) -> list[str]:
         if self.merges_system:
-            chats = [_merge_system(*chat) for chat in chats]
+            texts = ["\n\n".join(turn["content"] for turn in chat) for chat in chats]
+            chats = [[{"role": "user", "content": text}] for text in texts]
         try:
             return self.tokenizer.apply_chat_template(
                 chats,
@@ -141,10 +141,6 @@ class ChatFormat:
 
     def _error(self, reason: str) -> InputError:
         return InputError(f"{self.name}: {reason}")
-
-
-def _merge_system(system: dict[str, str], user: dict[str, str]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}]
 
 
 def without_reasoning(text: str) -> str:
@@ -277,32 +273,28 @@ class Policy:
         return ids
 
     def _make_jobs(self, requests: list[tuple[Problem, Sample]]) -> list[PromptJob]:
-        jobs, chats = [], []
+        context = context_length(self.decoder.model)
+        jobs = []
         for request_index, (problem, request) in enumerate(requests):
             for node in request.nodes:
                 agent = self.mas.turn(node.state)
-                chats.append(self.mas.prompt(node.state, problem.answer_type))
                 job = PromptJob(
                     request_index=request_index,
                     problem_id=problem.id,
                     path=node.path,
                     agent=agent.name,
-                    prompt_ids=[],
+                    prompt_ids=self.prompt_ids(node.state, problem.answer_type),
                     max_new_tokens=min(agent.max_new_tokens, self.max_new_tokens),
                     num_messages=request.num,
                     greedy=request.greedy,
                 )
+                if job.row_tokens > context:
+                    raise InputError(
+                        f"problem {problem.id}: the {agent.name}'s prompt of "
+                        f"{len(job.prompt_ids)} tokens and a message of {job.max_new_tokens} do "
+                        f"not fit into the model's {context}; lower --max-new-tokens"
+                    )
                 jobs.append(job)
-        context = context_length(self.decoder.model)
-        for job, prompt_ids in zip(jobs, self.chat_format.encode(chats), strict=True):
-            job.prompt_ids = prompt_ids
-            if job.row_tokens > context:
-                raise InputError(
-                    f"problem {job.problem_id}: the {job.agent}'s prompt of "
-                    f"{len(job.prompt_ids)} tokens and a message of {job.max_new_tokens} "
-                    f"do not fit into the model's {context}; "
-                    f"lower --max-new-tokens or remove the problem"
-                )
         return jobs
 
     def _sample(self, jobs: list[PromptJob]) -> None:
@@ -363,8 +355,7 @@ class Policy:
                 f"lower --max-new-tokens, or give --quantize-policy"
             ) from None
         self.batch_tokens = batch_tokens // 2
-        note = f"out of memory: --batch-tokens lowered to {self.batch_tokens}"
-        tqdm.write(note, file=sys.stderr)
+        print(f"out of memory: --batch-tokens lowered to {self.batch_tokens}", file=sys.stderr)
 
     # -- The journal --
 

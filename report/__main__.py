@@ -20,7 +20,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from report.pictures import plot_reliability, plot_targets
+from report.pictures import plot_reliability
 from report.tables import labels_table, training_table, value_table
 from report.warnings import agents_warnings, answer_warnings, label_warnings, value_warnings
 from support.flags import InputError, Parser, cli
@@ -84,7 +84,7 @@ def run_page(run: Path) -> str:
 def show_labels(folder: Path, config: dict):
     trees = list(read_records(folder / "trees.jsonl").values())
     agents = [agent["name"] for agent in config["settings"]["graph"]["agents"]]
-    return [labels_table(trees, agents)], [plot_targets(trees, agents)], label_warnings(trees)
+    return [labels_table(trees, agents)], [], label_warnings(trees)
 
 
 def show_value(folder: Path, config: dict):

@@ -3,8 +3,6 @@
 import math
 import statistics
 
-from report.tables import labels_of
-
 # The colours of Okabe and Ito, which colour-blind readers can tell apart, and grey.
 COLOURS = ["#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#777777"]
 MARKERS = "os^Dv*P"
@@ -30,16 +28,6 @@ def _draw(panel, xs: list, ys: list[float | None], *, label: str, index: int) ->
     handles, labels = panel.get_legend_handles_labels()
     handle_of_label = dict(zip(labels, handles, strict=True))  # each label once
     panel.legend(handle_of_label.values(), handle_of_label, fontsize=8)
-
-
-def plot_targets(trees: list[dict], agents: list[str]):
-    """Draw the distribution of each agent's targets. trees: lines of trees.jsonl."""
-    axes = {"xlabel": "target y", "ylabel": "number of labels"}
-    figure, panels = _panels(agents, num_columns=len(agents), **axes)
-    for panel, agent in zip(panels, agents, strict=True):
-        _, targets = labels_of(trees, agent)
-        panel.hist(targets, bins=20, range=(-1, 1), color=COLOURS[1])
-    return figure
 
 
 def plot_reliability(heldout: list[dict], agents: list[str]):

@@ -36,23 +36,12 @@ def mean_text(numbers: list[float | None], *, digits: int) -> str:
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
-def percent_text(name: str, row: dict, *, form: str) -> str:
-    """Show a number of a row with its interval, in percent: "32.7 (27.6 to 38.2)"."""
-    number, low, high = (f"{100 * row[key]:{form}}" for key in (name, "low", "high"))
-    return f"{number} ({low} to {high})"
-
-
-def labels_of(trees: list[dict], agent: str) -> tuple[list[dict], list[float]]:
-    """Return the edges of an agent, and the targets Q of those that were visited."""
-    edges = [node for tree in trees for node in tree["nodes"][1:] if node["agent"] == agent]
-    return edges, [edge["W"] / edge["N"] for edge in edges if edge["N"] > 0]
-
-
 def labels_table(trees: list[dict], agents: list[str]) -> list[list[str]]:
     """Return a row per agent about its labels. trees: lines of trees.jsonl."""
     table = [["agent", "edges", "visited", "cut", "mean Q", "|Q| = 1"]]
     for agent in agents:
-        edges, targets = labels_of(trees, agent)
+        edges = [node for tree in trees for node in tree["nodes"][1:] if node["agent"] == agent]
+        targets = [edge["W"] / edge["N"] for edge in edges if edge["N"] > 0]
         mean, sure = "-", "-"
         if targets:
             mean = f"{statistics.fmean(targets):.3f}"

@@ -90,12 +90,7 @@ def counts_per_agent(mas, spec: str, flag: str) -> tuple[int, ...]:
 
 
 def stage_parser(doc: str, *, writes: bool) -> Parser:
-    """Return a parser with the flags that every stage has.
-
-    Args:
-        doc: see `Parser`.
-        writes: whether the stage writes results into the run folder, which --overwrite deletes.
-    """
+    """Return a parser with the flags that every stage has; --overwrite if it `writes` results."""
     import torch  # imported late: mas.py and tasks/ import this file and need no torch
 
     default_device = "cpu"
@@ -108,21 +103,13 @@ def stage_parser(doc: str, *, writes: bool) -> Parser:
     add("--device", default=default_device, help="cpu, cuda or cuda:N")
     dtypes = ("auto", "float32", "bfloat16")
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, else float32")
-    num_threads = _default_num_threads()
+    num_threads = int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1))
     add("--num-threads", type=positive_int, default=num_threads, help="of torch, on the CPU")
     help_batch = "size of a batch that is generated or scored: rows x tokens of the longest"
     add("--batch-tokens", type=positive_int, default=131072, help=help_batch)
     if writes:
         add("--overwrite", action="store_true", help="delete this stage's results and start over")
     return parser
-
-
-def _default_num_threads() -> int:
-    """Return OMP_NUM_THREADS, or 2 if there are two cores."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted) > 0:
-        return int(wanted)
-    return min(2, os.cpu_count() or 1)
 
 
 # ---- The end of a script -------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import itertools
 import json
 import mmap
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,11 +118,6 @@ def shard_path(path: Path) -> Path:
     if world_size == 1:
         return path
     return path.with_suffix(f".{rank}of{world_size}.jsonl")
-
-
-def record_names(folder: Path) -> set[str]:
-    """Return the names of the record files of a folder, without suffix, whatever their shards."""
-    return {re.sub(r"(\.\d+of\d+)?\.jsonl$", "", path.name) for path in folder.glob("*.jsonl")}
 
 
 def read_records(

@@ -10,6 +10,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -174,9 +175,14 @@ def provenance(device: str) -> dict:
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "peft", "numpy"):
         versions[package] = version(package)
+    # The commit of this code, with "-dirty" if it was changed; None without git.
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = None
+    if shutil.which("git") is not None:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit,
         "versions": versions,
         "device": f"{device} ({machine})",
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -192,16 +198,6 @@ def peak_memory(device: str) -> str:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"{peak / 2**30:.1f} GiB of the process"
-
-
-def _commit() -> str | None:
-    """Return the commit of this code, with "-dirty" if it was changed; None if it has no git."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # git is not installed
-        return None
-    return commit or None
 
 
 # ---- Randomness ----------------------------------------------------------------------------------

@@ -106,14 +106,6 @@ TASKS = {
 EMBEDDED = {"tiny": ROOT / "tiny" / "packs.jsonl", "tiny-score": ROOT / "tiny" / "score.jsonl"}
 
 
-def check_task(task: str) -> None:
-    """Raise InputError if there is no such task."""
-    if task not in EMBEDDED and task not in TASKS:
-        names = ", ".join((*EMBEDDED, *TASKS))
-        note = f"unknown; it is one of {names} (for your own data leave it out)"
-        raise InputError(f"--task {task}: {note}")
-
-
 def source(task: str, data: str | None) -> dict:
     """Return where the problems come from, for config.json."""
     from_hub = data is None and task in TASKS
@@ -126,9 +118,9 @@ def source(task: str, data: str | None) -> dict:
 
 def add_problem_arguments(parser: Parser, *, training: bool) -> None:
     """Add the flags that choose the problems. training: see `load_training_problems`."""
-    names = f"{', '.join(EMBEDDED)} (embedded), or {', '.join(TASKS)}"
     add = parser.add_argument
-    add("--task", default="tiny", help=names)
+    names = (*EMBEDDED, *TASKS)
+    add("--task", choices=names, default="tiny", help="for your own data leave it out")
     help_data = "problems from a file (JSON lines, json, csv, parquet): `question` and `answer`"
     add("--data", default=None, help=help_data)
     if training:
@@ -172,7 +164,6 @@ def problem_at(*, task: str, data: str | None, position: int) -> Problem:
 def _first_problems(task: str, data: str | None, split: str, num: int) -> list[Problem]:
     """Return the first `num` problems of a split, or all of them if there are fewer."""
     # 1. Read all problems of the data.
-    check_task(task)
     origin = data or task
     rows = _read_rows(task, data, split)
     raw_problems = [read_row(row, f"{origin}, line {line}") for line, row in enumerate(rows, 1)]

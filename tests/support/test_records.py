@@ -14,7 +14,6 @@ from support.records import (
     open_to_append,
     read_jsonl,
     read_records,
-    record_names,
     shard_path,
     unfinished,
     write_line,
@@ -118,7 +117,6 @@ def test_the_records_of_all_processes_are_read_sorted_by_id(tmp_path, monkeypatc
                 file.write(b'{"id": "torn')
     assert list(read_records(path)) == ["a", "b", "c", "d"]
     assert read_records(path)["a"]["name"] == "vote-1"
-    assert record_names(tmp_path) == {"vote-1", "vote-16"}
 
 
 # ---- The journal ---------------------------------------------------------------------------------
