@@ -20,6 +20,7 @@ from llm.policy import Policy, make_policy, search_settings, with_journal
 from mas import MAS, load_graph
 from search import (
     MODELS,
+    TREE_SEARCHES,
     Method,
     add_search_arguments,
     load_scorers,
@@ -28,7 +29,7 @@ from search import (
     path_to,
     run_method,
 )
-from support.flags import InputError, cli, positive_int, stage_parser
+from support.flags import InputError, cli, non_negative_int, positive_int, stage_parser
 from support.progress import Progress
 from support.records import append_jsonl, only, process_rank, read_jsonl, read_records, unfinished
 from support.runs import open_run
@@ -195,7 +196,7 @@ def opponents(
         pairs.append((nearest(votes), "nearest vote"))
     best_of = [other for other in methods if other.algorithm == "best_of"]
     best_of = [other for other in best_of if other.scorer == method.scorer]
-    if best_of and method.algorithm in ("sbs", "mcts"):
+    if best_of and method.algorithm in TREE_SEARCHES:
         pairs.append((nearest(best_of), "nearest best-of-N"))
     for other in methods:
         same_search = replace(other, name=method.name, scorer=method.scorer, lam=method.lam)
@@ -253,7 +254,7 @@ def breakdown_table(records: dict[str, list[dict]], key: str) -> list[list[str]]
 
 
 NOTE = (
-    "Intervals are 95 %, with problems as independent of each other; comparisons are paired. Costs "
+    "Intervals are 95 %, and take problems as independent; comparisons are paired. Costs "
     "are means per problem: calls (sampled messages), tokens, seconds. `answers read` counts how "
     "answers were found, `none` those without; `cut` counts messages at their limit, per agent."
 )
@@ -277,7 +278,7 @@ def write_report(methods: list[Method], records: dict[str, list[dict]], folder: 
     (folder / "table.md").write_text("\n\n".join(texts) + "\n", "utf-8")
 
     # 3. One screen: the columns that fit; of the comparisons, whether guided search is worth it.
-    searches = [method for method in methods if method.algorithm in ("sbs", "mcts")]
+    searches = [method for method in methods if method.algorithm in TREE_SEARCHES]
     guided = [method.name for method in searches if method.scorer in MODELS]
     comparisons = [row for row in summary["comparisons"] if row["method"] in guided]
     comparisons = [row for row in comparisons if row["why"] != "greedy"]
@@ -304,7 +305,7 @@ def parse_args(argv=None):
     add("--compare", nargs="+", default=[], help="only compare runs: RUN, or NAME=RUN,RUN (seeds)")
     add("--curves", default=None, help="with --compare: PNG of stage 5's learning")
     add("--num-problems", type=positive_int, default=178, help="`tiny` has 178")
-    add("--num-trees", type=int, default=178, help="problems to keep the trees of")
+    add("--num-trees", type=non_negative_int, default=178, help="problems to keep the trees of")
     return parser.parse_args(argv)
 
 

@@ -91,7 +91,7 @@ class MAS:
                 (len(set(agent.sees)) < len(agent.sees), "sees the same one twice"),
                 (
                     not set(agent.sees) <= set(earlier),
-                    f"sees {', '.join(agent.sees)}; it can see {', '.join(earlier)}",
+                    f"sees {', '.join(agent.sees)}; only {', '.join(earlier)} can be seen",
                 ),
                 (
                     not set(agent.sees) & always_there,

@@ -273,6 +273,7 @@ class RandomScorer:
 
 # ---- Methods by name -----------------------------------------------------------------------------
 
+TREE_SEARCHES = ("sbs", "mcts")
 _NUM = r"(?P<num>[1-9]\d*)"
 _PER_AGENT = r"x(?P<per_agent>[\d.]+)"
 _SCORER = r"-(?P<scorer>value|policy|random|orm)"
@@ -329,7 +330,7 @@ def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Met
         raise InputError(f"method {name}: unknown; the top of search.py lists the methods")
     parts = {"num": "1", "scorer": None, "lam": None} | match.groupdict()
     num, scorer = int(parts["num"]), parts["scorer"]
-    if algorithm not in ("sbs", "mcts"):
+    if algorithm not in TREE_SEARCHES:
         return Method(name, algorithm, scorer, num, (1,) * len(mas.agents), lam=0.0)
 
     # The canonical name of a search says all its settings, each in one way.
@@ -409,7 +410,7 @@ def main(args) -> None:
     # 1. Load the graph, the method, the problem and the models.
     mas = load_graph(args.graph)
     method = parse_method(args.method, mas, num_candidates=args.num_candidates, lam=args.lam)
-    if args.html is not None and method.algorithm not in ("sbs", "mcts"):
+    if args.html is not None and method.algorithm not in TREE_SEARCHES:
         raise InputError(f"--html: {method.name} has no tree; take an sbs or mcts --method")
     problem = problem_at(task=args.task, data=args.data, position=args.index)
     if args.question is not None:  # it has the answer type of the task

@@ -126,7 +126,7 @@ def outcome_rewards(rollouts: Rollouts) -> Rewards:
 def random_rewards(rollouts: Rollouts) -> Rewards:
     """Return the outcome rewards, each given to a random message of the same agent: a control."""
     rewards = outcome_rewards(rollouts)
-    rng = seeded("random", *(node.message.text for node in rollouts))  # another one at every step
+    rng = seeded("random", *(node.message.text for node in rollouts))
     for nodes in by_agent(rollouts).values():
         numbers = [rewards[node] for node in rng.sample(nodes, len(nodes))]
         rewards |= zip(nodes, numbers, strict=True)
@@ -141,6 +141,7 @@ REWARDS = {
     "outcome": outcome_rewards,
     "random": random_rewards,
 }
+VALUE_REWARDS = ("value", "value-delta", "value-return")  # those that read V
 
 
 def returns(rewards: Rewards) -> Rewards:
@@ -159,8 +160,8 @@ def advantages(credits: Rewards, baseline: str) -> dict[Node, float]:
     """Return (reward - baseline) / spread for each message that is trained on.
 
     The spread is the standard deviation of the rewards of the agent's messages. A message that was
-    cut at its limit or has no reward is left out, of all means, too. One that has nothing to be
-    compared with is not trained on: if the rewards of its agent are equal, or with no siblings.
+    cut at its limit or has no reward is left out, also of all means. Nor is a message trained on
+    that cannot be compared: the rewards of its agent are equal, or it has no siblings.
 
     Args:
         credits: the reward, or the return, of each message of a step.
@@ -234,7 +235,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.policy_lr, weight_decay=0.0)
         self.value_model = None  # rewards that do not need V do without its reading
         self.value_folder = Path(args.value or f"{args.run}/value")
-        if args.reward.startswith("value") or args.value or self.value_folder.is_dir():
+        if args.reward in VALUE_REWARDS or args.value or self.value_folder.is_dir():
             options = {"device": args.device, "dtype": args.dtype, "must_be_finished": True}
             self.value_model = ValueModel.load(self.value_folder, mas, **options)
         self.state = {"step": -1, "messages": 0, "best_step": 0, "best_accuracy": -1.0}
@@ -478,7 +479,7 @@ def main(args) -> None:
         save_problems(file, [vars(problem) for problem in learner.problems])
         if args.adapter is not None:
             file.write((Path(args.adapter) / "problems.jsonl").read_bytes())
-        if args.reward.startswith("value"):
+        if args.reward in VALUE_REWARDS:
             file.write((learner.value_folder / "problems.jsonl").read_bytes())
     records = read_jsonl(folder / "metrics.jsonl")
     plot_training({"agents": [records]}).savefig(folder / "curves.png")

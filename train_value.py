@@ -10,8 +10,8 @@ Qwen2.5-1.5B, rank 256, 5 epochs.
     python train_value.py --loss rank         # not in the paper: mse, rank, dist
     python train_value.py --label-weights visits    # not in the paper: weights N(s, a)
 
-One forward over a root-to-leaf path gives V of every state on it. V is therefore trained on paths,
-and each edge of the tree is labelled in exactly one of them.
+In the full view, one forward over a root-to-leaf path gives V of every state on it. V is therefore
+trained on paths, and each edge of the tree is labelled in exactly one of them.
 """
 
 import argparse
@@ -149,8 +149,10 @@ def training_loss(
         losses = (model.value(outputs) - targets) ** 2
     elif model.loss == "rank":
         losses = ranking_losses(outputs[:, 0], targets, groups)
-    else:
+    elif model.loss == "dist":
         losses = distributional_losses(outputs, targets)
+    else:
+        raise ValueError(f"no such loss: {model.loss}")
     return (weights * losses).sum()
 
 
@@ -259,7 +261,7 @@ def train(
     for epoch in range(first_epoch, args.epochs):
         model.train()
         batches = schedule[epoch]
-        # With the number of its own labels, a step would weigh the labels of a small batch more.
+        # A constant: divided by its own number, the labels of a small batch would count more.
         labels_per_step = len(edges) / len(batches)
         epoch_loss = 0.0
         with progress.over(f"epoch {epoch + 1}/{args.epochs}", len(batches), unit="steps"):
@@ -380,12 +382,12 @@ def load_labels(args) -> tuple[dict[str, dict], dict[str, list[dict]]]:
             remedy = f"generate_rollouts.py --num-{split} N labels some"
             raise InputError(f"{folder / 'trees.jsonl'}: no {split} problems; {remedy}")
     if settings["train"]["graph"] != settings["heldout"]["graph"]:
-        raise InputError(f"{folder} was labelled with another graph than {train_folder}")
+        raise InputError(f"{folders['heldout']}: labelled with another graph than {train_folder}")
     trained_on = {question_key(tree["question"]) for tree in trees["train"]}
     for tree in trees["heldout"]:
         if question_key(tree["question"]) in trained_on:
             trouble = f"V would be trained on the question of the held-out problem {tree['id']}"
-            raise InputError(f"{folder}: {trouble}; label other problems")
+            raise InputError(f"{folders['heldout']}: {trouble}; label other problems")
     return settings, trees
 
 

@@ -230,7 +230,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 @dataclass
-class Message:
+class Draft:
     """A message as far as it is sampled. Its index, limit, key and so on: see `Decoder.decode`.
 
     Attributes:
@@ -279,7 +279,7 @@ class CacheRows:
         self.lengths = torch.tensor([len(row) for row in rows], device=model.device)
         self._forward(token_ids.to(model.device))
 
-    def append(self, live: list[Message]) -> None:
+    def append(self, live: list[Draft]) -> None:
         """Read the newest token of each message. Messages that differ in it get their own rows."""
         # Messages of one row that continue with the same token are still equal.
         beginnings = [(message.row, message.tokens[-1]) for message in live]
@@ -296,7 +296,7 @@ class CacheRows:
         self.lengths = self.lengths + 1
         self._forward(torch.tensor(newest, device=self.model.device)[:, None])
 
-    def add_prompts(self, prompts: list[list[int]], live: list[Message]) -> None:
+    def add_prompts(self, prompts: list[list[int]], live: list[Draft]) -> None:
         """Read further prompts, and append their rows. Rows that no message reads are removed."""
         self._give_rows(live, [(message.row,) for message in live])
         added = CacheRows(self.model, prompts, pad_id=self.pad_id)
@@ -306,7 +306,7 @@ class CacheRows:
         self.lengths = torch.cat([self.lengths, added.lengths])
         self.logits = torch.cat([self.logits, added.logits])
 
-    def _give_rows(self, live: list[Message], beginnings: list[tuple[int, ...]]) -> None:
+    def _give_rows(self, live: list[Draft], beginnings: list[tuple[int, ...]]) -> None:
         """Give messages that begin alike one row. Other rows and padding columns are removed."""
         distinct = sorted(set(beginnings))
         new_rows = {beginning: row for row, beginning in enumerate(distinct)}
@@ -340,15 +340,15 @@ class CacheRows:
 # ---- The decoder ---------------------------------------------------------------------------------
 
 
-def columns_of(messages: list[Message]) -> int:
+def columns_of(messages: list[Draft]) -> int:
     """Return how many columns of the cache messages can need when they are decoded together."""
     longest_prompt = max(len(message.prompt) for message in messages)
     return longest_prompt + max(message.limit for message in messages)
 
 
 def take_waiting(
-    waiting: deque[list[Message]], live: list[Message], batch_tokens: int
-) -> list[list[Message]]:
+    waiting: deque[list[Draft]], live: list[Draft], batch_tokens: int
+) -> list[list[Draft]]:
     """Remove what to start next to the live messages from those waiting; some if none is live.
 
     The messages of one prompt stay together unless they need more than a whole batch.
@@ -417,12 +417,12 @@ class Decoder:
         device = self.model.device
         prompt_of_message = chain.from_iterable(map(repeat, prompts, repeats))
         settings = zip(prompt_of_message, limits, keys, greedy, strict=True)
-        messages = [Message(index, *values) for index, values in enumerate(settings)]
+        messages = [Draft(index, *values) for index, values in enumerate(settings)]
         in_order = iter(messages)
         waiting = deque(list(islice(in_order, num)) for num in repeats)
 
         rows = None
-        live: list[Message] = []
+        live: list[Draft] = []
         while waiting or live:
             start = time.perf_counter()
 
@@ -466,7 +466,7 @@ class Decoder:
         return [(message.tokens, message.logprobs) for message in messages]
 
     def _read_prompts(
-        self, started: list[list[Message]], live: list[Message], rows: CacheRows | None
+        self, started: list[list[Draft]], live: list[Draft], rows: CacheRows | None
     ) -> CacheRows:
         """Read the prompts of messages into the last rows of the cache, or into a new one."""
         prompts = [group[0].prompt for group in started]

@@ -25,8 +25,7 @@ class InputError(Exception):
 class Parser(argparse.ArgumentParser):
     """`argparse.ArgumentParser` that reports a wrong flag as an InputError and shows defaults.
 
-    Args:
-        doc: the docstring of the script. Its first paragraph becomes the description.
+    doc: the docstring of the script. Its first paragraph becomes the description.
     """
 
     def __init__(self, doc: str):
@@ -68,10 +67,8 @@ def counts_per_agent(mas, spec: str, flag: str) -> tuple[int, ...]:
 
     Raises InputError if there is not one count of at least 1 for each agent.
 
-    Args:
-        spec: "3" for all agents, "1.8.1.1" in the order of the schedule, or
-            "Reader=1,Planner=8", in which agents that are not named get 1.
-        flag: where `spec` comes from, for the message of an error.
+    spec: "3" for all agents, "1.8.1.1" in the order of the schedule, or "Reader=1,Planner=8", in
+    which agents that are not named get 1. flag: where it comes from, for the message of an error.
     """
     names = [agent.name for agent in mas.agents]
     pairs = [pair.partition("=") for pair in spec.split(",")] if "=" in spec else []

@@ -243,7 +243,7 @@ def test_the_page_of_a_run_shows_every_stage_in_one_file(tmp_path):
     assert "2 of 20 messages" in warning
 
     sources = re.findall(r'src="(.*?)"', page)
-    assert len(sources) == 4 and all(source.startswith("data:image/png") for source in sources)
+    assert len(sources) == 3 and all(source.startswith("data:image/png") for source in sources)
     assert "<link" not in page and "<script" not in page and "http" not in page
     [target] = re.findall(r'href="([^#].*?)"', page)
     assert (tmp_path / target).is_file()
