@@ -2,21 +2,24 @@
 
 Run it from the root of the repository:
 
-    python -m experiments.benchmark trees      # labels: as they are made, and in simpler ways
+    python -m experiments.benchmark trees --problems 64
     python -m experiments.benchmark packing --shape tiny --prompt 200 --new 30
     python -m experiments.benchmark engine --shape tiny --rows 16 64 --prompt 128 --new 32 \
         --states 64 --state-tokens 256
     python -m experiments.benchmark engine --device cuda --bandwidth 4300 --tflops 790
 
-`packing` compares V on packed rows with V on one row per transcript. `engine` measures decoding,
-scoring and training of V. Speed does not depend on the weights, so they are random, and every
-message has the same length. The default shape is that of a 1.5B model.
+`trees` labels problems together, and in simpler ways. `packing` compares V on packed rows with V on
+one row per sequence. `engine` measures decoding, scoring and training of V. Speed does not depend
+on the weights, so the last two have random ones, and all messages have the same length. Their
+default shape is that of a 1.5B model.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
@@ -32,28 +35,31 @@ from transformers import (
 )
 
 import generate_rollouts
-from generate_rollouts import make_searches
 from llm.adapters import add_lora
-from llm.decoding import Decoder, message_key, sample_tokens
+from llm.decoding import BLOCK_SIZE, Decoder, message_key, sample_tokens
 from llm.packing import pack, sequences_of
 from llm.policy import Policy, make_policy
 from mas import CHAIN
-from support.flags import ROOT, Parser, cli, counts_per_agent, positive_float, positive_int
-from support.progress import SearchProgress, Work
-from tasks.problems import load_problems
-from train_value import peak_memory, training_loss
-from tree import Sample, run_searches, tree_record
-from value import Row, ValueModel, label_places, load_backbone
+from support.flags import (
+    TINY_AGENTS,
+    Parser,
+    cli,
+    counts_per_agent,
+    positive_float,
+    positive_int,
+)
+from support.progress import Progress
+from support.runs import peak_memory
+from tasks.problems import Problem, load_problems
+from train_value import training_loss
+from value import Transcript, ValueModel, load_backbone
 
 # ---- Simpler decoders ----------------------------------------------------------------------------
 
 
 def repeat_prompts(prompts: list[list[int]], repeats: list[int]) -> list[list[int]]:
     """Return one prompt per message."""
-    repeated = []
-    for prompt, num_messages in zip(prompts, repeats, strict=True):
-        repeated += [prompt] * num_messages
-    return repeated
+    return list(chain.from_iterable(map(repeat, prompts, repeats)))
 
 
 class UnsharedDecoder(Decoder):
@@ -71,10 +77,10 @@ class KeyedSampler(LogitsProcessor):
         logprobs: of the tokens of each step, [rows] per step.
     """
 
-    def __init__(self, keys: torch.Tensor, greedy: torch.Tensor, sampling: dict):
+    def __init__(self, keys: torch.Tensor, greedy: torch.Tensor, warpers: LogitsProcessorList):
         self.keys = keys
         self.greedy = greedy
-        self.sampling = sampling
+        self.options = {"warpers": warpers, "block_size": BLOCK_SIZE}
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -82,7 +88,7 @@ class KeyedSampler(LogitsProcessor):
         rows = torch.arange(len(scores), device=scores.device)
         steps = torch.full_like(rows, step)
         tokens, logprobs = sample_tokens(
-            scores, rows, self.keys, steps, self.greedy, **self.sampling
+            scores, rows, self.keys, steps, self.greedy, **self.options
         )
         self.logprobs.append(logprobs)
         only_tokens = torch.full_like(scores, -torch.inf)
@@ -90,16 +96,12 @@ class KeyedSampler(LogitsProcessor):
 
 
 class NaiveDecoder(Decoder):
-    """Decodes by one padded `generate` with a row per message. All rows stay until the last ends.
-
-    All its time counts as that of the model.
-    """
+    """Decodes by one padded `generate`, a row per message. All rows stay until the last ends."""
 
     def decode(self, prompts, repeats, limits, keys, greedy, *, batch_tokens, on_message):
         start = time.perf_counter()
-        with self._timed("model"):
-            prompts = repeat_prompts(prompts, repeats)
-            tokens, logprobs = self._generate(prompts, max(limits), keys, greedy)
+        prompts = repeat_prompts(prompts, repeats)
+        tokens, logprobs = self._generate(prompts, max(limits), keys, greedy)
         seconds = (time.perf_counter() - start) / len(prompts)
         for row, limit in enumerate(limits):
             length = self._length(tokens[row], limit)
@@ -112,7 +114,7 @@ class NaiveDecoder(Decoder):
         device = self.model.device
         token_ids, mask = self._pad(prompts)
         sampler = KeyedSampler(
-            torch.tensor(keys, device=device), torch.tensor(greedy, device=device), self.sampling
+            torch.tensor(keys, device=device), torch.tensor(greedy, device=device), self.warpers
         )
         config = GenerationConfig(
             do_sample=False,
@@ -127,9 +129,8 @@ class NaiveDecoder(Decoder):
                 logits_processor=LogitsProcessorList([sampler]),
                 generation_config=config,
             )
-        new_tokens = output[:, token_ids.shape[1] :]
         logprobs = torch.stack(sampler.logprobs, dim=1)
-        return new_tokens.tolist(), logprobs.tolist()
+        return output[:, token_ids.shape[1] :].tolist(), logprobs.tolist()
 
     def _pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pad prompts on the left. Returns token ids and attention mask, [prompts, longest]."""
@@ -151,56 +152,57 @@ class NaiveDecoder(Decoder):
 
 def make_labelling_policy(decoder_class: type[Decoder], args) -> Policy:
     """Load the agents as generate_rollouts.py does, but with another decoder."""
-    policy = make_policy(args, CHAIN)
-    decoder = policy.decoder
-    policy.decoder = decoder_class(
-        decoder.model, eos_ids=decoder.eos_ids, pad_id=decoder.pad_id, **decoder.sampling
+    policy = make_policy(args, CHAIN, progress=Progress(shown=False))
+    decoder = decoder_class(
+        policy.decoder.model,
+        eos_ids=policy.decoder.eos_ids,
+        pad_id=policy.decoder.pad_id,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
     )
-    return policy
+    return replace(policy, decoder=decoder)
 
 
-def label(policy: Policy, problems: list, args, *, max_active: int) -> tuple[float, dict]:
+def label(problems: list[Problem], policy: Policy, args) -> tuple[float, dict]:
     """Label problems. Returns the seconds, and problem id -> nodes of its tree."""
     num_candidates = counts_per_agent(CHAIN, args.num_candidates, "--num-candidates")
-    searches = make_searches(problems, CHAIN, num_candidates, args)
-    progress = SearchProgress(len(problems), Work(1, 1), description="", shown=False)
-    policy.decoder.seconds = dict.fromkeys(policy.decoder.seconds, 0.0)
     trees = {}
     start = time.perf_counter()
-    finished = run_searches(searches, {Sample: policy}, max_active=max_active, progress=progress)
-    for problem, root, cost in finished:
-        trees[problem.id] = tree_record(problem, root, cost)["nodes"]
-        for node in trees[problem.id]:
+    for record in generate_rollouts.label_problems(problems, policy, num_candidates, args):
+        trees[record["id"]] = record["nodes"]
+    seconds = time.perf_counter() - start
+    for nodes in trees.values():
+        for node in nodes:
             node.pop("logprob", None)  # depends on the shape of the batch, by rounding
-    return time.perf_counter() - start, trees
+    return seconds, trees
 
 
 def measure_trees(args) -> None:
     """Label the same problems in several ways, and compare each with the way it is done."""
-    argv = ["--num-threads", str(args.num_threads), "--device", args.device]
-    labelling_args = generate_rollouts.parse_args(argv)
     problems = load_problems(task="tiny", data=None, split="train", num=args.problems)
     together = len(problems)
     ways = {
-        "all in flight": (Decoder, together),
+        "all together": (Decoder, together),
         "a row per message": (UnsharedDecoder, together),
         "one padded generate per round": (NaiveDecoder, together),
         "one problem at a time": (Decoder, 1),
     }
     results = []
     for way, (decoder_class, max_active) in ways.items():
+        argv = ["--num-threads", str(args.num_threads), "--device", args.device]
+        argv += ["--max-active", str(max_active)]
+        labelling_args = generate_rollouts.parse_args(argv)
         policy = make_labelling_policy(decoder_class, labelling_args)
-        label(policy, problems[:4], labelling_args, max_active=max_active)  # to warm up
-        seconds, trees = label(policy, problems, labelling_args, max_active=max_active)
-        results.append((seconds, trees))
+        label(problems[:4], policy, labelling_args)  # to warm up
+        results.append(label(problems, policy, labelling_args))
 
-        first_seconds, first_trees = results[0]
+        (first_seconds, first_trees), (seconds, trees) = results[0], results[-1]
         num_equal = sum(trees[problem.id] == first_trees[problem.id] for problem in problems)
-        shares = [f"{name} {part / seconds:.1%}" for name, part in policy.decoder.seconds.items()]
         print(
-            f"{way:30s} {60 * len(problems) / seconds:7.1f} trees/min, all in flight / this: "
-            f"{seconds / first_seconds:5.2f}, {num_equal} of {len(problems)} trees are equal; "
-            f"{', '.join(shares)}",
+            f"{way:30s} {60 * len(problems) / seconds:7.1f} trees/min, takes "
+            f"{seconds / first_seconds:5.2f} times as long as all together, "
+            f"{num_equal} of {len(problems)} trees are equal",
             flush=True,
         )
 
@@ -222,7 +224,6 @@ SHAPES = {
     "0.5B": Shape(896, 4864, 24, 14, 2, 151936),
     "tiny": Shape(128, 384, 4, 4, 2, 640),
 }
-TINY_AGENTS = ROOT / "tiny" / "agents"  # any tokenizer will do
 
 
 def random_model(args) -> PreTrainedModel:
@@ -264,33 +265,31 @@ def measure_packing(args) -> None:
     torch.set_num_threads(args.num_threads)
     backbone = add_lora(random_model(args).model.requires_grad_(False), rank=16)
     tokenizer = AutoTokenizer.from_pretrained(TINY_AGENTS)
-    model = ValueModel(backbone, tokenizer, CHAIN, "full", "huber").to(args.device)
+    model = ValueModel(backbone, tokenizer, CHAIN, "full", "huber")
     torch.nn.init.normal_(model.head.weight, std=0.02)
     prefix = random_ids(args.prompt, args)
     sequences = [prefix + random_ids(args.new, args) for _ in range(NUM_SIBLINGS)]
-    rows = [Row(ids, positions=[len(ids) - 1]) for ids in sequences]
+    transcripts = [Transcript(ids, positions=[len(ids) - 1]) for ids in sequences]
     print(f"{args.shape} shape, {args.prompt} shared tokens, {NUM_SIBLINGS} x {args.new} new")
 
-    def values(token_cost: float | None) -> torch.Tensor:
-        batch = pack(sequences, token_cost=token_cost, max_width=10**6)
-        read = model(batch, label_places(batch, rows))
+    def values(max_width: int) -> torch.Tensor:
+        batch = pack(sequences, indices=range(NUM_SIBLINGS), max_width=max_width)
+        read = model.value(model.outputs(batch, transcripts))
         order = torch.tensor(sequences_of(batch), device=read.device).argsort()
         return read[order]
 
-    @torch.inference_mode()
-    def score(token_cost: float | None) -> torch.Tensor:
-        return values(token_cost)
+    score = torch.inference_mode()(values)
 
-    def train(token_cost: float | None) -> torch.Tensor:
+    def train(max_width: int) -> torch.Tensor:
         model.zero_grad()
-        values(token_cost).square().sum().backward()
+        values(max_width).square().sum().backward()
         gradients = [parameter.grad.flatten() for parameter in model.trained_parameters().values()]
         return torch.cat(gradients)
 
     for activity, work, result in (("scoring", score, "V"), ("training", train, "gradients")):
-        alone = seconds_of(partial(work, None), args.device)
-        packed = seconds_of(partial(work, model.token_cost), args.device)
-        difference = (work(None) - work(model.token_cost)).abs().max().item()
+        alone = seconds_of(partial(work, 0), args.device)
+        packed = seconds_of(partial(work, model.row_width), args.device)
+        difference = (work(0) - work(model.row_width)).abs().max().item()
         print(
             f"{activity}: {alone:.2f} s alone, {packed:.2f} s packed, "
             f"{alone / packed:.2f} times faster; {result} differ by {difference:.1e} at most"
@@ -317,12 +316,12 @@ def measure_engine(args) -> None:
         backbone, tokenizer = load_backbone(folder, quantize=True, device=args.device, dtype="auto")
     backbone = add_lora(backbone, rank=args.lora_rank)
     value_model = ValueModel(backbone, tokenizer, CHAIN, "full", "huber")
-    rows = []
+    transcripts = []
     for _ in range(args.states):
         ids = random_ids(args.state_tokens, args)
-        rows.append(Row(ids, positions=[len(ids) - 1], targets=[0.5], groups=[("p", "a")]))
-    measure_scoring(value_model, rows, flops_per_token, args)
-    measure_training_step(value_model, rows, args)
+        transcripts.append(Transcript(ids, positions=[len(ids) - 1]))
+    measure_scoring(value_model, transcripts, flops_per_token, args)
+    measure_training_step(value_model, transcripts, args)
 
 
 def measure_decoding(model: PreTrainedModel, args) -> None:
@@ -333,8 +332,7 @@ def measure_decoding(model: PreTrainedModel, args) -> None:
     rate_per_node = NUM_CANDIDATES * args.new / seconds_per_node(model, prompt, args)
     print(f"per-node generate, {NUM_CANDIDATES} rows: {rate_per_node:9.0f} tokens/s")
     for num_rows in args.rows:
-        seconds, sampling = seconds_of_decoder(model, prompt, num_rows, args)
-        rate = num_rows * args.new / seconds
+        rate = num_rows * args.new / seconds_of_decoder(model, prompt, num_rows, args)
         share = ""
         if args.bandwidth:
             # Every step reads the weights and the keys and values of all rows once.
@@ -344,8 +342,8 @@ def measure_decoding(model: PreTrainedModel, args) -> None:
             share = f", {rate / limit:.1%} of the bandwidth limit"
         print(
             f"engine, {num_rows:5d} rows: {rate:9.0f} tokens/s, "
-            f"{rate / rate_per_node:5.1f} times per-node generate, "
-            f"sampling takes {sampling / seconds:.1%}{share}, peak {peak_memory(args.device)}",
+            f"{rate / rate_per_node:5.1f} times per-node generate{share}, "
+            f"peak {peak_memory(args.device)}",
             flush=True,
         )
 
@@ -379,39 +377,33 @@ def seconds_per_node(model: PreTrainedModel, prompt: list[int], args) -> float:
     return seconds_of(generate, args.device)
 
 
-def seconds_of_decoder(
-    model: PreTrainedModel, prompt: list[int], num_rows: int, args
-) -> tuple[float, float]:
-    """Measure our decoder on `num_rows` messages, NUM_CANDIDATES per prompt.
-
-    Returns the seconds of decoding, and those of them that the sampler took.
-    """
+def seconds_of_decoder(model: PreTrainedModel, prompt: list[int], num_rows: int, args) -> float:
+    """Measure our decoder on `num_rows` messages, NUM_CANDIDATES per prompt."""
     # No token ends a message before its limit.
     decoder = Decoder(model, eos_ids={-1}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
-    num_prompts, rest = divmod(num_rows, NUM_CANDIDATES)
-    repeats = [NUM_CANDIDATES] * num_prompts
-    if rest:
-        repeats.append(rest)
+    starts = range(0, num_rows, NUM_CANDIDATES)
+    repeats = [min(NUM_CANDIDATES, num_rows - start) for start in starts]
     prompts = [prompt] * len(repeats)
     limits = [args.new] * num_rows
     greedy = [False] * num_rows
     keys = [message_key(row) for row in range(num_rows)]
+    options = {"batch_tokens": num_rows * (args.prompt + args.new), "on_message": None}
 
     def decode() -> None:
-        decoder.seconds["sampling"] = 0.0
-        decoder.decode(prompts, repeats, limits, keys, greedy)
+        decoder.decode(prompts, repeats, limits, keys, greedy, **options)
 
-    seconds = seconds_of(decode, args.device)
-    return seconds, decoder.seconds["sampling"]
+    return seconds_of(decode, args.device)
 
 
-def measure_scoring(model: ValueModel, rows: list[Row], flops_per_token: int, args) -> None:
+def measure_scoring(
+    model: ValueModel, transcripts: list[Transcript], flops_per_token: int, args
+) -> None:
     """Measure how many states V scores, beside what the device could compute."""
 
     def score() -> None:
-        model.predict(rows, batch_tokens=131072)
+        model.predict(transcripts, batch_tokens=131072)
 
-    states_per_second = len(rows) / seconds_of(score, args.device)
+    states_per_second = len(transcripts) / seconds_of(score, args.device)
     share = ""
     if args.tflops:
         flops = states_per_second * args.state_tokens * flops_per_token
@@ -423,21 +415,22 @@ def measure_scoring(model: ValueModel, rows: list[Row], flops_per_token: int, ar
     )
 
 
-def measure_training_step(model: ValueModel, rows: list[Row], args) -> None:
+def measure_training_step(model: ValueModel, transcripts: list[Transcript], args) -> None:
     """Measure forward and backward of one batch of at most 8,192 tokens."""
-    rows = rows[: max(1, 8192 // args.state_tokens)]
-    batch = pack([row.ids for row in rows], token_cost=model.token_cost, max_width=8192)
-    weights = torch.ones(len(rows), device=args.device)
-    groups = [("p", "a")] * len(rows)
+    transcripts = transcripts[: max(1, 8192 // args.state_tokens)]
+    sequences = [transcript.ids for transcript in transcripts]
+    batch = pack(sequences, indices=range(len(sequences)), max_width=model.row_width)
+    weights = torch.ones(len(sequences), device=args.device)
+    groups = [("p", "a")] * len(sequences)
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
         model.train()
-        outputs = model.outputs(batch, label_places(batch, rows))
+        outputs = model.outputs(batch, transcripts)
         training_loss(model, outputs, 0.5 * weights, weights, groups, huber_delta=1.0).backward()
 
-    tokens_per_second = len(rows) * args.state_tokens / seconds_of(step, args.device)
+    tokens_per_second = len(sequences) * args.state_tokens / seconds_of(step, args.device)
     print(
         f"QLoRA step, rank {args.lora_rank}: {tokens_per_second:7.0f} tokens/s, "
         f"peak {peak_memory(args.device)}"

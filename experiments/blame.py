@@ -1,6 +1,6 @@
 """How often is the blamed agent the guilty one? On the embedded problems the truth is known.
 
-    python experiments/blame.py runs/tiny     # after generate_rollouts.py and train_value.py
+    python -m experiments.blame runs/tiny     # after generate_rollouts.py and train_value.py
 
 For each wrong final answer of the held-out trees, `blame` names the agent whose message lost the
 problem. Guilty is the first agent whose message is not correct work
@@ -8,14 +8,10 @@ problem. Guilty is the first agent whose message is not correct work
 answers of which nobody is guilty are counted and left out. Each problem counts the same.
 """
 
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
-
-# Python puts the folder of this script on sys.path, but the modules below are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mas import MAS, State
 from report.tables import text_table
