@@ -398,7 +398,7 @@ class Policy:
         options = {"batch_tokens": batch_tokens, "max_width": row_width(model.config)}
         for name in adapters.names:
             own = [message for message in messages if adapters.name_for(message.agent) == name]
-            sequences = [message.prompt_ids + message.token_ids for message in own]
+            sequences = [[*message.prompt_ids, *message.token_ids] for message in own]
             for batch in packed_batches(sequences, indices=range(len(own)), **options):
                 # 1. A token is predicted at the column before its own. Other logits take memory.
                 places = []

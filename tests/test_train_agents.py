@@ -25,9 +25,10 @@ import train_value
 from mas import CHAIN
 from support.flags import TINY_AGENTS
 from support.runs import read_config, seeded
-from tasks.problems import load_problems
+from support.statistics import agent_measures
+from tasks.problems import Problem, load_problems
 from train_agents import REWARDS, Learner, TrainedMessage, advantages, returns, search_rewards
-from tree import Sample
+from tree import Candidate, Sample
 
 # ---- Rollouts ------------------------------------------------------------------------------------
 
@@ -143,6 +144,26 @@ def test_the_advantages_by_hand(tree, rewards, by_agent, by_siblings, is_cut):
     for baseline, expected in (("agent", by_agent), ("siblings", by_siblings)):
         result = advantages(credits, baseline)
         assert [result.get(node) for node in tree] == pytest.approx(expected)
+
+
+def test_the_measures_of_an_agent_by_hand():
+    """V knows which question is easy, and ranks the plans of each in the wrong order."""
+    easy = messages_of(CHAIN, (1, 4, 1, 1), outcomes=[1.0, 1.0, 1.0, -1.0])
+    hard = messages_of(CHAIN, (1, 4, 1, 1), outcomes=[1.0, -1.0, -1.0, -1.0])
+    easy_problem, hard_problem = (Problem(name, "train", "q", "7", "number") for name in "ab")
+    both = dict.fromkeys(easy, easy_problem) | dict.fromkeys(hard, hard_problem)
+    q = search_rewards(both)
+    for node in both:
+        node.V = (0.5 if node in easy else -0.5) - 0.1 * q[node]
+    plan = next(node for node in easy if node.message.agent == "Planner")
+    plan.candidate = Candidate("long", 12, -1.0, truncated=True)
+    expected = {"messages": 8, "tokens": (12 + 7 * 2) / 8, "truncated": 1 / 8, "right": 0.5}
+    expected |= {"value": pytest.approx(0.5), "value_auc": 0.0}
+    assert agent_measures(both, q)["Planner"] == expected
+    for node in easy:
+        node.V = None
+    measures = agent_measures(dict.fromkeys(easy, easy_problem), q)["Planner"]
+    assert (measures["value"], measures["value_auc"], measures["right"]) == (None, None, 0.75)
 
 
 # ---- The update ----------------------------------------------------------------------------------

@@ -2,12 +2,23 @@
 
 import math
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 from conftest import error_of, exit_code_of, output_of, read_lines, start_in_fork
-from labelled import HELDOUT, TREES, flags, load, make_model, make_tree, transcripts_of, write_trees
+from labelled import (
+    HELDOUT,
+    TREES,
+    flags,
+    load,
+    make_model,
+    make_tree,
+    states_of,
+    transcripts_of,
+    write_trees,
+)
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_value
@@ -16,7 +27,7 @@ from mas import CHAIN, load_graph
 from support.runs import differences, seeded
 from tasks.problems import question_key
 from train_value import edges_of, epoch_batches, learning_rate_factor, pack_trees, training_loss
-from value import size_of, weights_fingerprint
+from value import ValueModel, size_of, weights_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +265,18 @@ def test_v_is_not_trained_on_held_out_labels(trained, rollouts, tmp_path):
     output_of(train_value, *argv, *SMALL)
     assert {line["id"] for line in read_lines(tmp_path / "value" / "heldout.jsonl")} == {"p9"}
     assert weights_fingerprint(tmp_path / "value") == weights_fingerprint(trained)
+
+
+def test_a_head_that_was_not_saved_is_noticed(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "value")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
+    options = {"device": "cpu", "dtype": "float32", "must_be_finished": False}
+    model = ValueModel.load(folder, CHAIN, **options)
+    model.head.bias.data += 1
+    with pytest.raises(AssertionError, match="is not the trained one"):
+        train_value.verify_saved(model, folder, states_of(model, HELDOUT), flags())
+    assert '"finished": true' not in config.read_text()
 
 
 @pytest.mark.parametrize("argv", ["--loss rank --target outcome", "--loss dist --view local"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import output_of
-from labelled import HELDOUT, TREES, load, make_model, transcripts_of
+from labelled import HELDOUT, TREES, load, make_model, states_of, transcripts_of
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -140,6 +140,22 @@ def test_packed_values_and_gradients_equal_those_of_every_state_alone(model, arc
     packed = gradient(model, model.value(model.outputs(batch, transcripts)))
     alone = gradient(model, by_hand)
     assert torch.allclose(packed, alone, atol=1e-4 * alone.abs().max())
+
+
+def test_out_of_memory_halves_batches_and_is_an_error_for_a_single_transcript(model):
+    states, limit = states_of(model, TREES[:2]), 200
+    expected = model.score(states, batch_tokens=4096)
+
+    def run_out(module, arguments, inputs):
+        if inputs["input_ids"].numel() > limit:
+            raise torch.OutOfMemoryError("no room")
+
+    hook = model.backbone.register_forward_pre_hook(run_out, with_kwargs=True)
+    assert model.score(states, batch_tokens=4096) == pytest.approx(expected, abs=1e-5)
+    limit = 20
+    with pytest.raises(InputError, match="out of memory"):
+        model.score(states, batch_tokens=4096)
+    hook.remove()
 
 
 @pytest.mark.parametrize("quantize", [False, True])

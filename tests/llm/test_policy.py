@@ -16,6 +16,7 @@ import generate_rollouts
 from llm.decoding import gumbel_noise, message_key
 from llm.policy import policy_settings, search_settings, with_journal
 from mas import CHAIN
+from support.flags import InputError
 from support.progress import Progress
 from tasks.problems import load_problems
 from tree import Candidate, Sample, expand, make_root
@@ -98,7 +99,7 @@ def generate_greedily(policy, prompt_ids) -> torch.Tensor:
     return output[0, prompt_ids.shape[1] :]
 
 
-def test_greedy_messages_are_those_of_generate(policy):
+def test_greedy_is_that_of_generate_and_logprobs_are_those_of_the_model(policy):
     messages, _ = ask(policy, roots(), greedy=True)
     for problem, node, [message] in zip(PROBLEMS, roots(), messages, strict=True):
         prompt_ids = prompt_of(policy, problem, node)
@@ -107,6 +108,12 @@ def test_greedy_messages_are_those_of_generate(policy):
         assert message.token_ids == tuple(tokens.tolist())
         text = policy.chat_format.tokenizer.decode(tokens, skip_special_tokens=True)
         assert message.text == text.strip()
+
+        # One forward over the prompt and the message gives the log-probability of each token.
+        all_ids = torch.cat([prompt_ids, tokens[None]], dim=1)
+        logits = policy.decoder.model(input_ids=all_ids).logits[0, prompt_ids.shape[1] - 1 : -1]
+        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])
+        assert message.logprob == pytest.approx(logprobs.sum().item(), abs=1e-3)
 
 
 def sample_by_hand(policy, prompt_ids, key, temperature):
@@ -150,70 +157,111 @@ class ScriptedDecoder:
 
     Args:
         decoder: of which the model and its end-of-message tokens are used.
-        tokens: token ids of every message.
+        tokens: token ids of every message; None for its end alone.
+
+    Attributes:
+        asked: (length of the prompt, limit, key, greedy) of every message.
     """
 
-    def __init__(self, decoder, tokens):
+    def __init__(self, decoder, tokens=None):
         self.model = decoder.model
         self.eos_ids = decoder.eos_ids
-        self.tokens = tokens
+        self.tokens = tokens or [min(self.eos_ids)]
+        self.asked = []
 
     def decode(self, prompts, repeats, limits, keys, greedy, *, batch_tokens, on_message):
+        lengths = []
+        for prompt, num in zip(prompts, repeats, strict=True):
+            lengths += [len(prompt)] * num
+        self.asked += zip(lengths, limits, keys, greedy, strict=True)
         for index in range(len(keys)):
             on_message(index, self.tokens, [-1.0] * len(self.tokens), 0.1 * (index + 1))
 
 
-def with_scripted_decoder(policy):
-    decoder = ScriptedDecoder(policy.decoder, [min(policy.decoder.eos_ids)])
-    return replace(policy, decoder=decoder)
+@pytest.mark.parametrize("flag, limits", [(300, (256, 300)), (20, (20, 20))])
+def test_every_message_has_its_own_key_and_the_smaller_limit_of_agent_and_flag(
+    policy, flag, limits
+):
+    """The Planner's own limit is 256, the Solver's is 512. The longest are decoded first."""
+    scripted = replace(policy, decoder=ScriptedDecoder(policy.decoder), seed=5, max_new_tokens=flag)
+    for_planner = child_of(make_root(PROBLEMS[0].question), "x", "facts")
+    for_solver = child_of(for_planner, "plan")
+    scripted([(PROBLEMS[0], Sample([for_planner, for_solver], 2))])
+    scripted([(PROBLEMS[1], Sample([for_planner], 1, greedy=True))])
+    expected = []
+    for problem, node, limit, num in (
+        (PROBLEMS[0], for_planner, limits[0], 2),
+        (PROBLEMS[0], for_solver, limits[1], 2),
+        (PROBLEMS[1], for_planner, limits[0], 1),
+    ):
+        length = prompt_of(policy, problem, node).shape[1]
+        for index in range(num):
+            key = message_key(5, problem.id, node.path, index)
+            expected.append((length, limit, key, problem is PROBLEMS[1]))
+    assert sorted(scripted.decoder.asked) == sorted(expected)
+    sizes = [length + limit for length, limit, _, _ in scripted.decoder.asked[:4]]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_the_text_of_a_message_is_all_but_its_end_and_costs_count_every_token(policy):
-    """A message that was cut has no end. A prompt is charged once for all its messages."""
+    """Any token may be an end. A message that was cut has none. A prompt is charged once."""
     tokenizer = policy.chat_format.tokenizer
     ids = policy.prompt_ids(roots()[0].state, "number")
-    words = [token for token in ids if tokenizer.decode(token).strip().isalpha()][:2]
-    text = tokenizer.decode(words).strip()
-    for end, truncated in (([tokenizer.eos_token_id], 0), ([], 3)):
-        decoder = ScriptedDecoder(policy.decoder, [*words, *end])
-        [([first, second], cost)] = replace(policy, decoder=decoder)(
-            [(PROBLEMS[0], Sample(roots(2), 3))]
-        )
-        tokens = (*words, *end)
-        expected = Candidate(text, len(tokens), -1.0 * len(tokens), truncated > 0, tokens)
-        assert first == second == [expected] * 3
-        lengths = [prompt_of(policy, PROBLEMS[0], node).shape[1] for node in roots(2)]
-        assert cost.prompt_tokens == sum(lengths)
+    *words, end = [token for token in ids if tokenizer.decode(token).strip().isalpha()][:3]
+    lengths = [prompt_of(policy, PROBLEMS[0], node).shape[1] for node in roots(2)]
+    for tokens in ((*words, end), (*words,)):
+        decoder = ScriptedDecoder(policy.decoder, list(tokens))
+        decoder.eos_ids = {end}
+        request = (PROBLEMS[0], Sample(roots(2), 3))
+        [([first, second], cost)] = replace(policy, decoder=decoder)([request])
+        text, is_cut = tokenizer.decode(words).strip(), end not in tokens
+        assert first == second == [Candidate(text, len(tokens), -len(tokens), is_cut, tokens)] * 3
         assert (cost.agent_calls, cost.generated_tokens) == (6, 6 * len(tokens))
-        assert cost.truncated == ({"Reader": 6} if truncated else {})
+        assert (cost.prompt_tokens, cost.truncated) == (
+            sum(lengths),
+            {"Reader": 6} if is_cut else {},
+        )
         assert cost.seconds == pytest.approx(2.1)
 
 
-# ---- Memory --------------------------------------------------------------------------------------
+def test_a_prompt_and_its_message_may_fill_the_context_and_no_more(policy, monkeypatch):
+    scripted = replace(policy, decoder=ScriptedDecoder(policy.decoder))
+    row_tokens = prompt_of(policy, PROBLEMS[0], roots()[0]).shape[1] + 128
+    config = policy.decoder.model.config
+    monkeypatch.setattr(config, "max_position_embeddings", row_tokens)
+    ask(scripted, roots(1))
+    monkeypatch.setattr(config, "max_position_embeddings", row_tokens - 1)
+    with pytest.raises(InputError, match=f"{PROBLEMS[0].id}.* {row_tokens - 1};"):
+        ask(scripted, roots(1))
 
 
-def let_the_model_hold(max_rows: int, policy, monkeypatch):
-    """Let forwards of more rows run out of memory."""
+@pytest.fixture
+def scarce(policy, monkeypatch):
+    """The policy, and how many rows its model has memory for: less than three messages need."""
+    num_rows = [2]
     forward = policy.decoder.model.forward
 
     def scarce_forward(input_ids, **inputs):
-        if len(input_ids) > max_rows:
+        if len(input_ids) > num_rows[0]:
             raise torch.OutOfMemoryError("no room")
         return forward(input_ids=input_ids, **inputs)
 
     monkeypatch.setattr(policy.decoder.model, "forward", scarce_forward)
+    return replace(policy, batch_tokens=8000, progress=Progress(shown=False)), num_rows
 
 
-def test_out_of_memory_lowers_the_batches_and_loses_nothing(policy, monkeypatch):
-    """There is memory for two rows, less than the three messages of a prompt."""
+def test_out_of_memory_lowers_the_batches_and_loses_nothing(scarce):
+    policy, num_rows = scarce
+    messages, costs = ask(policy, roots(), num=3)
+    assert policy.batch_tokens <= 4000
+    assert policy.progress.num_generated == 3 * len(PROBLEMS)
+    num_rows[0] = 99
     expected, expected_costs = ask(policy, roots(), num=3)
-    let_the_model_hold(2, policy, monkeypatch)
-    scarce = replace(policy, batch_tokens=8000, progress=Progress(shown=False))
-    messages, costs = ask(scarce, roots(), num=3)
-    assert scarce.batch_tokens < 4001
     assert_equal_candidates(messages, expected)
     assert without_seconds(costs) == without_seconds(expected_costs)
-    assert scarce.progress.num_generated == 3 * len(PROBLEMS)
+    num_rows[0] = 0
+    with pytest.raises(InputError, match="--max-new-tokens"):
+        ask(policy, roots(1))
 
 
 # ---- The journal ---------------------------------------------------------------------------------
@@ -227,34 +275,25 @@ def journaled(policy, tmp_path):
         yield journaled
 
 
-def counts_of(policy) -> tuple[int, int]:
-    return policy.progress.num_generated, policy.progress.num_recalled
-
-
-def without_ids(candidates_per_node):
-    """The journal keeps everything of a message but its token ids."""
-    messages = []
-    for candidates in candidates_per_node:
-        messages.append([candidate._replace(token_ids=()) for candidate in candidates])
-    return messages
-
-
 def test_only_missing_messages_are_generated_and_others_cost_what_they_did(journaled, policy):
+    """The journal keeps everything of a message but its token ids."""
+    progress = journaled.progress
     first, costs = ask(journaled, roots(3), num=2)
-    assert counts_of(journaled) == (6, 0)
     again, costs_again = ask(journaled, roots(3), num=2)
-    assert counts_of(journaled) == (6, 6)
-    assert again == without_ids(first) and costs_again == costs
+    assert (progress.num_generated, progress.num_recalled) == (6, 6)
+    assert again == [[c._replace(token_ids=()) for c in candidates] for candidates in first]
+    assert costs_again == costs
     more, costs_of_more = ask(journaled, roots(3), num=4)
-    assert counts_of(journaled) == (12, 12)
+    assert (progress.num_generated, progress.num_recalled) == (12, 12)
     alone, costs_alone = ask(policy, roots(3), num=4)  # without a journal
-    assert_equal_candidates(without_ids(more), without_ids(alone))
+    assert_equal_candidates([candidates[2:] for candidates in more], [c[2:] for c in alone])
+    assert [candidates[:2] for candidates in more] == again
     assert without_seconds(costs_of_more) == without_seconds(costs_alone)
 
 
-def test_a_message_is_reused_only_at_its_place_and_for_its_prompt(journaled):
-    scripted = with_scripted_decoder(journaled)
-    [problem, other_problem, *_] = PROBLEMS
+def test_a_message_is_reused_only_at_its_place_and_for_its_prompt(journaled, policy):
+    scripted = replace(journaled, decoder=ScriptedDecoder(policy.decoder))
+    problem = PROBLEMS[0]
     root = make_root(problem.question)
     first, second = child_of(make_root(problem.question), "x"), child_of(root, "y", "x")
     assert first.state == second.state
@@ -325,6 +364,16 @@ def test_a_setting_that_changes_messages_or_trees_is_recorded(policy, name):
     before, after = settings_with(), settings_with(*flags)
     assert {key for key in before if before[key] != after[key]} == {name}
     assert after[name] == value
+
+
+def test_the_flags_reach_the_policy(chain):
+    flags = {"seed": 1, "max_new_tokens": 64, "batch_tokens": 999}
+    policy = make_tiny_policy(chain, **flags, top_k=1, chat_template_kwargs='{"x": 1}')
+    assert {name: getattr(policy, name) for name in flags} == flags
+    assert policy.chat_format.template_kwargs == {"x": 1}
+    likeliest, _ = ask(policy, roots(2), greedy=True)
+    assert ask(policy, roots(2))[0] == likeliest  # top-k of 1
+    assert policy.settings["model"]["name"] == generate_rollouts.parse_args([]).model
 
 
 def test_a_checkpoints_own_sampling_settings_do_not_leak_in(chain, policy, copied_agents):
