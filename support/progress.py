@@ -39,6 +39,7 @@ class Progress:
             line = f"{{desc}}: {{n_fmt}}/{{total_fmt}} {unit} in {{elapsed}}{{postfix}}\n"
             style = {"mininterval": 30, "bar_format": line}
         self.start, self.tokens_before = time.perf_counter(), self.num_tokens
+        self.messages_before = self.num_generated + self.num_recalled
         self.finished = done
         hidden = not self.shown
         self.bar = tqdm(desc=description, total=total, initial=done, disable=hidden, **style)
@@ -53,7 +54,7 @@ class Progress:
         if self.bar is None:
             return
         if not note:
-            num_messages = self.num_generated + self.num_recalled
+            num_messages = self.num_generated + self.num_recalled - self.messages_before
             seconds = time.perf_counter() - self.start
             tokens_per_second = (self.num_tokens - self.tokens_before) / max(seconds, 1e-9)
             note = f"{num_messages:,} messages, {tokens_per_second:.0f} tokens/s"

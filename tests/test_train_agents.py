@@ -23,7 +23,7 @@ import generate_rollouts
 import train_agents
 import train_value
 from mas import CHAIN
-from support.flags import TINY_AGENTS
+from support.flags import TINY_AGENTS, InputError
 from support.runs import read_config, seeded
 from support.statistics import agent_measures
 from tasks.problems import Problem, load_problems
@@ -35,8 +35,9 @@ from tree import Candidate, Sample
 
 def messages_of(mas, num_candidates, *, say=str, outcomes=()):
     """Return the messages of a scripted tree; its terminal nodes have these outcomes, in order."""
-    search = train_agents.sample_tree("q", mas, num_candidates)
-    nodes = drive(search, {Sample: ScriptedPolicy(mas, say)})
+    policy = ScriptedPolicy(mas, say)
+    nodes = drive(train_agents.sample_tree("q", mas, num_candidates), {Sample: policy})
+    assert all(paths for _, paths, _, _ in policy.requests)  # nothing is asked of no node
     leaves = [node for node in nodes if not node.children]
     for leaf, outcome in zip(leaves, outcomes, strict=False):
         leaf.outcome = outcome
@@ -310,10 +311,31 @@ def test_every_token_of_every_sample_has_the_same_weight(shared, rollouts):
     torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-3)
 
 
-def test_gradients_are_clipped_to_norm_1(shared, rollouts):
+def test_messages_of_one_prompt_share_a_minibatch(rollouts):
+    """At the first minibatch the ratio is 1, and the KL that to the base, over all tokens."""
+    learner = make_learner("--seed", 1)
+    for weight in learner.parameters:
+        weight.data = 0.2 * torch.randn_like(weight)
+    messages = trained_messages(learner, dict.fromkeys(rollouts, 1.0), rollouts)
+    messages = [m for m in messages if m.prompt_ids == messages[0].prompt_ids]
+    had_gradient = []
+    learner.optimizer.register_step_pre_hook(
+        lambda *_: had_gradient.append(learner.parameters[0].grad is not None)
+    )
+    report = learner.update(messages, seeded(0))
+    assert len(messages) == 2 and sorted(had_gradient) == [False, False, False, True]
+    log_r = torch.cat([message.reference_logprobs - message.old_logprobs for message in messages])
+    kl = (log_r.exp() - log_r - 1).mean().item()
+    assert report == {"kl": pytest.approx(kl, rel=1e-3), "clip_share": 0} and kl > 0.01
+
+
+def test_gradients_are_clipped_to_norm_1_and_must_be_finite(shared, rollouts):
     messages = trained_messages(shared, dict.fromkeys(rollouts, 1e4), rollouts)
     for gradient in gradients_of_update(shared, messages):
         assert gradient.norm().item() == pytest.approx(1.0, abs=1e-3)
+    messages[0].advantage = math.inf
+    with pytest.raises(InputError, match="not finite"):
+        gradients_of_update(shared, messages)
 
 
 def test_an_update_moves_the_adapter_of_the_speaker_only(rollouts):
@@ -329,6 +351,7 @@ def test_an_update_moves_the_adapter_of_the_speaker_only(rollouts):
 def test_a_planted_reward_is_learnt():
     """The Reader lists its facts in random order. Reward it for starting with the total."""
     learner = make_learner("--policy-lr", "4e-3")
+    assert learner.optimizer.param_groups[0]["lr"] == 4e-3
     problems = train_problems(20)
     shares = []
     for step in range(5):
@@ -440,7 +463,9 @@ def test_a_run_that_is_killed_and_resumed_equals_one_that_is_not(finished, tmp_p
     run = partial(output_of, train_agents, "--run", tmp_path, *small)
     metrics = tmp_path / "agents" / "metrics.jsonl"
     child = start_in_fork(run)
+    deadline = time.time() + 60
     while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
+        assert time.time() < deadline
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     assert exit_code_of(child) == -signal.SIGKILL

@@ -46,6 +46,7 @@ def test_each_agent_has_its_adapter_and_without_them_the_base_speaks(flags):
         of_base = base(input_ids=TOKENS).logits
     adapters = add_adapters("per-agent", **flags)
     assert {weight.dtype for weight in adapters.parameters().values()} == {torch.float32}
+    assert adapters.model.peft_config["agent_Reader"].lora_alpha == 2 * adapters.rank
     logits = [logits_of(adapters, agent.name) for agent in CHAIN.agents]
     for index, agent in enumerate(CHAIN.agents):
         assert torch.equal(logits_of(adapters, agent.name), logits[index])
@@ -92,3 +93,8 @@ def test_saved_adapters_are_loaded_by_us_and_by_peft_and_refused_elsewhere(tmp_p
     briefed = MAS("chain", (replace(reader, prompt=reader.prompt + " Be brief."), *others))
     with pytest.raises(InputError, match="each of them"):
         make_tiny_policy(briefed, adapter=tmp_path)
+    other_base = {"model": {"name": "other", "fingerprint": "0"}}
+    for changes in (other_base, {"quantize_policy": True}):
+        write_config(tmp_path, {"settings": settings | changes, "finished": True})
+        with pytest.raises(InputError, match="trained (on|with) (another|the other)"):
+            make_tiny_policy(CHAIN, adapter=tmp_path)
