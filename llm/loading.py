@@ -113,10 +113,7 @@ def end_of_message_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids that begin every text: the BOS token if the tokenizer adds one, or none.
-
-    The models of such a family were always trained with it.
-    """
+    """Return the token ids that begin every text: the BOS token if the tokenizer adds one."""
     ids = tokenizer("")["input_ids"][:1]
     return ids if ids == [tokenizer.bos_token_id] else []
 

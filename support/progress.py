@@ -41,9 +41,9 @@ class Progress:
         self.start, self.tokens_before = time.perf_counter(), self.num_tokens
         self.messages_before = self.num_generated + self.num_recalled
         self.finished = done
+        style["miniters"] = 0  # the note changes even if no unit finishes
         hidden = not self.shown
         self.bar = tqdm(desc=description, total=total, initial=done, disable=hidden, **style)
-        self.bar.miniters = 0  # tqdm would wait for more units than finish in half a minute
         with self.bar:
             yield
         self.bar = None
