@@ -60,7 +60,8 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = auto_class.from_pretrained(name, **options)
     except ImportError as error:
-        remedy = "; or load it without NF4 (--no-quantize)" if quantize else ""
+        without = "--no-quantize" if flag == "--backbone" else "no --quantize-policy"
+        remedy = f"; or load it without NF4 ({without})" if quantize else ""
         raise InputError(f"{flag} {name}: a package is missing: {error}{remedy}") from None
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]

@@ -277,7 +277,7 @@ class Policy:
             for node in request.nodes:
                 places.append((index, problem, request, node))
                 chats.append(self.mas.prompt(node.state, problem.answer_type))
-        encoded = self.chat_format.encode(chats)  # together, which is several times faster
+        encoded = self.chat_format.encode(chats)  # in one call
         jobs = []
         for (index, problem, request, node), prompt_ids in zip(places, encoded, strict=True):
             agent = self.mas.turn(node.state)
@@ -445,12 +445,8 @@ def add_tree_search_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--quantize-policy", action="store_true", help="NF4 weights for the agents")
     add("--top-k", type=non_negative_int, default=0, help="only the k likeliest tokens; 0: all")
-    add(
-        "--top-p",
-        type=positive_unit_float,
-        default=1.0,
-        help="only the likeliest tokens, 1: all",
-    )
+    help_top_p = "only the likeliest tokens that together have this probability; 1: all"
+    add("--top-p", type=positive_unit_float, default=1.0, help=help_top_p)
     add("--num-candidates", default="3", help="C per expansion: 3, 1.8.1.1, or Planner=8,Reader=2")
     add("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
     add("--max-active", type=positive_int, default=512, help="problems searched together")

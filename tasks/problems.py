@@ -140,7 +140,7 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
     """Load the first `num` problems of a split, in the fixed order.
 
     If the split has fewer problems, all of them are returned and a warning is printed. Raises
-    InputError if the task is unknown, or if its data cannot be loaded or used.
+    InputError if the data cannot be loaded or used. task: one of EMBEDDED or TASKS.
 
     data: a file to read instead of the task's data (JSON lines, .json, .csv or .parquet). Given
     with an embedded task, it is graded by the narrowest answer type that fits all of its answers.
