@@ -37,7 +37,6 @@ from support.statistics import paired, wilson
 from tasks.grading import extract_answer
 from tasks.problems import Problem, check_same_problems, is_correct, load_problems, question_key
 from tree import Cost, Node, tree_fields
-from value import weights_fingerprint
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")
 
@@ -82,7 +81,7 @@ def evaluate_method(
 ) -> None:
     """Answer those of this process's problems that have no record yet."""
     path = folder / f"{method.name}.jsonl"
-    scorer = scorer_fingerprint(method, args)
+    scorer = scorer_fingerprint(method, scorers)
     kept_trees = {problem.id for problem in problems[: args.num_trees]}
     keep = only("question", "gold", "scorer")
     with unfinished(path, problems, keep) as (file, records, todo, done):
@@ -102,7 +101,7 @@ def evaluate_method(
                 append_jsonl(file, record)
 
 
-def scorer_fingerprint(method: Method, args) -> str | None:
+def scorer_fingerprint(method: Method, scorers: dict) -> str | None:
     """Name the scorers of a method; V and the ORM with a fingerprint of their weights.
 
     Answers guided by another model must not end up in the same file.
@@ -110,7 +109,7 @@ def scorer_fingerprint(method: Method, args) -> str | None:
     parts = []
     for name in method.scorers:
         if name in MODELS:
-            name = f"{name}#{weights_fingerprint(model_folder(args, name))[:8]}"
+            name = f"{name}#{scorers[name].model.fingerprint[:8]}"
         parts.append(name)
     return " + ".join(parts) or None
 

@@ -48,7 +48,7 @@ from tasks.problems import (
     source,
 )
 from tree import Node, Sample, grade_terminals, make_child, make_root, run_searches
-from value import ValueModel, weights_fingerprint
+from value import ValueModel, add_backbone_argument
 
 # A variant changes these here.
 CLIP = 0.2  # the ratio to the policy before a step is clipped to 1 - CLIP ... 1 + CLIP
@@ -237,6 +237,7 @@ class Learner:
         self.value_folder = Path(args.value or f"{args.run}/value")
         if args.reward in VALUE_REWARDS or args.value or self.value_folder.is_dir():
             options = {"device": args.device, "dtype": args.dtype, "must_be_finished": True}
+            options["elsewhere"] = (args.backbone, args.model)
             self.value_model = ValueModel.load(self.value_folder, mas, **options)
         self.state = {"step": -1, "messages": 0, "best_step": 0, "best_accuracy": -1.0}
 
@@ -390,7 +391,7 @@ class Learner:
         if isinstance(self.reward, Coach):
             settings["reward"] = self.reward.setting
         if self.value_model is not None:
-            settings["value"] = weights_fingerprint(self.value_folder)
+            settings["value"] = self.value_model.fingerprint
         return settings
 
 
@@ -407,6 +408,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--reward", default="value", help=f"of a message: {rewards}")
     add("--value", default=None, help="folder of V (default: RUN/value)")
+    add_backbone_argument(parser)
     shapes = "passes-K, compared with all of an agent; or tree-1.8.1.1, compared with siblings"
     add("--rollouts", default="passes-4", help=shapes)
     add("--num-steps", type=positive_int, default=10, help="training steps")

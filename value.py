@@ -9,17 +9,26 @@ and the transcripts of a tree are read together, every token once (llm/packing.p
 
 import functools
 import json
+import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
 
-from llm.adapters import load_lora
-from llm.loading import beginning_ids, checkpoint_setting, context_length, load_pretrained
+from llm.adapters import load_lora, lora_fingerprint
+from llm.loading import (
+    beginning_ids,
+    checkpoint_setting,
+    context_length,
+    load_pretrained,
+    read_weights,
+    weights_fingerprint,
+)
 from llm.packing import (
     Batch,
     collate,
@@ -30,14 +39,8 @@ from llm.packing import (
     sequences_of,
 )
 from mas import MAS, State
-from support.flags import InputError
-from support.runs import (
-    differences,
-    file_fingerprint,
-    fingerprint,
-    read_config,
-    read_finished_config,
-)
+from support.flags import TINY_AGENTS, InputError, Parser
+from support.runs import differences, fingerprint, read_config, read_finished_config
 from tree import Edge
 
 # ---- What V reads --------------------------------------------------------------------------------
@@ -66,9 +69,6 @@ def size_of(batch: Batch) -> int:
 # ---- The value model -----------------------------------------------------------------------------
 
 
-WEIGHT_FILES = ("head.safetensors", "adapter/adapter_model.safetensors")
-
-
 class ValueModel(nn.Module):
     """V(s) = tanh(w.h + b) in [-1, 1], with h at the token that ends the newest message.
 
@@ -79,6 +79,10 @@ class ValueModel(nn.Module):
         view: what is rendered of a state, "full" or "local" (MAS.value_text).
         loss: what V is trained with. "dist" (not in the paper) has a head with NUM_BINS outputs: a
             distribution over values evenly spaced in [-1, 1], whose mean is V.
+
+    Attributes:
+        origin: where its weights come from, for the messages of errors.
+        fingerprint: of the trained weights, LoRA and head, as they were loaded.
     """
 
     NUM_BINS = 21
@@ -97,6 +101,8 @@ class ValueModel(nn.Module):
         self.head = nn.Linear(hidden_size, num_outputs, device=backbone.device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.origin = f"--backbone {backbone.config.name_or_path}"
+        self.fingerprint: str | None = None
         self.beginning = beginning_ids(tokenizer)
         self.row_width = row_width(backbone.config)
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
@@ -145,7 +151,8 @@ class ValueModel(nn.Module):
     def predict(self, transcripts: list[Transcript], *, batch_tokens: int) -> list[list[float]]:
         """Return V at the positions of each transcript.
 
-        Out of memory halves a batch. Raises InputError if a single transcript does not fit.
+        Out of memory halves a batch. Raises InputError if a single transcript does not fit, or if a
+        value is not finite.
         """
         self.eval()
         if self.backbone.device.type == "cpu":
@@ -165,7 +172,10 @@ class ValueModel(nn.Module):
                 print(f"out of memory: {len(indices)} transcripts are split", file=sys.stderr)
                 batches += pack(size_of(batch) // 2, indices=indices)
                 continue
-            values_of_batch = iter(self.value(outputs).tolist())
+            predicted = self.value(outputs)
+            if not predicted.isfinite().all():
+                raise InputError(f"{self.origin}: V is NaN; restore the weights, or lower --lr")
+            values_of_batch = iter(predicted.tolist())
             for index in indices:
                 values[index] = [next(values_of_batch) for _ in transcripts[index].positions]
         return values
@@ -192,32 +202,33 @@ class ValueModel(nn.Module):
 
     @classmethod
     def load(
-        cls, folder: Path, mas: MAS, *, device: str, dtype: str, must_be_finished: bool
+        cls,
+        folder: Path,
+        mas: MAS,
+        *,
+        elsewhere: Iterable[str],
+        device: str,
+        dtype: str,
+        must_be_finished: bool,
     ) -> "ValueModel":
-        """Load a trained V.
+        """Load a trained V. elsewhere: folders that may hold its backbone if it was moved.
 
         Raises InputError if its training is not finished, if files are missing, or if it was
         trained with another graph, rendering of states or backbone.
         """
-        # 1. Its files.
+        # 1. Its backbone.
         config = read_finished_config(folder) if must_be_finished else read_config(folder)
         settings = config["settings"]
-        for name in WEIGHT_FILES:
-            if not (folder / name).is_file():
-                raise InputError(f"{folder}: {name} is missing; train_value.py writes it")
-
-        # 2. Its backbone, whose folder is named as seen from the folder of V.
-        name = settings["backbone"]["name"]
-        if (folder / name).is_dir():
-            name = str(folder / name)
+        name = find_backbone(folder, settings["backbone"], elsewhere)
         backbone, tokenizer = load_backbone(
             name, quantize=settings["quantize"], device=device, dtype=dtype
         )
 
-        # 3. Is everything as it was when V was trained?
+        # 2. Is everything as it was when V was trained?
         now = {"graph": json.loads(json.dumps(asdict(mas)))}  # as it was read back
         now["rendering"] = rendering_fingerprint(mas, settings["view"])
-        now["backbone"] = checkpoint_setting(name)
+        if not Path(name).is_dir():
+            now["backbone"] = checkpoint_setting(name)
         changes = differences({key: settings[key] for key in now}, now)
         if changes:
             raise InputError(
@@ -225,11 +236,39 @@ class ValueModel(nn.Module):
                 f"give the same --graph, restore the backbone, or train V again"
             )
 
-        # 4. What was trained.
-        backbone = load_lora(backbone, folder / "adapter")
+        # 3. What was trained.
+        backbone = load_lora(backbone, folder / "adapter", name="default", trainable=False)
         model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
-        model.head.load_state_dict(load_file(folder / "head.safetensors"))
+        head = read_weights(folder / "head.safetensors", model.head.state_dict())
+        model.head.load_state_dict(head)
+        model.origin = str(folder)
+        model.fingerprint = weights_fingerprint(head, lora_fingerprint(backbone, "default"))
         return model
+
+
+def find_backbone(folder: Path, recorded: dict, elsewhere: Iterable[str]) -> str:
+    """Return where the backbone of a saved V is: where it was or, if it was moved, elsewhere.
+
+    A folder counts if its checkpoint is the recorded one. Raises InputError if none does.
+
+    recorded: its setting. A folder is named as seen from `folder`, that of V.
+    """
+    name, expected = recorded["name"], recorded["fingerprint"]
+    if expected.startswith(f"{name}@"):
+        return name  # of the hub
+    for path in (str(folder / name), *elsewhere):
+        if Path(path).is_dir() and checkpoint_setting(path)["fingerprint"] == expected:
+            return path
+    where = os.path.realpath(folder / name)
+    raise InputError(
+        f"{folder}: the backbone of V is not in {where}, or has changed; give its --backbone FOLDER"
+    )
+
+
+def add_backbone_argument(parser: Parser) -> None:
+    """Add the flag of the scripts that read V. It is found without it unless it was moved."""
+    help_backbone = "of V, folder or hub name (paper: Qwen2.5-1.5B); later only if it was moved"
+    parser.add_argument("--backbone", default=TINY_AGENTS, help=help_backbone)
 
 
 def load_backbone(name: str, *, quantize: bool, device: str, dtype: str):
@@ -259,8 +298,3 @@ def rendering_fingerprint(mas: MAS, view: str) -> str:
         state = mas.step(state, f"message {len(state.messages)}")
         renderings.append(mas.value_text(state, view))
     return fingerprint(renderings)
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """Fingerprint the trained weights of a saved V."""
-    return file_fingerprint([folder / name for name in WEIGHT_FILES])

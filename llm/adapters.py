@@ -19,13 +19,19 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
+from llm.loading import read_weights, weights_fingerprint
 from mas import MAS
 from support.flags import InputError, Parser, positive_int
-from support.runs import file_fingerprint, read_finished_config
+from support.runs import fingerprint, read_finished_config
 
 
 def lora_config(rank: int) -> LoraConfig:
@@ -38,9 +44,36 @@ def add_lora(model: nn.Module, *, rank: int) -> PeftModel:
     return get_peft_model(model, lora_config(rank))
 
 
-def load_lora(model: nn.Module, folder: Path) -> PeftModel:
-    """Load an adapter that peft has saved, to be used as it is."""
-    return PeftModel.from_pretrained(model, folder)
+def load_lora(model: nn.Module, folder: Path, *, name: str, trainable: bool) -> PeftModel:
+    """Add an adapter that peft has saved. name: "default", or that of an agent's adapter.
+
+    Raises InputError if its files cannot be read, or if its weights are not those of this model.
+    """
+    try:
+        config = LoraConfig.from_pretrained(folder.resolve())
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{folder}: no LoRA adapter ({reason}); train it again") from None
+    config.inference_mode = not trainable
+    config.base_model_name_or_path = None  # it may be elsewhere now
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=name)
+    weights = read_weights(folder / "adapter_model.safetensors", lora_weights(model, name))
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    return model
+
+
+def lora_weights(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """Return the weights of an adapter, named as peft saves them."""
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def lora_fingerprint(model: PeftModel, name: str) -> str:
+    """Return a hash of what an adapter computes: its weights, rank and alpha."""
+    config = model.peft_config[name]
+    return weights_fingerprint(lora_weights(model, name), config.r, config.lora_alpha)
 
 
 def add_lora_argument(parser: Parser) -> None:
@@ -96,10 +129,10 @@ class AgentAdapters:
             trouble = f"each of them is of an agent of the graph {settings['graph']['name']!r}"
         if trouble is not None:
             raise InputError(f"--adapter {folder}: {trouble}")
-        adapters = cls.add(model, mas, sharing=settings["adapters"], rank=settings["lora_rank"])
+        adapters = cls(model, mas, sharing=settings["adapters"], rank=settings["lora_rank"])
         for name in adapters.names:
-            weights = load_file(folder / "adapter" / name / "adapter_model.safetensors")
-            set_peft_model_state_dict(adapters.model, weights, adapter_name=name)
+            path = folder / "adapter" / name
+            adapters.model = load_lora(adapters.model, path, name=name, trainable=True)
         return adapters
 
     def save(self, folder: Path) -> None:
@@ -107,9 +140,9 @@ class AgentAdapters:
         self.model.save_pretrained(folder / "adapter", selected_adapters=self.names)
 
     def setting(self, folder: Path) -> dict:
-        """Return how adapters are recorded: their folder, and a fingerprint of their weights."""
-        paths = [folder / "adapter" / name / "adapter_model.safetensors" for name in self.names]
-        return {"name": str(folder), "fingerprint": file_fingerprint(paths)}
+        """Return how adapters are recorded: the folder they were in, and their fingerprint."""
+        fingerprints = [lora_fingerprint(self.model, name) for name in self.names]
+        return {"name": str(folder), "fingerprint": fingerprint(fingerprints)}
 
     def name_for(self, agent: str) -> str:
         """Return the name of an agent's adapter, which peft makes an attribute of layers."""

@@ -1,5 +1,7 @@
 """The coach of MAPPA: a chat model that grades messages."""
 
+import math
+
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -63,6 +65,8 @@ class Coach:
         probs = logits.float().softmax(-1)[self.digit_ids]  # [10]
         expected = sum(digit * prob for digit, prob in enumerate(probs.tolist()))
         share = probs.sum().item()
+        if not math.isfinite(share):
+            raise InputError(f"{self.chat_format.name}: its weights are damaged (logits are NaN)")
         return expected / share / 9 if share >= SMALLEST_SHARE_OF_DIGITS else None
 
     def chat(self, node: Node, problem: Problem) -> list[dict[str, str]]:

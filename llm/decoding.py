@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from support.flags import InputError
+
 # ---- Random numbers ------------------------------------------------------------------------------
 
 
@@ -135,6 +137,7 @@ def sample_tokens(
         greedy: bool [messages], messages that take the most likely token instead.
 
     Returns tokens [messages], and log pi(token) [messages] before temperature, top-k and top-p.
+    Raises InputError if logits are no distribution.
     """
     vocabulary = logits.shape[-1]
     block_size = min(block_size, vocabulary)
@@ -155,11 +158,20 @@ def sample_tokens(
     in_vocabulary = token_ids.clamp(max=vocabulary - 1)
     scores = warped[row_of_message[:, None], in_vocabulary] + gumbel_noise(keys, steps, token_ids)
     scores[token_ids >= vocabulary] = -math.inf
-    tokens = token_ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+    best_scores, best = scores.max(-1, keepdim=True)
+    tokens = token_ids.gather(1, best)[:, 0]
 
     if greedy.any():
         tokens = torch.where(greedy, logits.argmax(-1)[row_of_message], tokens)
-    return tokens, logits[row_of_message, tokens] - log_total[row_of_message]
+    logprobs = logits[row_of_message, tokens] - log_total[row_of_message]
+
+    # One logit that is NaN makes the sum of its row NaN, and an argmax would be some token.
+    if not (best_scores[:, 0] + logprobs).isfinite().all():
+        raise InputError(
+            "the probabilities of the agents' next token are not finite: the weights of --model or "
+            "--adapter are damaged, or --temperature is too low"
+        )
+    return tokens, logprobs
 
 
 def _logits_of_blocks(logits: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -3,10 +3,14 @@
 What families of models differ in is handled here, apart from their chats (llm/policy.py).
 """
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -94,6 +98,33 @@ def _keep_weights_unpacked(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+
+
+def read_weights(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Read a safetensors file that has the names and shapes of the expected weights, no others.
+
+    Raises InputError if it has not: weights that are missing would be random, foreign ones ignored.
+    """
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); train it again") from None
+    shape = {name: weight.shape for name, weight in weights.items()}
+    expected_shape = {name: weight.shape for name, weight in expected.items()}
+    names = sorted(shape.keys() | expected_shape.keys())
+    wrong = [name for name in names if shape.get(name) != expected_shape.get(name)]
+    if wrong:
+        trouble = f"{len(wrong)} weights are missing, foreign or of another shape: {wrong[0]} ..."
+        raise InputError(f"{path}: {trouble}; restore the file, or train it again")
+    return weights
+
+
+def weights_fingerprint(weights: dict[str, torch.Tensor], *settings) -> str:
+    """Return a hash of weights, their names, types and shapes, and of further settings."""
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
+    for name, weight in sorted(weights.items()):
+        digest.update(save({name: weight}))
+    return digest.hexdigest()
 
 
 def context_length(model: PreTrainedModel) -> int:

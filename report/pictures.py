@@ -40,7 +40,7 @@ def plot_reliability(heldout: list[dict], agents: list[str]):
     for panel, agent in zip(panels, agents, strict=True):
         bins = {}
         for edge in heldout:
-            if edge["agent"] == agent and math.isfinite(edge["V"]):
+            if edge["agent"] == agent:
                 bins.setdefault(min(9, int((edge["V"] + 1) / 2 * 10)), []).append(edge)
         values = [statistics.fmean(edge["V"] for edge in edges) for edges in bins.values()]
         labels = [statistics.fmean(edge["y"] for edge in edges) for edges in bins.values()]

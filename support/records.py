@@ -4,10 +4,12 @@ Every finished problem is one line, flushed when it is finished. A line that a k
 skipped by readers and cut off by the next writer, and what it recorded is done again.
 """
 
+import codecs
 import fcntl
 import hashlib
 import itertools
 import json
+import math
 import mmap
 import os
 import sys
@@ -25,11 +27,34 @@ class FileInUseError(InputError):
     """Another process is writing a file."""
 
 
+def _finite(text: str) -> float:
+    """Read a number of JSON, or what Python writes in place of one: NaN, Infinity."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+# Numbers that are not finite are refused where they are read: every comparison with NaN is false.
+STRICT_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """Read a JSON-lines file. Raises InputError that names a missing file or a bad line."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return [record for record, _ in _parse_lines(path, only_finished=False)]
+
+
+def read_line(line: bytes, number: int) -> dict:
+    """Read a JSON line, an object. Raises ValueError that names the number of a bad line."""
+    try:
+        record = STRICT_JSON.decode(line.removeprefix(codecs.BOM_UTF8).decode())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"line {number}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"line {number}: not an object, such as {{...}}")
+    return record
 
 
 def _parse_lines(path: Path, *, only_finished: bool) -> Iterator[tuple[dict, int]]:
@@ -43,11 +68,9 @@ def _parse_lines(path: Path, *, only_finished: bool) -> Iterator[tuple[dict, int
                 return
             if line.strip():
                 try:
-                    record = json.loads(line)
-                except ValueError as error:  # not JSON, or not UTF-8
-                    raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}, line {number}: not an object, such as {{...}}")
+                    record = read_line(line, number)
+                except ValueError as error:
+                    raise InputError(f"{path}, {error}") from None
                 yield record, start
             start += len(line)
 
@@ -79,8 +102,8 @@ def open_to_append(path: Path) -> BinaryIO:
 
 
 def append_jsonl(file: BinaryIO, record: dict) -> None:
-    """Write one line and flush it, so that a kill loses no finished record."""
-    line = json.dumps(record, ensure_ascii=False) + "\n"
+    """Write one line and flush it, so that a kill loses no finished record. NaN raises."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     file.write(line.encode())
     file.flush()
 

@@ -17,13 +17,15 @@ that names the problem. No torch here.
 import hashlib
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from support.flags import ROOT, InputError, Parser, positive_int
-from support.records import append_jsonl, read_jsonl
+from support.records import append_jsonl
+from tasks.files import read_rows
 from tasks.grading import canonical, is_comparable, last_box, same_answer
 
 
@@ -51,9 +53,9 @@ def question_key(question: str) -> str:
     return _hash(" ".join(question.casefold().split())).hex()
 
 
-def _split_of(question: str) -> str:
-    """Return "heldout" for one in eight questions, else "train"."""
-    return "train" if _hash(f"split {question_key(question)}")[0] % 8 else "heldout"
+def _split_of(key: str) -> str:
+    """Return "heldout" for one in eight questions, by their keys, else "train"."""
+    return "train" if _hash(f"split {key}")[0] % 8 else "heldout"
 
 
 def _hash(text: str) -> bytes:
@@ -130,10 +132,7 @@ def add_problem_arguments(parser: Parser, *, training: bool) -> None:
 
 def load_training_problems(args) -> list[Problem]:
     """Load training problems, and held-out ones to measure on. Test problems are never loaded."""
-    problems = []
-    for split, num in (("train", args.num_train), ("heldout", args.num_heldout)):
-        problems += load_problems(task=args.task, data=args.data, split=split, num=num)
-    return problems
+    return _load(args.task, args.data, {"train": args.num_train, "heldout": args.num_heldout})
 
 
 def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[Problem]:
@@ -145,28 +144,34 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
     data: a file to read instead of the task's data (JSON lines, .json, .csv or .parquet). Given
     with an embedded task, it is graded by the narrowest answer type that fits all of its answers.
     """
-    problems = _first_problems(task, data, split, num)
-    if len(problems) < num:
-        note = f"{num} {split} problems were requested, but there are only {len(problems)}"
-        print(f"{data or task}: {note}", file=sys.stderr)
-    return problems
+    return _load(task, data, {split: num})
 
 
 def problem_at(*, task: str, data: str | None, position: int) -> Problem:
     """Return the test problem at a position, counted from 1 (--index). Raises InputError."""
-    problems = _first_problems(task, data, "test", position)
+    problems = _first_problems(task, data, {"test": position})
     if len(problems) < position:
         origin = data or f"--task {task}"
         raise InputError(f"--index {position}: {origin} has {len(problems)} test problems")
     return problems[-1]
 
 
-def _first_problems(task: str, data: str | None, split: str, num: int) -> list[Problem]:
-    """Return the first `num` problems of a split, or all of them if there are fewer."""
+def _load(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Problem]:
+    problems = _first_problems(task, data, num_of_split)
+    for split, num in num_of_split.items():
+        num_found = sum(problem.split == split for problem in problems)
+        if num_found < num:
+            note = f"{num} {split} problems were requested, but there are only {num_found}"
+            print(f"{data or task}: {note}", file=sys.stderr)
+    return problems
+
+
+def _first_problems(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Problem]:
+    """Return the first problems of each split, as many as there are. The data is read once."""
     # 1. Read all problems of the data.
     origin = data or task
-    rows = _read_rows(task, data, split)
-    raw_problems = [read_row(row, f"{origin}, line {line}") for line, row in enumerate(rows, 1)]
+    rows = _read_rows(task, data, num_of_split)
+    raw_problems = [read_row(row, f"{origin}, {place}") for place, row in rows]
     if not raw_problems:
         raise InputError(f"{origin}: it has no problems")
 
@@ -179,24 +184,29 @@ def _first_problems(task: str, data: str | None, split: str, num: int) -> list[P
     # 3. Keep each question once.
     raw_problems = _without_duplicates(raw_problems, answer_type, origin, from_file=bool(data))
 
-    # 4. Choose the problems of the split. The rows of an embedded task are its own, in its order.
-    if data or task in TASKS:
-        raw_problems.sort(key=lambda raw: _hash(f"order {question_key(raw.question)}"))
-        if split != "test":
-            raw_problems = [raw for raw in raw_problems if _split_of(raw.question) == split]
+    # 4. Choose the problems of each split. The rows of an embedded task are in its order.
+    of_split = defaultdict(list)
+    is_embedded = data is None and task in EMBEDDED
+    if not is_embedded:
+        raw_problems.sort(key=lambda raw: _hash(f"order {raw.key}"))
+    for raw in raw_problems:
+        split = raw.split if is_embedded else "test"
+        if not is_embedded and "test" not in num_of_split:
+            split = _split_of(raw.key)
+        of_split[split].append(raw)
 
     # 5. Bring their gold answers into canonical form. The hash of a question may serve as the id.
     problems = []
     prefix = task if task in TASKS else Path(origin).stem
-    for raw in raw_problems[:num]:
-        problem_id = raw.id or f"{prefix}-{question_key(raw.question)}"
-        gold = canonical(raw.gold, answer_type)
-        if gold is None or not is_comparable(gold, answer_type):
-            reason = f"cannot be read as a {answer_type}: {raw.gold!r}"
-            raise InputError(f"{origin}: the answer of problem {problem_id} {reason}")
-        problems.append(
-            Problem(problem_id, split, raw.question, gold, answer_type, raw.subject, raw.level)
-        )
+    for split, num in num_of_split.items():
+        for raw in of_split[split][:num]:
+            problem_id = raw.id or f"{prefix}-{raw.key}"
+            gold = canonical(raw.gold, answer_type)
+            if gold is None or not is_comparable(gold, answer_type):
+                reason = f"cannot be read as a {answer_type}: {raw.gold!r}"
+                raise InputError(f"{origin}: the answer of problem {problem_id} {reason}")
+            texts = (raw.question, gold, answer_type, raw.subject, raw.level)
+            problems.append(Problem(problem_id, split, *texts))
     return problems
 
 
@@ -205,6 +215,8 @@ def _narrowest_answer_type(golds: list[str]) -> str:
     if all(re.fullmatch(r"\(?[A-Z]\)?", gold) for gold in golds):
         return "letter"
     for gold in golds:
+        if re.fullmatch(r"0|-?[1-9][0-9]*", gold):
+            continue  # as most are: a million would take a minute
         number = canonical(gold, "number")
         if number is None or number != canonical(gold, "math"):
             return "math"
@@ -251,6 +263,8 @@ class RawProblem(NamedTuple):
     subject: str | None
     level: str | None
     place: str  # the file and the line, for error messages
+    key: str  # question_key
+    split: str | None  # of a row of an embedded task
 
 
 def read_row(row: dict, place: str) -> RawProblem:
@@ -260,11 +274,13 @@ def read_row(row: dict, place: str) -> RawProblem:
     or if the answer is none of them. place: the file and the line, for these messages.
     """
     # 1. Find the fields.
-    fields = {}
+    column_of, fields = {}, {}
     for field, names in COLUMNS.items():
-        values = [row[name] for name in names if row.get(name) is not None]
-        fields[field] = values[0] if values else None
-    texts = {field: str(value).strip() for field, value in fields.items() if value is not None}
+        for name in names:
+            if row.get(name) not in (None, ""):  # an empty cell
+                column_of[field], fields[field] = name, row[name]
+                break
+    texts = {field: str(value).strip() for field, value in fields.items()}
     for field in ("question", "answer"):
         if not texts.get(field):
             raise InputError(f"{place}: no `{field}`; each line needs `question` and `answer`")
@@ -273,17 +289,17 @@ def read_row(row: dict, place: str) -> RawProblem:
     question, gold = texts["question"], texts["answer"]
     if texts.get("context"):
         question = f"{texts['context']}\n{question}"
-    if fields["choices"]:
+    if fields.get("choices"):
         options, gold = _read_options(fields["choices"], fields["answer"], place)
         question += options
     elif "####" in gold:  # GSM8K: a worked solution that ends with "#### 42"
         gold = gold.rpartition("####")[-1].strip()
-    elif row.get("answer") is None and row.get("correct_option") is None:
+    elif column_of["answer"] == "solution":
         gold = last_box(gold) or ""  # MATH: a worked solution with \boxed{42}
     if re.search("[\ud800-\udfff]", question + gold):
         raise InputError(f"{place}: it has half of a character (a surrogate without its pair)")
-    subject, level = texts.get("subject"), texts.get("level")
-    return RawProblem(texts.get("id"), question, gold, subject, level, place)
+    subject, level, key = texts.get("subject"), texts.get("level"), question_key(question)
+    return RawProblem(texts.get("id"), question, gold, subject, level, place, key, row.get("split"))
 
 
 def _read_options(choices: list, answer: str | int, place: str) -> tuple[str, str]:
@@ -319,8 +335,10 @@ def _without_duplicates(
     """
     kept, contradicted = {}, set()
     for raw in raw_problems:
-        key = question_key(raw.question)
+        key = raw.key
         other = kept.setdefault(key, raw)
+        if other is raw:
+            continue
         if raw.gold != other.gold and not same_answer(
             canonical(raw.gold, answer_type), canonical(other.gold, answer_type), answer_type
         ):
@@ -341,24 +359,20 @@ def _without_duplicates(
     return [raw for key, raw in kept.items() if key not in contradicted]
 
 
-def _read_rows(task: str, data: str | None, split: str) -> list[dict]:
-    """Read the rows of a file, or those of a split of an embedded task or of the hub."""
-    if data is None and task in EMBEDDED:
-        return [row for row in read_jsonl(EMBEDDED[task]) if row["split"] == split]
+def _read_rows(task: str, data: str | None, splits: Iterable[str]) -> Iterable[tuple[str, dict]]:
+    """Read the rows of a file, or those of splits of an embedded task or of the hub."""
     if data:
-        suffix = Path(data).suffix
-        if suffix not in (".json", ".csv", ".parquet"):
-            return read_jsonl(Path(data))
-        arguments = {"path": suffix[1:], "data_files": data, "split": "train"}
-    else:
-        hub_split = TASKS[task].test if split == "test" else TASKS[task].train
-        arguments = dict(zip(("path", "name", "revision", "split"), hub_split, strict=True))
+        return read_rows(Path(data))
+    if task in EMBEDDED:
+        return [(place, row) for place, row in read_rows(EMBEDDED[task]) if row["split"] in splits]
 
-    import datasets  # imported late: it takes a second, and the embedded tasks do not need it
+    import datasets  # imported late: it takes a second, and local data does not need it
 
+    path, name, revision, split = TASKS[task].test if "test" in splits else TASKS[task].train
     try:
-        return datasets.load_dataset(**arguments).to_list()
+        rows = datasets.load_dataset(path, name, revision=revision, split=split).to_list()
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        remedy = "" if data else "; if you are offline, give --data FILE"
-        raise InputError(f"{data or task}: cannot be loaded ({reason}){remedy}") from None
+        remedy = "if you are offline, give --data FILE"
+        raise InputError(f"{task}: cannot be loaded ({reason}); {remedy}") from None
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]

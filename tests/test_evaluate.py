@@ -194,27 +194,25 @@ def test_a_record_has_the_answer_its_cost_and_the_graded_tree(evaluation):
 def models(tmp_path):
     """Flags that name a V trained on "Asked of V?", an ORM, and finetuned agents."""
     for name, question in (("value", "V"), ("orm", "the ORM"), ("agents", "the agents")):
-        (tmp_path / name / "adapter").mkdir(parents=True)
-        for part in ("head.safetensors", "adapter/adapter_model.safetensors"):
-            (tmp_path / name / part).write_text(name)
+        (tmp_path / name).mkdir()
         row = {"id": f"{name}-1", "question_key": question_key(f"Asked of {question}?")}
         (tmp_path / name / "problems.jsonl").write_text(json.dumps(row) + "\n")
     return SimpleNamespace(run=tmp_path, value=None, orm=None, adapter=None)
 
 
-def test_answers_that_were_guided_by_another_v_are_refused_and_kept(evaluation, models):
+def test_answers_that_were_guided_by_another_v_are_refused_and_kept(evaluation):
+    """V is the one that was loaded, whatever is in its folder by now."""
     name = "sbs-1x2-value"
     scorer = ScriptedScorer(lambda path: path[-1])
+    scorer.model = SimpleNamespace(fingerprint="0123456789")
     evaluation.answer(["p1"], name, scorer=scorer)
     assert evaluation.answer(["p1"], name, scorer=scorer).requests == []
     path = evaluation.folder / f"{name}.jsonl"
     before = path.read_bytes()
-    for part in ("head.safetensors", "adapter/adapter_model.safetensors"):
-        weights = models.run / "value" / part
-        weights.write_text("trained again")
-        with pytest.raises(InputError, match=str(path)):
-            evaluation.answer(["p1", "p2"], name, scorer=scorer)
-        weights.write_text("value")
+    scorer.model.fingerprint = "9876543210"
+    with pytest.raises(InputError, match=str(path)):
+        evaluation.answer(["p1", "p2"], name, scorer=scorer)
+    scorer.model.fingerprint = "0123456789"
     with pytest.raises(InputError, match="p1"):  # another problem with the same id
         evaluation.answer(["p1"], name, scorer=scorer, gold="8")
     assert path.read_bytes() == before

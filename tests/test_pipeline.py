@@ -1,6 +1,7 @@
 """Tests of the scripts in order, on the tiny agents: what they leave, after kills, on bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from functools import partial
 
 import pytest
 from conftest import error_of, exit_code_of, output_of, read_lines, script_argv, start_in_fork
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import generate_rollouts
@@ -206,6 +208,34 @@ BAD_FLAGS = [  # script, flags, and what the line names
 @pytest.mark.parametrize("module, flags, culprit", BAD_FLAGS)
 def test_bad_flags_are_one_line_that_names_the_culprit(tmp_path, module, flags, culprit):
     assert culprit in error_of(module, "--run", tmp_path, *flags.split())
+
+
+NO_NUMBERS = [  # script, its flags, the file with a weight that is NaN, and what the line names
+    (generate_rollouts, "--model {}", "model.safetensors", "--model"),
+    (train_value, "--rollouts {}/r/rollouts --backbone {}", "model.safetensors", "--backbone"),
+    (train_value, "--rollouts {}/r/rollouts --lr 1e30 --loss dist", None, "gradient"),
+    (search, "--value {}/r/value", "r/value/head.safetensors", "r/value"),
+    (
+        evaluate,
+        "--value {}/r/value --methods best_of-1-value",
+        "r/value/adapter/adapter_model.safetensors",
+        "r/value",
+    ),
+]
+
+
+@pytest.mark.parametrize("module, flags, file, culprit", NO_NUMBERS)
+def test_weights_that_are_no_numbers_are_refused(
+    finished, copied_agents, tmp_path, module, flags, file, culprit
+):
+    """Else agents would say nothing, and V would be NaN, for as long as the run takes."""
+    shutil.copytree(finished, copied_agents / "r")
+    if file is not None:
+        weights = load_file(copied_agents / file)
+        weights[max(weights)].view(-1)[0] = math.nan  # of the final norm, or of the head
+        save_file(weights, copied_agents / file, metadata={"format": "pt"})
+    flags = flags.replace("{}", str(copied_agents)).split()
+    assert culprit in error_of(module, "--run", tmp_path, *flags)
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(finished, copied_agents):

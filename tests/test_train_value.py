@@ -24,10 +24,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train_value
 from llm.packing import sequences_of
 from mas import CHAIN, load_graph
+from support.flags import TINY_AGENTS
 from support.runs import differences, seeded
 from tasks.problems import question_key
 from train_value import edges_of, epoch_batches, learning_rate_factor, pack_trees, training_loss
-from value import ValueModel, size_of, weights_fingerprint
+from value import ValueModel, size_of
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +255,7 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, rollouts, tmp_path):
     train_value.main(args)
     hook.remove()
     assert len(steps) == num_steps[2]
-    assert weights_fingerprint(tmp_path / "value") == weights_fingerprint(trained)
+    assert load(tmp_path / "value").fingerprint == load(trained).fingerprint
     for name in ("metrics.jsonl", "heldout.jsonl"):
         assert (tmp_path / "value" / name).read_text() == (trained / name).read_text()
 
@@ -264,7 +265,7 @@ def test_v_is_not_trained_on_held_out_labels(trained, rollouts, tmp_path):
     argv = ["--rollouts", rollouts, "--heldout-rollouts", other, "--run", tmp_path]
     output_of(train_value, *argv, *SMALL)
     assert {line["id"] for line in read_lines(tmp_path / "value" / "heldout.jsonl")} == {"p9"}
-    assert weights_fingerprint(tmp_path / "value") == weights_fingerprint(trained)
+    assert load(tmp_path / "value").fingerprint == load(trained).fingerprint
 
 
 def test_a_head_that_was_not_saved_is_noticed(trained, tmp_path):
@@ -272,7 +273,7 @@ def test_a_head_that_was_not_saved_is_noticed(trained, tmp_path):
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
     options = {"device": "cpu", "dtype": "float32", "must_be_finished": False}
-    model = ValueModel.load(folder, CHAIN, **options)
+    model = ValueModel.load(folder, CHAIN, elsewhere=[TINY_AGENTS], **options)
     model.head.bias.data += 1
     with pytest.raises(AssertionError, match="is not the trained one"):
         train_value.verify_saved(model, folder, states_of(model, HELDOUT), flags())

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import labelled
 import pytest
@@ -22,7 +23,7 @@ import train_value
 from llm.adapters import add_lora
 from mas import CHAIN, State, load_graph
 from support.flags import ROOT, TINY_AGENTS, InputError
-from value import ValueModel, load_backbone, weights_fingerprint
+from value import ValueModel, load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -239,9 +240,20 @@ def test_a_saved_v_is_the_same_in_a_fresh_process(runs):
 def test_a_v_moves_together_with_its_backbone(runs, tmp_path, monkeypatch):
     root = shutil.copytree(runs, tmp_path / "moved", symlinks=True)
     monkeypatch.chdir(tmp_path)
-    for folder in (Path("moved/nf4/value"), root / "full" / "value"):
+    folders = (Path("moved/nf4/value"), root / "full" / "value")
+    for folder in folders:
         name = load(folder).backbone.config._name_or_path
         assert Path(name).resolve() == root / "agents"
+
+    # Or one of them alone. A folder of this name that holds another checkpoint does not count.
+    (root / "agents").rename(root / "elsewhere")
+    other = shutil.copytree(root / "elsewhere", root / "agents")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    for folder in folders:
+        with pytest.raises(InputError, match=f"{root / 'agents'}.* --backbone"):
+            load(folder, elsewhere=[other, tmp_path, "none"])
+        model = load(folder, elsewhere=[other, root / "elsewhere"])
+        assert Path(model.backbone.config._name_or_path) == root / "elsewhere"
 
 
 OTHER_READER = replace(CHAIN.agents[0], prompt="Other.")
@@ -269,17 +281,63 @@ def test_a_v_that_does_not_belong_here_is_refused(runs, tmp_path):
     weights[min(weights)].view(-1)[0] += 1
     save_file(weights, path, metadata={"format": "pt"})
     refused("backbone")
-    (root / "full" / "value" / "head.safetensors").unlink()
-    refused("head.safetensors")
 
 
-def test_weights_are_told_apart_by_head_and_adapter(runs, tmp_path):
+@pytest.fixture
+def saved(runs, tmp_path):
+    """A copy of the folder of a V, and how to load it."""
     folder = shutil.copytree(runs / "full" / "value", tmp_path / "value")
-    seen = {weights_fingerprint(runs / "nf4" / "value"), weights_fingerprint(folder)}
-    for part in ("head.safetensors", "adapter/adapter_model.safetensors"):
-        (folder / part).write_bytes(b"other")
-        seen.add(weights_fingerprint(folder))
-    assert len(seen) == 4
+    return SimpleNamespace(folder=folder, load=lambda: load(folder, elsewhere=[runs / "agents"]))
+
+
+HEAD, ADAPTER = "head.safetensors", "adapter/adapter_model.safetensors"
+
+
+def change(path, edit):
+    """Change the weights of a file. edit: of the dict of weights, and the name of one of them."""
+    weights = load_file(path)
+    edit(weights, min(weights))
+    save_file(weights, path)
+
+
+EDITS = {
+    "missing": lambda weights, name: weights.pop(name),
+    "foreign": lambda weights, name: weights.update(other=weights[name].clone()),
+    "of another shape": lambda weights, name: weights.update({name: torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("file", [HEAD, ADAPTER])
+@pytest.mark.parametrize("edit", [*EDITS, "no file", "no weights"])
+def test_a_v_whose_weights_do_not_fit_is_refused(saved, file, edit):
+    """A missing weight would be random; a foreign one was meant for another V."""
+    path = saved.folder / file
+    if edit in EDITS:
+        change(path, EDITS[edit])
+    else:
+        path.unlink() if edit == "no file" else path.write_bytes(b"other")
+    with pytest.raises(InputError, match=path.name):
+        saved.load()
+
+
+def test_a_v_is_told_apart_by_head_adapter_and_alpha_and_by_nothing_else(saved, runs):
+    """Not by the order in which peft writes its sets, nor by what is in the folder later."""
+    model = saved.load()
+    expected = model.fingerprint
+    config = saved.folder / "adapter" / "adapter_config.json"
+    text = config.read_text()
+    names = json.loads(text)["target_modules"]
+    config.write_text(json.dumps(json.loads(text) | {"target_modules": names[::-1]}))
+    seen = {saved.load().fingerprint}
+    assert seen == {expected}
+    config.write_text(text.replace('"lora_alpha": 4', '"lora_alpha": 5'))
+    seen.add(saved.load().fingerprint)
+    config.write_text(text)
+    for file in (HEAD, ADAPTER):
+        change(saved.folder / file, lambda weights, name: weights[name].add_(1))
+        seen.add(saved.load().fingerprint)
+    seen.add(load(runs / "nf4" / "value").fingerprint)
+    assert len(seen) == 5 and model.fingerprint == expected
 
 
 def test_a_backbone_that_reads_ahead_is_refused(tmp_path):

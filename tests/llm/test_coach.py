@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from llm.coach import Coach
 from mas import CHAIN
-from support.flags import TINY_AGENTS
+from support.flags import TINY_AGENTS, InputError
 from tasks.problems import Problem
 from tree import Candidate, expand, make_root
 
@@ -43,6 +43,9 @@ def test_the_score_is_the_expected_digit_over_9():
     ):
         logits[[nine, zero, six, other]] = torch.tensor(probs).clamp(min=1e-9).log()
         assert coach({node: PROBLEM}) == {node: expected}
+    logits[0] = torch.nan
+    with pytest.raises(InputError, match="coach"):
+        coach({node: PROBLEM})
 
 
 def test_the_coach_sees_role_observation_and_message_between_markers_but_not_the_gold():

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from llm.decoding import (
     sample_tokens,
     uniforms,
 )
+from support.flags import InputError
 
 # ---- Random numbers ------------------------------------------------------------------------------
 
@@ -157,6 +158,24 @@ def test_temperature_top_k_and_top_p_change_the_draws_but_not_the_logprobs(
     tokens, logprobs = sample(probs.log(), keys=keys_of(20_000), rows=rows, **settings)
     assert_frequencies(tokens.bincount(minlength=4), torch.tensor(drawn))
     assert logprobs.tolist() == pytest.approx(probs[0, tokens].log().tolist(), abs=1e-6)
+
+
+NO_NUMBERS = [  # logits, temperature, and whether they are a distribution
+    ([0.0, -math.inf, 0.0], 1.0, True),
+    ([0.0, math.nan, 0.0], 1.0, False),
+    ([0.0, math.inf, 0.0], 1.0, False),
+    ([-math.inf] * 3, 1.0, False),
+    ([0.5, 1.0, 0.0], 1e-45, False),  # logits / temperature is too large for float32
+]
+
+
+@pytest.mark.parametrize("logits, temperature, is_sampled", NO_NUMBERS)
+@pytest.mark.parametrize("greedy", [True, False])
+def test_logits_without_a_distribution_are_refused(logits, temperature, is_sampled, greedy):
+    """One such row is enough. The argmax of NaN would be some token."""
+    options = {"keys": keys_of(2), "greedy": torch.tensor([False, greedy])}
+    with nullcontext() if is_sampled else pytest.raises(InputError, match="--model"):
+        sample(torch.tensor([[0.0] * 3, logits]), temperature=temperature, **options)
 
 
 VOCABULARY, BLOCK = 3000, 1024  # three blocks, of which the last has 952 tokens

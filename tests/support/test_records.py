@@ -32,7 +32,10 @@ def test_a_record_is_one_line_whatever_its_letters(tmp_path):
     assert "π".encode() in path.read_bytes()
 
 
-@pytest.mark.parametrize("line", [b'{"id"', b"5", b'"\xe9"'])
+NO_OBJECTS = [b'{"id"', b"5", b'"\xe9"', b'{"W": NaN}', b'{"Q": [-Infinity]}', b'{"W": 1e999}']
+
+
+@pytest.mark.parametrize("line", NO_OBJECTS)
 def test_a_line_that_is_no_object_is_named_and_empty_lines_count(tmp_path, line):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"id": 1}\n \n' + line + b'\n{"id": 4}\n')
