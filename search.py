@@ -47,7 +47,7 @@ from tree import (
     select,
     tree_fields,
 )
-from value import ValueModel, add_backbone_argument
+from value import ValueModel, add_value_arguments
 
 # A search yields requests and returns the terminal node whose answer is given.
 Search = Generator[Sample | Score | OrmScore, list, Node]
@@ -369,9 +369,7 @@ def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
             trained_for = read_config(folder)["settings"].get("target")
             if trained_for != target:
                 raise InputError(f"{folder}: trained with --target {trained_for}, not {target}")
-            options = {"device": args.device, "dtype": args.dtype, "must_be_finished": True}
-            options["elsewhere"] = (args.backbone, args.model)
-            model = ValueModel.load(folder, mas, **options)
+            model = ValueModel.load(folder, mas, args, must_be_finished=True)
             scorers[name] = ModelScorer(model, batch_tokens=args.batch_tokens)
     return scorers
 
@@ -390,11 +388,10 @@ def add_search_arguments(parser) -> None:
     """Add the flags that search.py and evaluate.py share."""
     add_problem_arguments(parser, training=False)
     add_tree_search_arguments(parser)
+    add_value_arguments(parser)
     add = parser.add_argument
     add("--lam", type=unit_float, default=0.0, help="lambda: weight of the ORM in a terminal value")
-    add("--value", default=None, help="folder of V (default: RUN/value)")
     add("--orm", default=None, help="folder of the ORM (default: RUN/orm)")
-    add_backbone_argument(parser)
 
 
 def parse_args(argv=None):

@@ -48,7 +48,7 @@ from tasks.problems import (
     source,
 )
 from tree import Node, Sample, grade_terminals, make_child, make_root, run_searches
-from value import ValueModel, add_backbone_argument
+from value import ValueModel, add_value_arguments
 
 # A variant changes these here.
 CLIP = 0.2  # the ratio to the policy before a step is clipped to 1 - CLIP ... 1 + CLIP
@@ -236,9 +236,7 @@ class Learner:
         self.value_model = None  # rewards that do not need V do without its reading
         self.value_folder = Path(args.value or f"{args.run}/value")
         if args.reward in VALUE_REWARDS or args.value or self.value_folder.is_dir():
-            options = {"device": args.device, "dtype": args.dtype, "must_be_finished": True}
-            options["elsewhere"] = (args.backbone, args.model)
-            self.value_model = ValueModel.load(self.value_folder, mas, **options)
+            self.value_model = ValueModel.load(self.value_folder, mas, args, must_be_finished=True)
         self.state = {"step": -1, "messages": 0, "best_step": 0, "best_accuracy": -1.0}
 
     def sample(self, problems: list[Problem], num_candidates: tuple, *, name: str) -> Rollouts:
@@ -402,13 +400,12 @@ def parse_args(argv=None):
     parser = stage_parser(__doc__, writes=True)
     add_problem_arguments(parser, training=True)
     add_agent_arguments(parser)
+    add_value_arguments(parser)
     # The policy that is trained gives every token its own probability.
     parser.set_defaults(top_k=0, top_p=1.0, quantize_policy=False)
     rewards = ", ".join([*REWARDS, "coach:MODEL"])
     add = parser.add_argument
     add("--reward", default="value", help=f"of a message: {rewards}")
-    add("--value", default=None, help="folder of V (default: RUN/value)")
-    add_backbone_argument(parser)
     shapes = "passes-K, compared with all of an agent; or tree-1.8.1.1, compared with siblings"
     add("--rollouts", default="passes-4", help=shapes)
     add("--num-steps", type=positive_int, default=10, help="training steps")

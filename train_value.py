@@ -33,7 +33,7 @@ from llm.adapters import add_lora, add_lora_argument
 from llm.loading import checkpoint_setting, resolve_dtype
 from llm.packing import Batch, PackedRow, pack, sequences_of, token_batches
 from mas import MAS, State
-from support.flags import InputError, cli, positive_float, positive_int, stage_parser
+from support.flags import TINY_AGENTS, InputError, cli, positive_float, positive_int, stage_parser
 from support.progress import Progress
 from support.records import (
     append_jsonl,
@@ -55,14 +55,7 @@ from support.runs import (
 from support.statistics import value_metrics
 from tasks.problems import question_key, save_problems
 from tree import Edge, tree_paths
-from value import (
-    Transcript,
-    ValueModel,
-    add_backbone_argument,
-    load_backbone,
-    rendering_fingerprint,
-    size_of,
-)
+from value import Transcript, ValueModel, load_backbone, rendering_fingerprint, size_of
 
 # ---- Transcripts and batches ---------------------------------------------------------------------
 
@@ -297,7 +290,7 @@ def parse_args(argv=None):
     add("--rollouts", help="folder of the labels (default: RUN/rollouts)")
     add("--heldout-rollouts", help="folder of the held-out labels (default: as --rollouts)")
     add("--target", choices=("search", "outcome"), default="search", help="outcome: train an ORM")
-    add_backbone_argument(parser)
+    add("--backbone", default=TINY_AGENTS, help="folder or hub name (paper: Qwen2.5-1.5B)")
     add("--view", choices=("full", "local"), default="full", help="what V reads (MAS.value_text)")
     add("--quantize", action=argparse.BooleanOptionalAction, default=True, help="NF4: QLoRA")
     add_lora_argument(parser)
@@ -443,8 +436,7 @@ def verify_saved(model: ValueModel, folder: Path, states: list[State], args) -> 
 
     Raises AssertionError if they differ: a head that was not saved must not go unnoticed.
     """
-    options = {"device": args.device, "dtype": args.dtype, "must_be_finished": False}
-    loaded = ValueModel.load(folder, model.mas, elsewhere=(args.backbone,), **options)
+    loaded = ValueModel.load(folder, model.mas, args, must_be_finished=False)
     values = [v.score(states, batch_tokens=args.batch_tokens) for v in (model, loaded)]
     worst = max(abs(trained - again) for trained, again in zip(*values, strict=True))
     print(f"saved to {folder}")

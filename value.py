@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
 
-from llm.adapters import load_lora, lora_fingerprint
+from llm.adapters import load_lora
 from llm.loading import (
     beginning_ids,
     checkpoint_setting,
@@ -79,10 +78,6 @@ class ValueModel(nn.Module):
         view: what is rendered of a state, "full" or "local" (MAS.value_text).
         loss: what V is trained with. "dist" (not in the paper) has a head with NUM_BINS outputs: a
             distribution over values evenly spaced in [-1, 1], whose mean is V.
-
-    Attributes:
-        origin: where its weights come from, for the messages of errors.
-        fingerprint: of the trained weights, LoRA and head, as they were loaded.
     """
 
     NUM_BINS = 21
@@ -101,8 +96,8 @@ class ValueModel(nn.Module):
         self.head = nn.Linear(hidden_size, num_outputs, device=backbone.device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.origin = f"--backbone {backbone.config.name_or_path}"
-        self.fingerprint: str | None = None
+        self.origin = f"--backbone {backbone.config.name_or_path}"  # named by errors
+        self.fingerprint = None  # of trained weights that were loaded, LoRA and head
         self.beginning = beginning_ids(tokenizer)
         self.row_width = row_width(backbone.config)
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
@@ -201,17 +196,8 @@ class ValueModel(nn.Module):
         save_file(self.head.state_dict(), folder / "head.safetensors")
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        mas: MAS,
-        *,
-        elsewhere: Iterable[str],
-        device: str,
-        dtype: str,
-        must_be_finished: bool,
-    ) -> "ValueModel":
-        """Load a trained V. elsewhere: folders that may hold its backbone if it was moved.
+    def load(cls, folder: Path, mas: MAS, args, *, must_be_finished: bool) -> "ValueModel":
+        """Load a trained V. args: with --device, --dtype, and where else its backbone may be.
 
         Raises InputError if its training is not finished, if files are missing, or if it was
         trained with another graph, rendering of states or backbone.
@@ -219,9 +205,9 @@ class ValueModel(nn.Module):
         # 1. Its backbone.
         config = read_finished_config(folder) if must_be_finished else read_config(folder)
         settings = config["settings"]
-        name = find_backbone(folder, settings["backbone"], elsewhere)
+        name = find_backbone(folder, settings["backbone"], args)
         backbone, tokenizer = load_backbone(
-            name, quantize=settings["quantize"], device=device, dtype=dtype
+            name, quantize=settings["quantize"], device=args.device, dtype=args.dtype
         )
 
         # 2. Is everything as it was when V was trained?
@@ -237,37 +223,36 @@ class ValueModel(nn.Module):
             )
 
         # 3. What was trained.
-        backbone = load_lora(backbone, folder / "adapter", name="default", trainable=False)
+        backbone, lora_fingerprint = load_lora(backbone, folder / "adapter")
         model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
         head = read_weights(folder / "head.safetensors", model.head.state_dict())
         model.head.load_state_dict(head)
         model.origin = str(folder)
-        model.fingerprint = weights_fingerprint(head, lora_fingerprint(backbone, "default"))
+        model.fingerprint = weights_fingerprint(head, lora_fingerprint)
         return model
 
 
-def find_backbone(folder: Path, recorded: dict, elsewhere: Iterable[str]) -> str:
-    """Return where the backbone of a saved V is: where it was or, if it was moved, elsewhere.
+def find_backbone(folder: Path, recorded: dict, args) -> str:
+    """Return where the backbone of a saved V is: where it was, or in --backbone, or in --model.
 
-    A folder counts if its checkpoint is the recorded one. Raises InputError if none does.
-
-    recorded: its setting. A folder is named as seen from `folder`, that of V.
+    recorded: its setting, in which a folder is named as seen from `folder`, that of V. Raises
+    InputError if no folder holds this checkpoint.
     """
     name, expected = recorded["name"], recorded["fingerprint"]
     if expected.startswith(f"{name}@"):
         return name  # of the hub
-    for path in (str(folder / name), *elsewhere):
+    flags = [vars(args)[flag] for flag in ("backbone", "model") if flag in args]
+    for path in (str(folder / name), *flags):
         if Path(path).is_dir() and checkpoint_setting(path)["fingerprint"] == expected:
             return path
     where = os.path.realpath(folder / name)
-    raise InputError(
-        f"{folder}: the backbone of V is not in {where}, or has changed; give its --backbone FOLDER"
-    )
+    raise InputError(f"{folder}: its backbone is no longer in {where}; give --backbone FOLDER")
 
 
-def add_backbone_argument(parser: Parser) -> None:
-    """Add the flag of the scripts that read V. It is found without it unless it was moved."""
-    help_backbone = "of V, folder or hub name (paper: Qwen2.5-1.5B); later only if it was moved"
+def add_value_arguments(parser: Parser) -> None:
+    """Add the flags of the stages that read V."""
+    parser.add_argument("--value", default=None, help="folder of V (default: RUN/value)")
+    help_backbone = "the backbone of V, if it was moved"
     parser.add_argument("--backbone", default=TINY_AGENTS, help=help_backbone)
 
 

@@ -19,13 +19,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from llm.loading import read_weights, weights_fingerprint
@@ -41,39 +36,32 @@ def lora_config(rank: int) -> LoraConfig:
 
 def add_lora(model: nn.Module, *, rank: int) -> PeftModel:
     """Add an adapter, in float32. Nothing else of the model is trained."""
-    return get_peft_model(model, lora_config(rank))
+    return _add_adapter(model, lora_config(rank), "default")
 
 
-def load_lora(model: nn.Module, folder: Path, *, name: str, trainable: bool) -> PeftModel:
-    """Add an adapter that peft has saved. name: "default", or that of an agent's adapter.
+def load_lora(model: nn.Module, folder: Path, *, name: str = "default") -> tuple[PeftModel, str]:
+    """Add an adapter that peft has saved. Returns the model, and a fingerprint of the adapter.
 
-    Raises InputError if its files cannot be read, or if its weights are not those of this model.
+    Raises InputError if its weights cannot be read or are not those of an adapter of this model.
     """
     try:
-        config = LoraConfig.from_pretrained(folder.resolve())
+        config = LoraConfig.from_pretrained(folder.resolve())  # a relative path may name a model
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{folder}: no LoRA adapter ({reason}); train it again") from None
-    config.inference_mode = not trainable
-    config.base_model_name_or_path = None  # it may be elsewhere now
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, config)
-    else:
-        model = get_peft_model(model, config, adapter_name=name)
-    weights = read_weights(folder / "adapter_model.safetensors", lora_weights(model, name))
+        raise InputError(f"{folder}: no LoRA adapter ({error})") from None
+    config.inference_mode = False  # so that it can be trained
+    config.base_model_name_or_path = None  # it may have been moved
+    model = _add_adapter(model, config, name)
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = read_weights(folder / "adapter_model.safetensors", expected)
     set_peft_model_state_dict(model, weights, adapter_name=name)
+    return model, weights_fingerprint(weights, config.r, config.lora_alpha)
+
+
+def _add_adapter(model: nn.Module, config: LoraConfig, name: str) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, config, adapter_name=name)
+    model.add_adapter(name, config)
     return model
-
-
-def lora_weights(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-    """Return the weights of an adapter, named as peft saves them."""
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-
-
-def lora_fingerprint(model: PeftModel, name: str) -> str:
-    """Return a hash of what an adapter computes: its weights, rank and alpha."""
-    config = model.peft_config[name]
-    return weights_fingerprint(lora_weights(model, name), config.r, config.lora_alpha)
 
 
 def add_lora_argument(parser: Parser) -> None:
@@ -103,17 +91,18 @@ class AgentAdapters:
     def add(cls, model: nn.Module, mas: MAS, *, sharing: str, rank: int) -> "AgentAdapters":
         """Add new adapters, in float32, which change nothing yet."""
         adapters = cls(model, mas, sharing=sharing, rank=rank)
-        first, *others = adapters.names
-        adapters.model = get_peft_model(model, lora_config(rank), adapter_name=first)
-        for name in others:
-            adapters.model.add_adapter(name, lora_config(rank))
+        for name in adapters.names:
+            adapters.model = _add_adapter(adapters.model, lora_config(rank), name)
         return adapters
 
     @classmethod
-    def load(cls, model: nn.Module, mas: MAS, folder: Path, base: dict) -> "AgentAdapters":
+    def load(
+        cls, model: nn.Module, mas: MAS, folder: Path, base: dict
+    ) -> tuple["AgentAdapters", dict]:
         """Load the adapters of a finished stage 5 from its folder RUN/agents.
 
-        base: the settings of `model`: "model" with its fingerprint, and "quantize_policy".
+        Returns them, and how they are recorded: their folder and a fingerprint. base: the settings
+        of `model`: "model" with its fingerprint, and "quantize_policy".
 
         Raises InputError if they were trained on another base or, one per agent, for other agents.
         """
@@ -130,19 +119,16 @@ class AgentAdapters:
         if trouble is not None:
             raise InputError(f"--adapter {folder}: {trouble}")
         adapters = cls(model, mas, sharing=settings["adapters"], rank=settings["lora_rank"])
+        fingerprints = []
         for name in adapters.names:
             path = folder / "adapter" / name
-            adapters.model = load_lora(adapters.model, path, name=name, trainable=True)
-        return adapters
+            adapters.model, of_adapter = load_lora(adapters.model, path, name=name)
+            fingerprints.append(of_adapter)
+        return adapters, {"name": str(folder), "fingerprint": fingerprint(fingerprints)}
 
     def save(self, folder: Path) -> None:
         """Write each adapter to a folder of its own in `folder`/adapter."""
         self.model.save_pretrained(folder / "adapter", selected_adapters=self.names)
-
-    def setting(self, folder: Path) -> dict:
-        """Return how adapters are recorded: the folder they were in, and their fingerprint."""
-        fingerprints = [lora_fingerprint(self.model, name) for name in self.names]
-        return {"name": str(folder), "fingerprint": fingerprint(fingerprints)}
 
     def name_for(self, agent: str) -> str:
         """Return the name of an agent's adapter, which peft makes an attribute of layers."""

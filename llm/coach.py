@@ -1,7 +1,5 @@
 """The coach of MAPPA: a chat model that grades messages."""
 
-import math
-
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -65,7 +63,7 @@ class Coach:
         probs = logits.float().softmax(-1)[self.digit_ids]  # [10]
         expected = sum(digit * prob for digit, prob in enumerate(probs.tolist()))
         share = probs.sum().item()
-        if not math.isfinite(share):
+        if not probs.isfinite().all():
             raise InputError(f"{self.chat_format.name}: its weights are damaged (logits are NaN)")
         return expected / share / 9 if share >= SMALLEST_SHARE_OF_DIGITS else None
 

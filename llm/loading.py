@@ -101,26 +101,21 @@ def _keep_weights_unpacked(model: PreTrainedModel) -> None:
 
 
 def read_weights(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Read a safetensors file that has the names and shapes of the expected weights, no others.
-
-    Raises InputError if it has not: weights that are missing would be random, foreign ones ignored.
-    """
+    """Read a file of weights. Raises InputError unless names and shapes are the expected ones."""
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); train it again") from None
-    shape = {name: weight.shape for name, weight in weights.items()}
-    expected_shape = {name: weight.shape for name, weight in expected.items()}
-    names = sorted(shape.keys() | expected_shape.keys())
-    wrong = [name for name in names if shape.get(name) != expected_shape.get(name)]
+    shapes = {(name, weight.shape) for name, weight in weights.items()}
+    wrong = shapes ^ {(name, weight.shape) for name, weight in expected.items()}
     if wrong:
-        trouble = f"{len(wrong)} weights are missing, foreign or of another shape: {wrong[0]} ..."
+        trouble = f"missing, foreign or of another shape: {min(wrong)[0]}"
         raise InputError(f"{path}: {trouble}; restore the file, or train it again")
     return weights
 
 
 def weights_fingerprint(weights: dict[str, torch.Tensor], *settings) -> str:
-    """Return a hash of weights, their names, types and shapes, and of further settings."""
+    """Return a hash of the names, types, shapes and values of weights, and of settings."""
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     for name, weight in sorted(weights.items()):
         digest.update(save({name: weight}))

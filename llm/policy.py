@@ -487,8 +487,7 @@ def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:
         from llm.adapters import AgentAdapters  # imported late: peft takes a second
 
         folder = Path(args.adapter)
-        adapters = AgentAdapters.load(model, mas, folder, settings)
-        settings["adapter"] = adapters.setting(folder)
+        adapters, settings["adapter"] = AgentAdapters.load(model, mas, folder, settings)
     return Policy(
         mas,
         decoder,

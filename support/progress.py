@@ -29,17 +29,15 @@ class Progress:
         self.bar: tqdm | None = None
 
     @contextmanager
-    def over(
-        self, description: str, total: int, *, unit: str, done: int = 0, delay: float = 0
-    ) -> Iterator[None]:
+    def over(self, description: str, total: int, *, unit: str, done: int = 0) -> Iterator[None]:
         """Show how many of `total` units are finished, inside a `with` block.
 
-        done: how many an earlier run has finished. delay: seconds until anything is shown.
+        done: how many an earlier run has finished.
         """
-        style = {"dynamic_ncols": True, "smoothing": 0, "unit": f" {unit}", "delay": delay}
+        style = {"dynamic_ncols": True, "smoothing": 0, "unit": f" {unit}"}
         if not sys.stderr.isatty():
             line = f"{{desc}}: {{n_fmt}}/{{total_fmt}} {unit} in {{elapsed}}{{postfix}}\n"
-            style = {"mininterval": 30, "bar_format": line, "delay": delay}
+            style = {"mininterval": 30, "bar_format": line}
         self.start, self.tokens_before = time.perf_counter(), self.num_tokens
         self.messages_before = self.num_generated + self.num_recalled
         self.finished = done

@@ -4,7 +4,6 @@ Every finished problem is one line, flushed when it is finished. A line that a k
 skipped by readers and cut off by the next writer, and what it recorded is done again.
 """
 
-import codecs
 import fcntl
 import hashlib
 import itertools
@@ -28,15 +27,14 @@ class FileInUseError(InputError):
 
 
 def _finite(text: str) -> float:
-    """Read a number of JSON, or what Python writes in place of one: NaN, Infinity."""
+    """Read a number of JSON. Raises ValueError for NaN and Infinity, which Python writes."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a finite number")
     return number
 
 
-# Numbers that are not finite are refused where they are read: every comparison with NaN is false.
-STRICT_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+STRICT_JSON = {"parse_float": _finite, "parse_constant": _finite}  # for json.loads
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -44,17 +42,6 @@ def read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return [record for record, _ in _parse_lines(path, only_finished=False)]
-
-
-def read_line(line: bytes, number: int) -> dict:
-    """Read a JSON line, an object. Raises ValueError that names the number of a bad line."""
-    try:
-        record = STRICT_JSON.decode(line.removeprefix(codecs.BOM_UTF8).decode())
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"line {number}: not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"line {number}: not an object, such as {{...}}")
-    return record
 
 
 def _parse_lines(path: Path, *, only_finished: bool) -> Iterator[tuple[dict, int]]:
@@ -68,9 +55,11 @@ def _parse_lines(path: Path, *, only_finished: bool) -> Iterator[tuple[dict, int
                 return
             if line.strip():
                 try:
-                    record = read_line(line, number)
-                except ValueError as error:
-                    raise InputError(f"{path}, {error}") from None
+                    record = json.loads(line, **STRICT_JSON)
+                except ValueError as error:  # not JSON, not UTF-8, or NaN
+                    raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+                if not isinstance(record, dict):
+                    raise InputError(f"{path}, line {number}: not an object, such as {{...}}")
                 yield record, start
             start += len(line)
 

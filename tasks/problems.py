@@ -17,9 +17,10 @@ that names the problem. No torch here.
 import hashlib
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -141,15 +142,15 @@ def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[
     If the split has fewer problems, all of them are returned and a warning is printed. Raises
     InputError if the data cannot be loaded or used. task: one of EMBEDDED or TASKS.
 
-    data: a file to read instead of the task's data (JSON lines, .json, .csv or .parquet). Given
-    with an embedded task, it is graded by the narrowest answer type that fits all of its answers.
+    data: a file to read instead of the task's data (see tasks/files.py). Given with an embedded
+    task, it is graded by the narrowest answer type that fits all of its answers.
     """
     return _load(task, data, {split: num})
 
 
 def problem_at(*, task: str, data: str | None, position: int) -> Problem:
     """Return the test problem at a position, counted from 1 (--index). Raises InputError."""
-    problems = _first_problems(task, data, {"test": position})
+    problems = _load(task, data, {"test": position})
     if len(problems) < position:
         origin = data or f"--task {task}"
         raise InputError(f"--index {position}: {origin} has {len(problems)} test problems")
@@ -157,21 +158,10 @@ def problem_at(*, task: str, data: str | None, position: int) -> Problem:
 
 
 def _load(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Problem]:
-    problems = _first_problems(task, data, num_of_split)
-    for split, num in num_of_split.items():
-        num_found = sum(problem.split == split for problem in problems)
-        if num_found < num:
-            note = f"{num} {split} problems were requested, but there are only {num_found}"
-            print(f"{data or task}: {note}", file=sys.stderr)
-    return problems
-
-
-def _first_problems(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Problem]:
-    """Return the first problems of each split, as many as there are. The data is read once."""
     # 1. Read all problems of the data.
     origin = data or task
-    rows = _read_rows(task, data, num_of_split)
-    raw_problems = [read_row(row, f"{origin}, {place}") for place, row in rows]
+    rows = enumerate(_read_rows(task, data, num_of_split), 1)
+    raw_problems = [read_row(row, f"{origin}, row {number}") for number, row in rows]
     if not raw_problems:
         raise InputError(f"{origin}: it has no problems")
 
@@ -184,22 +174,23 @@ def _first_problems(task: str, data: str | None, num_of_split: dict[str, int]) -
     # 3. Keep each question once.
     raw_problems = _without_duplicates(raw_problems, answer_type, origin, from_file=bool(data))
 
-    # 4. Choose the problems of each split. The rows of an embedded task are in its order.
-    of_split = defaultdict(list)
+    # 4. Fix the order. The rows of an embedded task have their own, and name their split.
     is_embedded = data is None and task in EMBEDDED
     if not is_embedded:
         raw_problems.sort(key=lambda raw: _hash(f"order {raw.key}"))
-    for raw in raw_problems:
-        split = raw.split if is_embedded else "test"
-        if not is_embedded and "test" not in num_of_split:
-            split = _split_of(raw.key)
-        of_split[split].append(raw)
 
-    # 5. Bring their gold answers into canonical form. The hash of a question may serve as the id.
+    def is_in(raw: RawProblem, split: str) -> bool:
+        return split in ("test", raw.split if is_embedded else _split_of(raw.key))
+
+    # 5. Bring the gold answers of the first ones into canonical form.
     problems = []
     prefix = task if task in TASKS else Path(origin).stem
     for split, num in num_of_split.items():
-        for raw in of_split[split][:num]:
+        chosen = list(islice((raw for raw in raw_problems if is_in(raw, split)), num))
+        if len(chosen) < num:
+            note = f"{num} {split} problems were requested, but there are only {len(chosen)}"
+            print(f"{origin}: {note}", file=sys.stderr)
+        for raw in chosen:
             problem_id = raw.id or f"{prefix}-{raw.key}"
             gold = canonical(raw.gold, answer_type)
             if gold is None or not is_comparable(gold, answer_type):
@@ -337,8 +328,6 @@ def _without_duplicates(
     for raw in raw_problems:
         key = raw.key
         other = kept.setdefault(key, raw)
-        if other is raw:
-            continue
         if raw.gold != other.gold and not same_answer(
             canonical(raw.gold, answer_type), canonical(other.gold, answer_type), answer_type
         ):
@@ -349,7 +338,8 @@ def _without_duplicates(
                     f"{other.gold!r} and {raw.gold!r}; remove one of them"
                 )
         # The order of the data must not matter, so the one that sorts first stays, not the first.
-        kept[key] = min(raw, other, key=repr)
+        if raw is not other:
+            kept[key] = min(raw, other, key=repr)
     for problem_id, count in Counter(raw.id for raw in kept.values() if raw.id).most_common(1):
         if count > 1:
             raise InputError(f"{origin}: the id {problem_id} occurs twice")
@@ -359,20 +349,19 @@ def _without_duplicates(
     return [raw for key, raw in kept.items() if key not in contradicted]
 
 
-def _read_rows(task: str, data: str | None, splits: Iterable[str]) -> Iterable[tuple[str, dict]]:
+def _read_rows(task: str, data: str | None, splits: Iterable[str]) -> Iterable[dict]:
     """Read the rows of a file, or those of splits of an embedded task or of the hub."""
     if data:
         return read_rows(Path(data))
     if task in EMBEDDED:
-        return [(place, row) for place, row in read_rows(EMBEDDED[task]) if row["split"] in splits]
+        return [row for row in read_rows(EMBEDDED[task]) if row["split"] in splits]
 
-    import datasets  # imported late: it takes a second, and local data does not need it
+    import datasets  # imported late: it takes a second, and nothing else needs it
 
     path, name, revision, split = TASKS[task].test if "test" in splits else TASKS[task].train
     try:
-        rows = datasets.load_dataset(path, name, revision=revision, split=split).to_list()
+        return datasets.load_dataset(path, name, revision=revision, split=split).to_list()
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         remedy = "if you are offline, give --data FILE"
         raise InputError(f"{task}: cannot be loaded ({reason}); {remedy}") from None
-    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]

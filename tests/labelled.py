@@ -77,9 +77,8 @@ def states_of(model: ValueModel, trees: list[dict]):
     return [edge.state for edge in train_value.edges_of(transcripts_of(model, trees))]
 
 
-def load(folder: Path, mas: MAS = CHAIN, *, elsewhere=()) -> ValueModel:
-    options = {"device": "cpu", "dtype": "float32", "must_be_finished": True}
-    return ValueModel.load(folder, mas, elsewhere=map(str, elsewhere), **options)
+def load(folder: Path, mas: MAS = CHAIN, *, backbone=TINY_AGENTS) -> ValueModel:
+    return ValueModel.load(folder, mas, flags("--backbone", backbone), must_be_finished=True)
 
 
 def flags(*argv):

@@ -24,7 +24,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train_value
 from llm.packing import sequences_of
 from mas import CHAIN, load_graph
-from support.flags import TINY_AGENTS
 from support.runs import differences, seeded
 from tasks.problems import question_key
 from train_value import edges_of, epoch_batches, learning_rate_factor, pack_trees, training_loss
@@ -272,8 +271,7 @@ def test_a_head_that_was_not_saved_is_noticed(trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "value")
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
-    options = {"device": "cpu", "dtype": "float32", "must_be_finished": False}
-    model = ValueModel.load(folder, CHAIN, elsewhere=[TINY_AGENTS], **options)
+    model = ValueModel.load(folder, CHAIN, flags(), must_be_finished=False)
     model.head.bias.data += 1
     with pytest.raises(AssertionError, match="is not the trained one"):
         train_value.verify_saved(model, folder, states_of(model, HELDOUT), flags())

@@ -251,8 +251,8 @@ def test_a_v_moves_together_with_its_backbone(runs, tmp_path, monkeypatch):
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     for folder in folders:
         with pytest.raises(InputError, match=f"{root / 'agents'}.* --backbone"):
-            load(folder, elsewhere=[other, tmp_path, "none"])
-        model = load(folder, elsewhere=[other, root / "elsewhere"])
+            load(folder, backbone=other)
+        model = load(folder, backbone=root / "elsewhere")
         assert Path(model.backbone.config._name_or_path) == root / "elsewhere"
 
 
@@ -263,7 +263,7 @@ OTHER_CHAIN = replace(CHAIN, agents=(OTHER_READER, *CHAIN.agents[1:]))
 def test_a_v_that_does_not_belong_here_is_refused(runs, tmp_path):
     def refused(reason, mas=CHAIN):
         with pytest.raises(InputError, match=reason):
-            load(root / "full" / "value", mas)
+            load(root / "full" / "value", mas, backbone=root / "agents")
 
     root = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
     refused("graph .*chain.*single", load_graph("single"))
@@ -287,7 +287,7 @@ def test_a_v_that_does_not_belong_here_is_refused(runs, tmp_path):
 def saved(runs, tmp_path):
     """A copy of the folder of a V, and how to load it."""
     folder = shutil.copytree(runs / "full" / "value", tmp_path / "value")
-    return SimpleNamespace(folder=folder, load=lambda: load(folder, elsewhere=[runs / "agents"]))
+    return SimpleNamespace(folder=folder, load=lambda: load(folder, backbone=runs / "agents"))
 
 
 HEAD, ADAPTER = "head.safetensors", "adapter/adapter_model.safetensors"

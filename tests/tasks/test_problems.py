@@ -1,11 +1,16 @@
 """Tests of tasks/problems.py: problems, splits, data files and the hub."""
 
+import gzip
+import io
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from support.flags import InputError, Parser
 from tasks.problems import (
@@ -98,9 +103,9 @@ def test_the_gold_answer_of_a_row(columns, gold):
 
 
 BAD_ROWS = [  # rows, and the complaint about them
-    ([{"question": "q"}], "line 1: no `answer`"),
-    ([{"question": " ", "answer": "1"}], "line 1: no `question`"),
-    ([{"question": "\ud83d?", "answer": "1"}], "line 1: it has half of a character"),
+    ([{"question": "q"}], "row 1: no `answer`"),
+    ([{"question": " ", "answer": "1"}], "row 1: no `question`"),
+    ([{"question": "\ud83d?", "answer": "1"}], "row 1: it has half of a character"),
     ([{"id": "a", "question": q, "answer": "1"} for q in "qr"], "d.jsonl: the id a occurs twice"),
     ([{"id": "a", "question": "q", "answer": "$$"}], "d.jsonl: the answer of problem a cannot"),
     ([{"id": "a", "question": "q", "answer": "}{"}], "problem a cannot be read as a math"),
@@ -196,7 +201,7 @@ def test_a_question_that_occurs_twice_counts_once_if_its_answers_agree(
         assert len(problems) == 2
         assert "1 duplicates" in capsys.readouterr().err
     else:
-        with pytest.raises(InputError, match=r"d.jsonl, line 1 and .*d.jsonl, line 3: one"):
+        with pytest.raises(InputError, match=r"d.jsonl, row 1 and .*d.jsonl, row 3: one"):
             load_rows(tmp_path, rows, task=task)
 
 
@@ -215,17 +220,91 @@ def test_training_problems_are_of_the_task_that_the_flags_name(tmp_path):
 # ---- Files and the hub ---------------------------------------------------------------------------
 
 
-def test_csv_json_and_parquet_are_read_by_their_name(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "d.csv").write_text("question,answer\nHow many?,7\n")
-    (tmp_path / "d.json").write_text('[{"question": "How many?", "answer": 7}]')
-    rows = datasets.Dataset.from_list([{"question": "How many?", "answer": "#### 7"}])
-    rows.to_parquet(tmp_path / "d.parquet")
-    for name in ("d.csv", "d.json", "d.parquet"):
-        data = str(tmp_path / name)
+ROWS = [{"question": "a\nb", "choices": ["x", "NA"], "answer": "NA", "id": "007"}]
+ROWS += [{"question": "ü", "choices": ["x", "y", "z"], "answer": 2, "id": None}]
+JSON = "".join(json.dumps(row) + "\n\n" for row in ROWS)
+FILES = {  # name -> content: upper case, gzipped, with BOM, with CRLF, a list or lines
+    "d.jsonl": JSON,
+    "D.JSONL": "\ufeff" + JSON.replace("\n", "\r\n"),
+    "d.json": JSON,
+    "d.JSON": "\ufeff " + json.dumps(ROWS, indent=1),
+    "d.Json.GZ": json.dumps(ROWS),
+    "data": JSON,
+    "data.gz": JSON,
+    "d.parquet": None,
+}
+
+
+def write_data(path, content):
+    """Write a file as its name says; without content, ROWS as parquet. Bytes are not gzipped."""
+    if content is None:
+        columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+        columns["answer"] = ["NA", "z"]
+        with io.BytesIO() as file:
+            parquet.write_table(pyarrow.table(columns), file)
+            content = file.getvalue()
+    if isinstance(content, str):
+        content = content.encode()
+        if path.suffix.lower() == ".gz":
+            content = gzip.compress(content)
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_data_file_is_read_as_its_name_says(tmp_path, name):
+    """Lists of a parquet are lists, and whatever its kind, "NA" is a text."""
+    data = write_data(tmp_path / name, FILES[name])
+    problems = load_problems(task="mmlu", data=data, split="test", num=2)
+    read = {problem.question: (problem.gold, problem.id) for problem in problems}
+    assert read["a\nb\nA) x\nB) NA"] == ("B", "007")
+    assert read["ü\nA) x\nB) y\nC) z"][0] == "C"
+
+
+@pytest.mark.parametrize("name", ["d.csv", "D.CSV.gz"])
+def test_cells_of_a_csv_are_texts_and_empty_ones_are_not_there(tmp_path, name):
+    """Also BOM, CRLF, quotes, newlines, empty lines, and a short line."""
+    text = '\ufeffid,question,answer,solution,level\r\n007,"a ""b""\nc",NA,,\r\n\r\n'
+    text += f",{'long ' * 50_000},,So \\boxed{{8}}.\r\n"
+    data = write_data(tmp_path / name, text)
+    problems = load_problems(task="math", data=data, split="test", num=2)
+    first, second = sorted(problems, key=lambda problem: len(problem.question))
+    assert first == Problem("007", "test", 'a "b"\nc', "NA", "math")
+    assert (second.gold, len(second.question)) == ("8", 50_000 * 5 - 1)
+
+
+def test_a_file_that_has_changed_is_read_again_whatever_its_time(tmp_path):
+    golds = []
+    for answer in "78":
+        data = write_data(tmp_path / "d.csv", f"question,answer\nHow many?,{answer}\n")
+        os.utime(data, (1, 1))
         [problem] = load_problems(task="gsm8k", data=data, split="test", num=1)
-        assert (problem.question, problem.gold) == ("How many?", "7")
+        golds.append(problem.gold)
+    assert golds == ["7", "8"]
+
+
+CSV = "question,answer\n"
+DAMAGED = [  # name, content, and what the line names
+    ("d.csv", f"{CSV}q,1\nq,1,2\n", "row 2"),
+    ("d.csv", f'{CSV}q,"1', "end of data"),
+    ("d.csv", b"question,answer\n\xfc,1\n", "utf-8"),
+    ("d.csv", f"{CSV}q,1\nr,\n", "row 2: no `answer`"),
+    ("d.json", '[{"question": "q", "answer": NaN}]', "NaN"),
+    ("d.json", '[{"question": "q", "answer": "1"}, 5]', "row 2"),
+    ("d.json", "", "no problems"),
+    ("d.parquet", "PAR1", "Parquet"),
+    ("d.jsonl.gz", gzip.compress(JSON.encode())[:-12], ""),
+    ("d.gz", "", "no problems"),
+    ("d.gz", b"q", "gzip"),
+]
+
+
+@pytest.mark.parametrize("name, content, reason", DAMAGED)
+def test_a_damaged_data_file_is_named(tmp_path, name, content, reason):
+    data = write_data(tmp_path / name, content)
+    for path, named in ((data, reason), (tmp_path / f"none-{name}", "")):
+        with pytest.raises(InputError, match=f"^{path}.*{named}"):
+            load_problems(task="tiny", data=str(path), split="test", num=1)
 
 
 def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
