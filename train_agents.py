@@ -237,6 +237,9 @@ class Learner:
         self.value_folder = Path(args.value or f"{args.run}/value")
         if args.reward in VALUE_REWARDS or args.value or self.value_folder.is_dir():
             self.value_model = ValueModel.load(self.value_folder, mas, args, must_be_finished=True)
+        given = [args.adapter, self.value_folder if args.reward in VALUE_REWARDS else None]
+        # Problems that the given agents and V have seen, as JSON lines.
+        self.seen_before = b"".join(Path(f, "problems.jsonl").read_bytes() for f in given if f)
         self.state = {"step": -1, "messages": 0, "best_step": 0, "best_accuracy": -1.0}
 
     def sample(self, problems: list[Problem], num_candidates: tuple, *, name: str) -> Rollouts:
@@ -389,7 +392,8 @@ class Learner:
         if isinstance(self.reward, Coach):
             settings["reward"] = self.reward.setting
         if self.value_model is not None:
-            settings["value"] = self.value_model.fingerprint
+            name, fingerprint_of_v = str(self.value_folder), self.value_model.fingerprint
+            settings["value"] = {"name": name, "fingerprint": fingerprint_of_v}
         return settings
 
 
@@ -476,10 +480,7 @@ def main(args) -> None:
     learner.adapters.save(folder)
     with open(folder / "problems.jsonl", "wb") as file:
         save_problems(file, [vars(problem) for problem in learner.problems])
-        if args.adapter is not None:
-            file.write((Path(args.adapter) / "problems.jsonl").read_bytes())
-        if args.reward in VALUE_REWARDS:
-            file.write((learner.value_folder / "problems.jsonl").read_bytes())
+        file.write(learner.seen_before)
     records = read_jsonl(folder / "metrics.jsonl")
     plot_training({"agents": [records]}).savefig(folder / "curves.png")
     write_config(folder, read_config(folder) | {"finished": True, "best_step": best_step})

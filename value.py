@@ -15,19 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
 from llm.adapters import load_lora
-from llm.loading import (
-    beginning_ids,
-    checkpoint_setting,
-    context_length,
-    load_pretrained,
-    read_weights,
-    weights_fingerprint,
-)
+from llm.loading import beginning_ids, checkpoint_setting, context_length, load_pretrained
 from llm.packing import (
     Batch,
     collate,
@@ -39,6 +32,7 @@ from llm.packing import (
 )
 from mas import MAS, State
 from support.flags import TINY_AGENTS, InputError, Parser
+from support.records import errors_name
 from support.runs import differences, fingerprint, read_config, read_finished_config
 from tree import Edge
 
@@ -197,7 +191,7 @@ class ValueModel(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, mas: MAS, args, *, must_be_finished: bool) -> "ValueModel":
-        """Load a trained V. args: with --device, --dtype, and where else its backbone may be.
+        """Load a trained V. args: --device, --dtype, --backbone and --model are used of them.
 
         Raises InputError if its training is not finished, if files are missing, or if it was
         trained with another graph, rendering of states or backbone.
@@ -225,10 +219,11 @@ class ValueModel(nn.Module):
         # 3. What was trained.
         backbone, lora_fingerprint = load_lora(backbone, folder / "adapter")
         model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
-        head = read_weights(folder / "head.safetensors", model.head.state_dict())
-        model.head.load_state_dict(head)
+        with errors_name(folder / "head.safetensors"):
+            model.head.load_state_dict(load_file(folder / "head.safetensors"))
+        head = [weight.tolist() for weight in model.head.parameters()]
+        model.fingerprint = fingerprint([lora_fingerprint, head])
         model.origin = str(folder)
-        model.fingerprint = weights_fingerprint(head, lora_fingerprint)
         return model
 
 

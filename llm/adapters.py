@@ -8,6 +8,7 @@ itself speaks.
     RUN/agents/adapter/agent_Reader/    one for each of them; peft loads each of these folders
 """
 
+import hashlib
 import logging
 import warnings
 from contextlib import AbstractContextManager
@@ -21,11 +22,12 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save
 from torch import nn
 
-from llm.loading import read_weights, weights_fingerprint
 from mas import MAS
 from support.flags import InputError, Parser, positive_int
+from support.records import errors_name
 from support.runs import fingerprint, read_finished_config
 
 
@@ -42,19 +44,22 @@ def add_lora(model: nn.Module, *, rank: int) -> PeftModel:
 def load_lora(model: nn.Module, folder: Path, *, name: str = "default") -> tuple[PeftModel, str]:
     """Add an adapter that peft has saved. Returns the model, and a fingerprint of the adapter.
 
-    Raises InputError if its weights cannot be read or are not those of an adapter of this model.
+    Raises InputError if it cannot be read, or if its weights are not those of an adapter of this
+    model: missing ones would be random, and others were meant for another model.
     """
-    try:
+    with errors_name(folder):
         config = LoraConfig.from_pretrained(folder.resolve())  # a relative path may name a model
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder}: no LoRA adapter ({error})") from None
-    config.inference_mode = False  # so that it can be trained
-    config.base_model_name_or_path = None  # it may have been moved
-    model = _add_adapter(model, config, name)
+        config.inference_mode = False  # so that it can be trained
+        config.base_model_name_or_path = None  # it may have been moved
+        model = _add_adapter(model, config, name)
+        weights = load_file(folder / "adapter_model.safetensors")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    weights = read_weights(folder / "adapter_model.safetensors", expected)
-    set_peft_model_state_dict(model, weights, adapter_name=name)
-    return model, weights_fingerprint(weights, config.r, config.lora_alpha)
+    if weights.keys() != expected.keys():
+        example = min(weights.keys() ^ expected.keys())
+        raise InputError(f"{folder}: its weights are not those of this model, as {example}")
+    content = save(weights, {"r, alpha": f"{config.r}, {config.lora_alpha}"})
+    return model, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _add_adapter(model: nn.Module, config: LoraConfig, name: str) -> PeftModel:
@@ -79,6 +84,7 @@ class AgentAdapters:
 
     Attributes:
         sharing: "shared", one adapter for all agents, or "per-agent", one for each.
+        fingerprint: of adapters that were loaded, their weights, ranks and alphas.
     """
 
     def __init__(self, model: nn.Module, mas: MAS, *, sharing: str, rank: int):
@@ -96,13 +102,10 @@ class AgentAdapters:
         return adapters
 
     @classmethod
-    def load(
-        cls, model: nn.Module, mas: MAS, folder: Path, base: dict
-    ) -> tuple["AgentAdapters", dict]:
+    def load(cls, model: nn.Module, mas: MAS, folder: Path, base: dict) -> "AgentAdapters":
         """Load the adapters of a finished stage 5 from its folder RUN/agents.
 
-        Returns them, and how they are recorded: their folder and a fingerprint. base: the settings
-        of `model`: "model" with its fingerprint, and "quantize_policy".
+        base: the settings of `model`: "model" with its fingerprint, and "quantize_policy".
 
         Raises InputError if they were trained on another base or, one per agent, for other agents.
         """
@@ -119,12 +122,13 @@ class AgentAdapters:
         if trouble is not None:
             raise InputError(f"--adapter {folder}: {trouble}")
         adapters = cls(model, mas, sharing=settings["adapters"], rank=settings["lora_rank"])
-        fingerprints = []
+        loaded = []
         for name in adapters.names:
             path = folder / "adapter" / name
-            adapters.model, of_adapter = load_lora(adapters.model, path, name=name)
-            fingerprints.append(of_adapter)
-        return adapters, {"name": str(folder), "fingerprint": fingerprint(fingerprints)}
+            adapters.model, fingerprint_of_adapter = load_lora(adapters.model, path, name=name)
+            loaded.append(fingerprint_of_adapter)
+        adapters.fingerprint = fingerprint(loaded)
+        return adapters
 
     def save(self, folder: Path) -> None:
         """Write each adapter to a folder of its own in `folder`/adapter."""

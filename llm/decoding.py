@@ -158,19 +158,13 @@ def sample_tokens(
     in_vocabulary = token_ids.clamp(max=vocabulary - 1)
     scores = warped[row_of_message[:, None], in_vocabulary] + gumbel_noise(keys, steps, token_ids)
     scores[token_ids >= vocabulary] = -math.inf
-    best_scores, best = scores.max(-1, keepdim=True)
-    tokens = token_ids.gather(1, best)[:, 0]
+    tokens = token_ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
 
     if greedy.any():
         tokens = torch.where(greedy, logits.argmax(-1)[row_of_message], tokens)
     logprobs = logits[row_of_message, tokens] - log_total[row_of_message]
-
-    # One logit that is NaN makes the sum of its row NaN, and an argmax would be some token.
-    if not (best_scores[:, 0] + logprobs).isfinite().all():
-        raise InputError(
-            "the probabilities of the agents' next token are not finite: the weights of --model or "
-            "--adapter are damaged, or --temperature is too low"
-        )
+    if not logprobs.isfinite().all():  # a single logit that is NaN makes the sum of its row NaN
+        raise InputError("agents without finite probabilities: restore their --model or --adapter")
     return tokens, logprobs
 
 

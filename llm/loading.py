@@ -3,14 +3,10 @@
 What families of models differ in is handled here, apart from their chats (llm/policy.py).
 """
 
-import hashlib
-import json
 import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -98,28 +94,6 @@ def _keep_weights_unpacked(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
-
-
-def read_weights(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Read a file of weights. Raises InputError unless names and shapes are the expected ones."""
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); train it again") from None
-    shapes = {(name, weight.shape) for name, weight in weights.items()}
-    wrong = shapes ^ {(name, weight.shape) for name, weight in expected.items()}
-    if wrong:
-        trouble = f"missing, foreign or of another shape: {min(wrong)[0]}"
-        raise InputError(f"{path}: {trouble}; restore the file, or train it again")
-    return weights
-
-
-def weights_fingerprint(weights: dict[str, torch.Tensor], *settings) -> str:
-    """Return a hash of the names, types, shapes and values of weights, and of settings."""
-    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-    for name, weight in sorted(weights.items()):
-        digest.update(save({name: weight}))
-    return digest.hexdigest()
 
 
 def context_length(model: PreTrainedModel) -> int:

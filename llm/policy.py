@@ -486,8 +486,8 @@ def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:
     if args.adapter is not None:
         from llm.adapters import AgentAdapters  # imported late: peft takes a second
 
-        folder = Path(args.adapter)
-        adapters, settings["adapter"] = AgentAdapters.load(model, mas, folder, settings)
+        adapters = AgentAdapters.load(model, mas, Path(args.adapter), settings)
+        settings["adapter"] = {"name": args.adapter, "fingerprint": adapters.fingerprint}
     return Policy(
         mas,
         decoder,

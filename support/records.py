@@ -19,7 +19,21 @@ from typing import BinaryIO
 
 from support.flags import InputError
 
-# ---- JSON lines ----------------------------------------------------------------------------------
+# ---- JSON and JSON lines -------------------------------------------------------------------------
+
+
+@contextmanager
+def errors_name(what: object) -> Iterator[None]:
+    """Make any error in a `with` block an InputError that names a file or a flag.
+
+    Libraries raise errors of many types for a file that is damaged, cut off or another program's,
+    and for a full disk. A block holds calls of libraries alone, so that our own errors still raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{what}: {reason:.200} ({type(error).__name__})") from error
 
 
 class FileInUseError(InputError):

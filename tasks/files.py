@@ -39,13 +39,9 @@ def read_rows(path: Path) -> Iterator[dict]:
         raise InputError(f"{path}, row {number}: {reason}") from None
 
 
-def text_of(file: BinaryIO) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-
-
 def json_rows(file: BinaryIO) -> Iterator[dict]:
     """Read JSON lines, or a list."""
-    text = text_of(file)
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     for line in text:
         if line.lstrip().startswith("["):
             yield from json.loads(line + text.read(), **STRICT_JSON)
@@ -56,7 +52,8 @@ def json_rows(file: BinaryIO) -> Iterator[dict]:
 def csv_rows(file: BinaryIO) -> Iterator[dict[str, str]]:
     """Read cells as texts: "NA" is one, and so is "007"."""
     csv.field_size_limit(sys.maxsize)
-    for row in csv.DictReader(text_of(file), strict=True):
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    for row in csv.DictReader(text, strict=True):
         if None in row:
             raise ValueError("more cells than the first line has")
         yield row

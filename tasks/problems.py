@@ -20,7 +20,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -133,7 +132,10 @@ def add_problem_arguments(parser: Parser, *, training: bool) -> None:
 
 def load_training_problems(args) -> list[Problem]:
     """Load training problems, and held-out ones to measure on. Test problems are never loaded."""
-    return _load(args.task, args.data, {"train": args.num_train, "heldout": args.num_heldout})
+    nums = {"train": args.num_train, "heldout": args.num_heldout}
+    if args.data is not None or args.task in TASKS:
+        return _load(args.task, args.data, nums)  # a million rows are read once
+    return [problem for split in nums for problem in _load(args.task, None, {split: nums[split]})]
 
 
 def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[Problem]:
@@ -174,19 +176,19 @@ def _load(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Pro
     # 3. Keep each question once.
     raw_problems = _without_duplicates(raw_problems, answer_type, origin, from_file=bool(data))
 
-    # 4. Fix the order. The rows of an embedded task have their own, and name their split.
-    is_embedded = data is None and task in EMBEDDED
-    if not is_embedded:
+    # 4. Fix the order. The rows of an embedded task have their own, and are of one split.
+    has_own_splits = data is None and task in EMBEDDED
+    if not has_own_splits:
         raw_problems.sort(key=lambda raw: _hash(f"order {raw.key}"))
-
-    def is_in(raw: RawProblem, split: str) -> bool:
-        return split in ("test", raw.split if is_embedded else _split_of(raw.key))
 
     # 5. Bring the gold answers of the first ones into canonical form.
     problems = []
     prefix = task if task in TASKS else Path(origin).stem
     for split, num in num_of_split.items():
-        chosen = list(islice((raw for raw in raw_problems if is_in(raw, split)), num))
+        chosen = raw_problems
+        if not has_own_splits and split != "test":
+            chosen = [raw for raw in raw_problems if _split_of(raw.key) == split]
+        chosen = chosen[:num]
         if len(chosen) < num:
             note = f"{num} {split} problems were requested, but there are only {len(chosen)}"
             print(f"{origin}: {note}", file=sys.stderr)
@@ -255,7 +257,6 @@ class RawProblem(NamedTuple):
     level: str | None
     place: str  # the file and the line, for error messages
     key: str  # question_key
-    split: str | None  # of a row of an embedded task
 
 
 def read_row(row: dict, place: str) -> RawProblem:
@@ -290,7 +291,7 @@ def read_row(row: dict, place: str) -> RawProblem:
     if re.search("[\ud800-\udfff]", question + gold):
         raise InputError(f"{place}: it has half of a character (a surrogate without its pair)")
     subject, level, key = texts.get("subject"), texts.get("level"), question_key(question)
-    return RawProblem(texts.get("id"), question, gold, subject, level, place, key, row.get("split"))
+    return RawProblem(texts.get("id"), question, gold, subject, level, place, key)
 
 
 def _read_options(choices: list, answer: str | int, place: str) -> tuple[str, str]:

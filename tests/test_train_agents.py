@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import time
@@ -484,6 +485,15 @@ def test_training_from_given_adapters_inherits_what_they_and_v_have_seen(finishe
     seen = read_lines(tmp_path / "agents" / "problems.jsonl")
     assert seen[36:72] == read_lines(finished / "problems.jsonl")
     assert seen[72:] == read_lines(tmp_path / "value" / "problems.jsonl")
+
+
+def test_a_run_does_not_go_on_without_the_v_that_it_was_given(value_folder, tmp_path, small):
+    value = shutil.copytree(value_folder, tmp_path / "value")
+    run = ["--run", tmp_path, *small, "--graph", "chain", "--num-steps", 1, "--num-train", 2]
+    output_of(train_agents, *run, "--num-heldout", 1, "--max-new-tokens", 20)
+    value.rename(tmp_path / "moved")
+    error = error_of(train_agents, *run, "--num-heldout", 1, "--max-new-tokens", 20)
+    assert f"value (there {value}#" in error
 
 
 OTHER_SETTINGS = ["--reward random", "--rollouts passes-3", "--num-train 5", "--lora-rank 4"]
