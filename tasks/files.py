@@ -34,7 +34,7 @@ def read_rows(path: Path) -> Iterator[dict]:
                 number += 1
                 if number % 1000 == 0:
                     progress.advance(raw.tell() - progress.finished, f"{number:,} rows")
-    except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path}, row {number}: {reason}") from None
 
@@ -44,9 +44,9 @@ def json_rows(file: BinaryIO) -> Iterator[dict]:
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     for line in text:
         if line.lstrip().startswith("["):
-            yield from json.loads(line + text.read(), **STRICT_JSON)
+            yield from JSON.decode(line + text.read())
         elif line.strip():
-            yield json.loads(line, **STRICT_JSON)
+            yield JSON.decode(line)
 
 
 def csv_rows(file: BinaryIO) -> Iterator[dict[str, str]]:
@@ -66,4 +66,5 @@ def parquet_rows(file: BinaryIO) -> Iterator[dict]:
         yield from batch.to_pylist()
 
 
+JSON = json.JSONDecoder(**STRICT_JSON)  # `json.loads` would make one for every line
 READERS = {".csv": csv_rows, ".parquet": parquet_rows}

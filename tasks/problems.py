@@ -123,7 +123,9 @@ def add_problem_arguments(parser: Parser, *, training: bool) -> None:
     add = parser.add_argument
     names = (*EMBEDDED, *TASKS)
     add("--task", choices=names, default="tiny", help="for your own data leave it out")
-    help_data = "problems from a file (JSON lines, json, csv, parquet): `question` and `answer`"
+    help_data = (
+        "problems from a file (JSON lines, json, csv, parquet, .gz): `question` and `answer`"
+    )
     add("--data", default=None, help=help_data)
     if training:
         add("--num-train", type=positive_int, default=300, help="training problems")

@@ -489,10 +489,10 @@ def test_training_from_given_adapters_inherits_what_they_and_v_have_seen(finishe
 
 def test_a_run_does_not_go_on_without_the_v_that_it_was_given(value_folder, tmp_path, small):
     value = shutil.copytree(value_folder, tmp_path / "value")
-    run = ["--run", tmp_path, *small, "--graph", "chain", "--num-steps", 1, "--num-train", 2]
-    output_of(train_agents, *run, "--num-heldout", 1, "--max-new-tokens", 20)
+    flags = ["--run", tmp_path, *small, "--graph", "chain", "--num-steps", 1, "--num-heldout", 1]
+    output_of(train_agents, *flags, "--num-train", 2, "--max-new-tokens", 20)
     value.rename(tmp_path / "moved")
-    error = error_of(train_agents, *run, "--num-heldout", 1, "--max-new-tokens", 20)
+    error = error_of(train_agents, *flags, "--num-train", 2, "--max-new-tokens", 20)
     assert f"value (there {value}#" in error
 
 

@@ -160,16 +160,13 @@ def test_temperature_top_k_and_top_p_change_the_draws_but_not_the_logprobs(
     assert logprobs.tolist() == pytest.approx(probs[0, tokens].log().tolist(), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "logit, others", [(math.nan, 0.0), (math.inf, 0.0), (-math.inf, -math.inf)]
-)
+@pytest.mark.parametrize("logits", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("greedy", [True, False])
-def test_logits_without_a_distribution_are_refused(logit, others, greedy):
-    """One such row is enough. The argmax of NaN would be some token."""
-    options = {"keys": keys_of(2), "greedy": torch.tensor([False, greedy])}
+def test_logits_without_a_distribution_are_refused(logits, greedy):
+    """An argmax would be some token."""
+    sample(torch.tensor([[0.0, -math.inf]]), keys=keys_of(1), greedy=torch.tensor([greedy]))
     with pytest.raises(InputError, match="--model"):
-        sample(torch.tensor([[0.0] * 3, [others, logit, others]]), **options)
-    sample(torch.tensor([[0.0] * 3, [0.0, -math.inf, 0.0]]), **options)
+        sample(torch.tensor([logits]), keys=keys_of(1), greedy=torch.tensor([greedy]))
 
 
 VOCABULARY, BLOCK = 3000, 1024  # three blocks, of which the last has 952 tokens

@@ -219,30 +219,22 @@ def test_training_problems_are_of_the_task_that_the_flags_name(tmp_path):
 
 # ---- Files and the hub ---------------------------------------------------------------------------
 
-
 ROWS = [{"question": "a\nb", "choices": ["x", "NA"], "answer": "NA", "id": "007"}]
-ROWS += [{"question": "ü", "choices": ["x", "y", "z"], "answer": 2, "id": None}]
+ROWS += [{"question": "ü", "choices": ["x", "y", "z"], "answer": "2", "id": None}]
 JSON = "".join(json.dumps(row) + "\n\n" for row in ROWS)
+PARQUET = io.BytesIO()
+parquet.write_table(pyarrow.Table.from_pylist(ROWS), PARQUET)
 FILES = {  # name -> content: upper case, gzipped, with BOM, with CRLF, a list or lines
-    "d.jsonl": JSON,
     "D.JSONL": "\ufeff" + JSON.replace("\n", "\r\n"),
     "d.json": JSON,
-    "d.JSON": "\ufeff " + json.dumps(ROWS, indent=1),
-    "d.Json.GZ": json.dumps(ROWS),
-    "data": JSON,
+    "d.Json.GZ": "\ufeff " + json.dumps(ROWS, indent=1),
     "data.gz": JSON,
-    "d.parquet": None,
+    "d.Parquet": PARQUET.getvalue(),
 }
 
 
 def write_data(path, content):
-    """Write a file as its name says; without content, ROWS as parquet. Bytes are not gzipped."""
-    if content is None:
-        columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
-        columns["answer"] = ["NA", "z"]
-        with io.BytesIO() as file:
-            parquet.write_table(pyarrow.table(columns), file)
-            content = file.getvalue()
+    """Write a file: bytes as they are, a text gzipped if the name says so."""
     if isinstance(content, str):
         content = content.encode()
         if path.suffix.lower() == ".gz":
@@ -263,7 +255,7 @@ def test_a_data_file_is_read_as_its_name_says(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["d.csv", "D.CSV.gz"])
 def test_cells_of_a_csv_are_texts_and_empty_ones_are_not_there(tmp_path, name):
-    """Also BOM, CRLF, quotes, newlines, empty lines, and a short line."""
+    """Also BOM, CRLF, quotes, newlines, empty lines, a short line, and a long cell."""
     text = '\ufeffid,question,answer,solution,level\r\n007,"a ""b""\nc",NA,,\r\n\r\n'
     text += f",{'long ' * 50_000},,So \\boxed{{8}}.\r\n"
     data = write_data(tmp_path / name, text)
