@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+import search
 import train_value
 from llm.adapters import add_lora
 from mas import CHAIN, State, load_graph
@@ -252,8 +253,10 @@ def test_a_v_moves_together_with_its_backbone(runs, tmp_path, monkeypatch):
     for folder in folders:
         with pytest.raises(InputError, match=f"{root / 'agents'}.* --backbone"):
             load(folder, backbone=other)
-        model = load(folder, backbone=root / "elsewhere")
-        assert Path(model.backbone.config._name_or_path) == root / "elsewhere"
+        for flag in ("--backbone", "--model"):
+            args = search.parse_args(["--device", "cpu", flag, str(root / "elsewhere")])
+            model = ValueModel.load(folder, CHAIN, args, must_be_finished=True)
+            assert Path(model.backbone.config._name_or_path) == root / "elsewhere"
 
 
 OTHER_READER = replace(CHAIN.agents[0], prompt="Other.")
