@@ -250,8 +250,8 @@ def test_questions_that_a_used_model_was_trained_on_are_refused(models, name, qu
 
 def test_the_script_reports_once_all_processes_have_finished(tmp_path, monkeypatch, capsys):
     """Of four problems, some are left to the second process."""
-    flags = ["--run", str(tmp_path), "--device", "cpu", "--num-problems", "4", "--methods"]
-    args = evaluate.parse_args([*flags, "greedy", "mcts-2x1.2.1.1-random"])
+    flags = ["--run", str(tmp_path), "--device", "cpu", "--num-threads", "1", "--num-problems", "4"]
+    args = evaluate.parse_args([*flags, "--methods", "greedy", "mcts-2x1.2.1.1-random"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         assert not (tmp_path / "eval" / "summary.json").exists()

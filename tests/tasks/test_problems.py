@@ -283,7 +283,7 @@ DAMAGED = [  # name, content, and what the line names
     ("d.json", '[{"question": "q", "answer": NaN}]', "NaN"),
     ("d.json", '[{"question": "q", "answer": "1"}, 5]', "row 2"),
     ("d.parquet", "PAR1", "Parquet"),
-    ("d.jsonl.gz", gzip.compress(JSON.encode())[:-12], ""),
+    ("d.jsonl.gz", gzip.compress(JSON.encode(), mtime=0)[:-12], ""),
     ("d.gz", b"q", "gzip"),
 ]
 
