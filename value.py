@@ -217,7 +217,7 @@ class ValueModel(nn.Module):
             )
 
         # 3. What was trained.
-        backbone, lora_fingerprint = load_lora(backbone, folder / "adapter")
+        backbone, lora_fingerprint = load_lora(backbone, {"default": folder / "adapter"})
         model = cls(backbone, tokenizer, mas, settings["view"], settings["loss"])
         with errors_name(folder / "head.safetensors"):
             model.head.load_state_dict(load_file(folder / "head.safetensors"))

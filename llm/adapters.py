@@ -28,7 +28,7 @@ from torch import nn
 from mas import MAS
 from support.flags import InputError, Parser, positive_int
 from support.records import errors_name
-from support.runs import fingerprint, read_finished_config
+from support.runs import read_finished_config
 
 
 def lora_config(rank: int) -> LoraConfig:
@@ -41,25 +41,27 @@ def add_lora(model: nn.Module, *, rank: int) -> PeftModel:
     return _add_adapter(model, lora_config(rank), "default")
 
 
-def load_lora(model: nn.Module, folder: Path, *, name: str = "default") -> tuple[PeftModel, str]:
-    """Add an adapter that peft has saved. Returns the model, and a fingerprint of the adapter.
+def load_lora(model: nn.Module, folders: dict[str, Path]) -> tuple[PeftModel, str]:
+    """Add adapters that peft has saved, name -> folder. Returns the model, and their fingerprint.
 
-    Raises InputError if it cannot be read, or if its weights are not those of an adapter of this
+    Raises InputError if one cannot be read, or if its weights are not those of an adapter of this
     model: missing ones would be random, and others were meant for another model.
     """
-    with errors_name(folder):
-        config = LoraConfig.from_pretrained(folder.resolve())  # a relative path may name a model
-        config.inference_mode = False  # so that it can be trained
-        config.base_model_name_or_path = None  # it may have been moved
-        model = _add_adapter(model, config, name)
-        weights = load_file(folder / "adapter_model.safetensors")
-        set_peft_model_state_dict(model, weights, adapter_name=name)
-    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    if weights.keys() != expected.keys():
-        example = min(weights.keys() ^ expected.keys())
-        raise InputError(f"{folder}: its weights are not those of this model, as {example}")
-    content = save(weights, {"r, alpha": f"{config.r}, {config.lora_alpha}"})
-    return model, hashlib.blake2b(content, digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    for name, folder in folders.items():
+        with errors_name(folder):
+            config = LoraConfig.from_pretrained(folder.resolve())  # "a/b" may name a model
+            config.inference_mode = False  # so that it can be trained
+            config.base_model_name_or_path = None  # it may have been moved
+            model = _add_adapter(model, config, name)
+            weights = load_file(folder / "adapter_model.safetensors")
+            set_peft_model_state_dict(model, weights, adapter_name=name)
+        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        if weights.keys() != expected.keys():
+            example = min(weights.keys() ^ expected.keys())
+            raise InputError(f"{folder}: its weights are not those of this model, as {example}")
+        digest.update(save(weights, {"rank, alpha": f"{config.r}, {config.lora_alpha}"}))
+    return model, digest.hexdigest()
 
 
 def _add_adapter(model: nn.Module, config: LoraConfig, name: str) -> PeftModel:
@@ -122,12 +124,8 @@ class AgentAdapters:
         if trouble is not None:
             raise InputError(f"--adapter {folder}: {trouble}")
         adapters = cls(model, mas, sharing=settings["adapters"], rank=settings["lora_rank"])
-        loaded = []
-        for name in adapters.names:
-            path = folder / "adapter" / name
-            adapters.model, fingerprint_of_adapter = load_lora(adapters.model, path, name=name)
-            loaded.append(fingerprint_of_adapter)
-        adapters.fingerprint = fingerprint(loaded)
+        folders = {name: folder / "adapter" / name for name in adapters.names}
+        adapters.model, adapters.fingerprint = load_lora(model, folders)
         return adapters
 
     def save(self, folder: Path) -> None:
