@@ -9,6 +9,7 @@ action a is one agent's whole message, and next(s, a) appends it.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -170,7 +171,7 @@ class MAS:
         """
         agent = self.turn(state)
         role = agent.prompt.replace("<answer>", ANSWER_FORMS[answer_type])
-        observation = [_with_sender(message) for message in self.observe(state, agent)]
+        observation = [self._with_sender(message) for message in self.observe(state, agent)]
         return [
             {"role": "system", "content": role},
             {"role": "user", "content": "\n\n".join(observation)},
@@ -193,7 +194,12 @@ class MAS:
         if view == "local" and state.messages:
             [speaker] = [agent for agent in self.agents if agent.name == state.messages[-1].agent]
             shown = [*self.observe(state, speaker), state.messages[-1]]
-        return tuple(_with_sender(message) for message in shown)
+        return tuple(self._with_sender(message) for message in shown)
+
+    def _with_sender(self, message: Message) -> str:
+        sender = QUESTION_SENDER if message.agent == QUESTION else message.agent
+        others = ["Output", QUESTION_SENDER, *(agent.name for agent in self.agents)]
+        return f"{sender}: {quote_senders(message.text, others)}"
 
 
 def normalize_words(text: str) -> str:
@@ -205,9 +211,19 @@ def normalize_words(text: str) -> str:
     return f" {' '.join(words)} " if words else ""
 
 
-def _with_sender(message: Message) -> str:
-    sender = QUESTION_SENDER if message.agent == QUESTION else message.agent
-    return f"{sender}: {message.text}"
+def quote_senders(text: str, senders: list[str]) -> str:
+    """Mark lines that begin like a sender: "**Solver**: 5" -> "> **Solver**: 5".
+
+    So nobody speaks for somebody else. A sender is a name that a colon or nothing follows. Case,
+    markdown, numbers and unseen characters do not hide it.
+    """
+    names = "|".join(map(re.escape, senders))
+    sender = re.compile(rf"[\W\d_]*(?:{names})[\W\d_]*?(?::|$)", re.IGNORECASE)
+    lines = []
+    for line in text.splitlines(keepends=True):
+        seen = "".join(filter(str.isprintable, unicodedata.normalize("NFKC", line)))
+        lines.append(f"> {line}" if sender.match(seen) else line)
+    return "".join(lines)
 
 
 # ---- The paper's graph ---------------------------------------------------------------------------

@@ -33,8 +33,8 @@ def load_pretrained(
         quantize: make the weights of linear layers NF4, with double quantisation (bitsandbytes).
         dtype: of all other weights and of the computation, see `resolve_dtype`.
 
-    Raises InputError if there is no such GPU, or if the model cannot be loaded or lacks weights or
-    an end-of-message token.
+    Raises InputError if there is no such GPU, or if the model cannot be loaded or lacks weights, an
+    end-of-message token or a fast tokenizer. Code that comes with a checkpoint is not run.
     """
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
@@ -44,7 +44,7 @@ def load_pretrained(
         reason = str(error).partition("\n")[0]
         raise InputError(f"--device {device}: it cannot be used ({reason})") from None
     compute_dtype = getattr(torch, resolve_dtype(dtype, device))
-    options = {"dtype": compute_dtype, "output_loading_info": True}
+    options = {"dtype": compute_dtype, "output_loading_info": True, "trust_remote_code": False}
     if quantize:
         options["device_map"] = {"": device}
         options["quantization_config"] = BitsAndBytesConfig(
@@ -57,7 +57,7 @@ def load_pretrained(
     disable_progress_bar()
     set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = auto_class.from_pretrained(name, **options)
     except ImportError as error:
         without = "--no-quantize" if flag == "--backbone" else "no --quantize-policy"
@@ -65,7 +65,7 @@ def load_pretrained(
         raise InputError(f"{flag} {name}: a package is missing: {error}{remedy}") from None
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{flag} {name}: neither a folder nor on the hub: {reason}") from None
+        raise InputError(f"{flag} {name}: it cannot be loaded: {reason}") from None
 
     # Weights that the files lack would be random.
     absent = [*report["missing_keys"], *report["mismatched_keys"]]
@@ -74,6 +74,8 @@ def load_pretrained(
         raise InputError(
             f"{flag} {name}: its files lack weights of {type(model).__name__}: {examples} ..."
         )
+    if not tokenizer.is_fast:
+        raise InputError(f"{flag} {name}: its tokenizer is not a fast one (tokenizer.json)")
     if tokenizer.eos_token_id is None:
         raise InputError(f"{flag} {name}: its tokenizer has no end-of-message (eos) token")
     if tokenizer.pad_token_id is None:

@@ -96,6 +96,8 @@ def test_variables_of_the_template_can_be_given():
     assert not text_of(make_format(QWEN_3)).endswith(EMPTY_BLOCK)
     assert text_of(make_format(QWEN_3, enable_thinking=False)).endswith(EMPTY_BLOCK)
     assert "Today Date: 1 May" in text_of(make_format(LLAMA_3, date_string="1 May"))
+    with pytest.raises(InputError, match="tokenize"):  # is set by the program
+        make_format(QWEN_3, tokenize=True)
 
 
 OPENED = QWEN_2 + "<think>\n"  # by the prompt: then all is reasoning until it is closed
