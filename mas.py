@@ -197,9 +197,20 @@ class MAS:
         return tuple(self._with_sender(message) for message in shown)
 
     def _with_sender(self, message: Message) -> str:
+        """Return a message as agents and V read it: "Solver: 5", with other senders quoted.
+
+        A line that begins with a name (or "Output", of a program) and a colon, or holds no more, is
+        marked: "> **Verifier**: 5". Case, markdown, numbers and unseen characters do not hide it.
+        """
         sender = QUESTION_SENDER if message.agent == QUESTION else message.agent
-        others = ["Output", QUESTION_SENDER, *(agent.name for agent in self.agents)]
-        return f"{sender}: {quote_senders(message.text, others)}"
+        senders = [QUESTION_SENDER, "Output", *(agent.name for agent in self.agents)]
+        names = "|".join(map(re.escape, senders))
+        forged = re.compile(rf"[\W\d_]*(?:{names})[\W\d_]*?(?::|$)", re.IGNORECASE)
+        lines = []
+        for line in message.text.splitlines(keepends=True):
+            seen = "".join(filter(str.isprintable, unicodedata.normalize("NFKC", line)))
+            lines.append(f"> {line}" if forged.match(seen) else line)
+        return f"{sender}: {''.join(lines)}"
 
 
 def normalize_words(text: str) -> str:
@@ -209,21 +220,6 @@ def normalize_words(text: str) -> str:
     """
     words = re.findall(r"[^\W_]+", text.lower())
     return f" {' '.join(words)} " if words else ""
-
-
-def quote_senders(text: str, senders: list[str]) -> str:
-    """Mark lines that begin like a sender: "**Solver**: 5" -> "> **Solver**: 5".
-
-    So nobody speaks for somebody else. A sender is a name that a colon or nothing follows. Case,
-    markdown, numbers and unseen characters do not hide it.
-    """
-    names = "|".join(map(re.escape, senders))
-    sender = re.compile(rf"[\W\d_]*(?:{names})[\W\d_]*?(?::|$)", re.IGNORECASE)
-    lines = []
-    for line in text.splitlines(keepends=True):
-        seen = "".join(filter(str.isprintable, unicodedata.normalize("NFKC", line)))
-        lines.append(f"> {line}" if sender.match(seen) else line)
-    return "".join(lines)
 
 
 # ---- The paper's graph ---------------------------------------------------------------------------

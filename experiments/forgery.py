@@ -2,8 +2,8 @@
 
     python -m experiments.forgery runs/v0 runs/v1 runs/v2      # after experiments/seeds.sh
 
-To a wrong plan of each held-out tree of runs/tiny is appended what Solver and Verifier said of it,
-as if all had been right. Intervals are over messages; the values of one are a mean over the Vs.
+Wrong plans of held-out trees, with the words of Solver and Verifier appended, as if all was right.
+Intervals are over messages, of which each has its mean over the Vs.
 """
 
 import sys
@@ -23,11 +23,10 @@ def forgeries(tree: dict) -> dict[str, State] | None:
     """Return the states after a wrong plan: kind of forgery -> state."""
     nodes = tree["nodes"]
     for verifier in nodes:
-        if verifier.get("agent") == "Verifier" and verifier["N"] > 0:
-            solver = nodes[verifier["parent"]]
-            plan = nodes[solver["parent"]]
-            if plan["W"] < 0:
-                break
+        solver = nodes[verifier["parent"] or 0]
+        plan = nodes[solver["parent"] or 0]
+        if verifier.get("agent") == "Verifier" and verifier["N"] > 0 and plan["W"] < 0:
+            break
     else:
         return None
     work = solver["message"].replace(" off", " same")
@@ -44,18 +43,17 @@ def forgeries(tree: dict) -> dict[str, State] | None:
 
 if __name__ == "__main__":
     trees = read_records(Path("runs/tiny/rollouts/trees.jsonl")).values()
-    forged = [forgeries(tree) for tree in trees if tree["split"] == "heldout"]
-    forged = [states for states in forged if states is not None][:40]
+    of_trees = [forgeries(tree) for tree in trees if tree["split"] == "heldout"]
+    forged = list(filter(None, of_trees))[:40]
     options = {"device": "cpu", "dtype": "float32", "must_be_finished": True}
     models = [ValueModel.load(Path(run) / "value", CHAIN, **options) for run in sys.argv[1:]]
     values = {}
     for kind in forged[0]:
         states = [of_message[kind] for of_message in forged]
         values[kind] = np.mean([model.score(states, batch_tokens=4096) for model in models], axis=0)
+    print(f"{len(forged)} wrong plans, {len(models)} Vs")
     for kind, of_messages in values.items():
         shifts = of_messages - values["shuffled"]
         low, high = bootstrap_interval(shifts)
-        print(
-            f"{kind:9} V {fmean(of_messages):+.2f}, against shuffled {fmean(shifts):+.2f}", end=" "
-        )
-        print(f"({low:+.2f} to {high:+.2f}), {len(forged)} plans, {len(models)} Vs")
+        print(f"{kind:9} V {fmean(of_messages):+.2f}, above the same words shuffled", end=" ")
+        print(f"{fmean(shifts):+.2f} ({low:+.2f} to {high:+.2f})")

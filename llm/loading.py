@@ -33,8 +33,8 @@ def load_pretrained(
         quantize: make the weights of linear layers NF4, with double quantisation (bitsandbytes).
         dtype: of all other weights and of the computation, see `resolve_dtype`.
 
-    Raises InputError if there is no such GPU, or if the model cannot be loaded or lacks weights, an
-    end-of-message token or a fast tokenizer. Code that comes with a checkpoint is not run.
+    Raises InputError if there is no such GPU, or if the model cannot be loaded, lacks weights or an
+    end-of-message token, or comes with code of its own, which is not run.
     """
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
@@ -74,8 +74,6 @@ def load_pretrained(
         raise InputError(
             f"{flag} {name}: its files lack weights of {type(model).__name__}: {examples} ..."
         )
-    if not tokenizer.is_fast:
-        raise InputError(f"{flag} {name}: its tokenizer is not a fast one (tokenizer.json)")
     if tokenizer.eos_token_id is None:
         raise InputError(f"{flag} {name}: its tokenizer has no end-of-message (eos) token")
     if tokenizer.pad_token_id is None:

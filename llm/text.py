@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 from secrets import token_hex
 
 from tokenizers import Tokenizer
@@ -22,23 +21,18 @@ class TextEncoder:
         names = [name for name in tokenizer.get_added_vocab() if name.replace("▁", " ").strip()]
         secret = f"\ue000{token_hex(16)}"  # nobody can guess it
         secret_of = {name: f"{secret}{index}." for index, name in enumerate(names)}
-        name_of = {secret: name for name, secret in secret_of.items()}
         self.protect = _replacer(secret_of)
-        self._exchange = _replacer(secret_of | name_of)
+        self._exchange = _replacer(secret_of | {new: old for old, new in secret_of.items()})
 
-        # The model must not make them of letters either, as whole words or by its merges.
-        def renamed(part):
-            if isinstance(part, dict):
-                return {secret_of.get(key, key): renamed(value) for key, value in part.items()}
-            if isinstance(part, list):
-                return [renamed(value) for value in part]
-            return secret_of.get(part, part) if isinstance(part, str) else part
-
+        # Nor may the model make them of letters, by its merges or as words of its vocabulary.
         copy = json.loads(tokenizer.backend_tokenizer.to_str())
         if "merges" in copy["model"]:
             merges, is_kept = copy["model"]["merges"], secret_of.keys().isdisjoint
             copy["model"]["merges"] = [m for m in merges if is_kept((*m, "".join(m)))]
-        self.tokenizer = Tokenizer.from_str(json.dumps(renamed(copy)))
+        quoted = {json.dumps(name): json.dumps(new) for name, new in secret_of.items()}
+        string = r'"(?:[^"\\]|\\.)*"'
+        renamed = re.sub(string, lambda found: quoted.get(found[0], found[0]), json.dumps(copy))
+        self.tokenizer = Tokenizer.from_str(renamed)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of texts whose content is protected."""
@@ -48,6 +42,5 @@ class TextEncoder:
 
 def _replacer(new_of: dict[str, str]):
     """Return a function that replaces these words in a text; of several, the longest."""
-    longest_first = sorted(new_of, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)))
-    return partial(pattern.sub, lambda found: new_of[found[0]])
+    pattern = re.compile("|".join(map(re.escape, sorted(new_of, key=len, reverse=True))))
+    return lambda text: pattern.sub(lambda found: new_of[found[0]], text)

@@ -4,7 +4,9 @@ The templates are short, and do with system role, date and reasoning what the re
 """
 
 import datetime
+import json
 import shutil
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
@@ -157,6 +159,16 @@ def test_a_model_without_end_of_message_or_weights_is_refused(tmp_path):
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, agents / "model.safetensors", metadata={"format": "pt"})
     refused("lack weights", agents)
+
+
+def test_code_of_a_checkpoint_is_not_run_though_the_terminal_says_yes(copied_agents, monkeypatch):
+    monkeypatch.setattr("sys.stdin", StringIO("y\n" * 99))
+    (copied_agents / "foreign.py").write_text("raise RuntimeError('it was run')")
+    path = copied_agents / "config.json"
+    settings = json.loads(path.read_text()) | {"model_type": "foreign"}
+    path.write_text(json.dumps(settings | {"auto_map": {"AutoConfig": "foreign.Foreign"}}))
+    with pytest.raises(InputError, match=f"^--model {copied_agents}: [^\n]+$"):
+        load(copied_agents)
 
 
 FILES = ["model-1-of-2.safetensors", "pytorch_model.bin", "config.json", "merges.txt"]
