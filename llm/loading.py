@@ -33,8 +33,8 @@ def load_pretrained(
         quantize: make the weights of linear layers NF4, with double quantisation (bitsandbytes).
         dtype: of all other weights and of the computation, see `resolve_dtype`.
 
-    Raises InputError if there is no such GPU, or if the model cannot be loaded, lacks weights or an
-    end-of-message token, or comes with code of its own, which is not run.
+    Raises InputError if there is no such GPU, or if the model cannot be loaded or lacks weights or
+    an end-of-message token.
     """
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
@@ -65,7 +65,7 @@ def load_pretrained(
         raise InputError(f"{flag} {name}: a package is missing: {error}{remedy}") from None
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{flag} {name}: it cannot be loaded: {reason}") from None
+        raise InputError(f"{flag} {name}: neither a folder nor on the hub: {reason}") from None
 
     # Weights that the files lack would be random.
     absent = [*report["missing_keys"], *report["mismatched_keys"]]

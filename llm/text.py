@@ -6,6 +6,8 @@ from secrets import token_hex
 
 from tokenizers import Tokenizer
 
+from support.flags import InputError
+
 
 class TextEncoder:
     """Encodes texts in which content makes no added tokens, special or not, such as <|im_end|>.
@@ -18,9 +20,11 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer):
-        names = [name for name in tokenizer.get_added_vocab() if name.replace("▁", " ").strip()]
-        secret = f"\ue000{token_hex(16)}"  # nobody can guess it
-        secret_of = {name: f"{secret}{index}." for index, name in enumerate(names)}
+        added = tokenizer.get_added_vocab()
+        names = [name for name in added if name.replace("▁", " ").strip()]
+        self.added_ids = set(added.values())
+        self.secret = f"\ue000{token_hex(16)}"  # nobody can guess it
+        secret_of = {name: f"{self.secret}{index}." for index, name in enumerate(names)}
         self.protect = _replacer(secret_of)
         self._exchange = _replacer(secret_of | {new: old for old, new in secret_of.items()})
 
@@ -35,9 +39,16 @@ class TextEncoder:
         self.tokenizer = Tokenizer.from_str(renamed)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of texts whose content is protected."""
+        """Return the token ids of texts whose content is protected.
+
+        Raises InputError if the tokenizer takes an added token of the template for text.
+        """
         texts = [self._exchange(text) for text in texts]
-        return [row.ids for row in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        rows = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        for text, row in zip(texts, rows, strict=True):
+            if text.count(self.secret) > sum(index in self.added_ids for index in row.ids):
+                raise InputError("the tokenizer takes an added token of the chat template for text")
+        return [row.ids for row in rows]
 
 
 def _replacer(new_of: dict[str, str]):

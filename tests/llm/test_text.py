@@ -8,12 +8,12 @@ from itertools import count
 
 import pytest
 from labelled import make_model
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm.policy import ChatFormat
 from mas import CHAIN, State
-from support.flags import TINY_AGENTS
+from support.flags import TINY_AGENTS, InputError
 from value import ValueModel
 
 TINY = AutoTokenizer.from_pretrained(TINY_AGENTS)
@@ -101,3 +101,12 @@ def test_a_message_that_spells_a_control_token_stays_text_when_it_is_read_again(
     [ids] = chats.encode([chat(chats.message(spelled))])
     first = ids.index(spelled[0])
     assert ids[first : first + len(spelled)] == spelled
+
+
+def test_an_added_token_of_the_template_that_is_taken_for_text_is_an_error():
+    tokenizer = llama()
+    tokenizer.add_tokens([AddedToken("turn", single_word=True)])
+    tokenizer.chat_template += "turning"
+    chats = ChatFormat(tokenizer, name="--model model", template_kwargs={})
+    with pytest.raises(InputError, match="added token"):
+        chats.encode([chat("x")])
