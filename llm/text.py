@@ -34,18 +34,15 @@ class TextEncoder:
             merges, is_kept = copy["model"]["merges"], secret_of.keys().isdisjoint
             copy["model"]["merges"] = [m for m in merges if is_kept((*m, "".join(m)))]
         quoted = {json.dumps(name): json.dumps(new) for name, new in secret_of.items()}
-        string = r'"(?:[^"\\]|\\.)*"'
-        renamed = re.sub(string, lambda found: quoted.get(found[0], found[0]), json.dumps(copy))
-        self.tokenizer = Tokenizer.from_str(renamed)
+        text = re.sub(r'"(?:[^"\\]|\\.)*"', lambda s: quoted.get(s[0], s[0]), json.dumps(copy))
+        self.tokenizer = Tokenizer.from_str(text)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of texts whose content is protected.
-
-        Raises InputError if the tokenizer takes an added token of the template for text.
-        """
+        """Return the token ids of texts whose content is protected."""
         texts = [self._exchange(text) for text in texts]
         rows = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         for text, row in zip(texts, rows, strict=True):
+            # Some are recognised only as words of their own, or after a space.
             if text.count(self.secret) > sum(index in self.added_ids for index in row.ids):
                 raise InputError("the tokenizer takes an added token of the chat template for text")
         return [row.ids for row in rows]
