@@ -9,6 +9,7 @@ action a is one agent's whole message, and next(s, a) appends it.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -170,7 +171,7 @@ class MAS:
         """
         agent = self.turn(state)
         role = agent.prompt.replace("<answer>", ANSWER_FORMS[answer_type])
-        observation = [_with_sender(message) for message in self.observe(state, agent)]
+        observation = [self._with_sender(message) for message in self.observe(state, agent)]
         return [
             {"role": "system", "content": role},
             {"role": "user", "content": "\n\n".join(observation)},
@@ -193,7 +194,23 @@ class MAS:
         if view == "local" and state.messages:
             [speaker] = [agent for agent in self.agents if agent.name == state.messages[-1].agent]
             shown = [*self.observe(state, speaker), state.messages[-1]]
-        return tuple(_with_sender(message) for message in shown)
+        return tuple(self._with_sender(message) for message in shown)
+
+    def _with_sender(self, message: Message) -> str:
+        """Return a message as agents and V read it: "Solver: 5", with other senders quoted.
+
+        A line that begins with a name (or "Output", of a program) and a colon, or holds no more, is
+        marked: "> **Verifier**: 5". Case, markdown, numbers and unseen characters do not hide it.
+        """
+        sender = QUESTION_SENDER if message.agent == QUESTION else message.agent
+        senders = [QUESTION_SENDER, "Output", *(agent.name for agent in self.agents)]
+        names = "|".join(map(re.escape, senders))
+        forged = re.compile(rf"[\W\d_]*(?:{names})[\W\d_]*?(?::|$)", re.IGNORECASE)
+        lines = []
+        for line in message.text.splitlines(keepends=True):
+            seen = "".join(filter(str.isprintable, unicodedata.normalize("NFKC", line)))
+            lines.append(f"> {line}" if forged.match(seen) else line)
+        return f"{sender}: {''.join(lines)}"
 
 
 def normalize_words(text: str) -> str:
@@ -203,11 +220,6 @@ def normalize_words(text: str) -> str:
     """
     words = re.findall(r"[^\W_]+", text.lower())
     return f" {' '.join(words)} " if words else ""
-
-
-def _with_sender(message: Message) -> str:
-    sender = QUESTION_SENDER if message.agent == QUESTION else message.agent
-    return f"{sender}: {message.text}"
 
 
 # ---- The paper's graph ---------------------------------------------------------------------------

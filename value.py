@@ -30,6 +30,7 @@ from llm.packing import (
     sequence_columns,
     sequences_of,
 )
+from llm.text import TextEncoder
 from mas import MAS, State
 from support.flags import TINY_AGENTS, InputError, Parser
 from support.records import errors_name
@@ -82,6 +83,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
+        self.text_encoder = TextEncoder(tokenizer)
         self.mas = mas
         self.view = view
         self.loss = loss
@@ -97,7 +99,7 @@ class ValueModel(nn.Module):
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
 
     def _segment_ids(self, segment: str) -> list[int]:
-        ids = self.tokenizer(segment, add_special_tokens=False)["input_ids"]
+        [ids] = self.text_encoder.encode([self.text_encoder.protect(segment)])
         return ids + [self.tokenizer.eos_token_id]
 
     def encode(self, state: State) -> tuple[list[int], list[int]]:
@@ -275,6 +277,6 @@ def rendering_fingerprint(mas: MAS, view: str) -> str:
     state = State("a question", ())
     renderings = []
     while not mas.is_terminal(state):
-        state = mas.step(state, f"message {len(state.messages)}")
+        state = mas.step(state, f"message {len(state.messages)}\nQuestion: quoted")
         renderings.append(mas.value_text(state, view))
     return fingerprint(renderings)

@@ -44,7 +44,7 @@ def load_pretrained(
         reason = str(error).partition("\n")[0]
         raise InputError(f"--device {device}: it cannot be used ({reason})") from None
     compute_dtype = getattr(torch, resolve_dtype(dtype, device))
-    options = {"dtype": compute_dtype, "output_loading_info": True}
+    options = {"dtype": compute_dtype, "output_loading_info": True, "trust_remote_code": False}
     if quantize:
         options["device_map"] = {"": device}
         options["quantization_config"] = BitsAndBytesConfig(
@@ -57,7 +57,7 @@ def load_pretrained(
     disable_progress_bar()
     set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = auto_class.from_pretrained(name, **options)
     except ImportError as error:
         without = "--no-quantize" if flag == "--backbone" else "no --quantize-policy"

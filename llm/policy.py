@@ -6,7 +6,6 @@ problem, path in the tree, candidate index), not of the batch it is sampled in. 
 resumed run and another batch size give the same text, up to rounding (README, "Limits").
 """
 
-import inspect
 import json
 import math
 import re
@@ -32,6 +31,7 @@ from llm.loading import (
     resolve_dtype,
 )
 from llm.packing import collate, packed_batches, row_width, sequence_columns
+from llm.text import TextEncoder
 from mas import MAS, State, graph_names
 from support.flags import (
     TINY_AGENTS,
@@ -76,13 +76,11 @@ class ChatFormat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, name: str, template_kwargs: dict):
         self.tokenizer = tokenizer
+        self.text_encoder = TextEncoder(tokenizer)
         self.name = name
         self.template_kwargs = template_kwargs
         if tokenizer.chat_template is None:
             raise self._error("its tokenizer has no chat template; the agents need a chat model")
-        reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
-        for key in reserved & set(template_kwargs):
-            raise InputError(f"--chat-template-kwargs: {key} is set by this program")
 
         # transformers tells a template today's date, and takes no function as a variable.
         self.template = re.sub(
@@ -111,8 +109,11 @@ class ChatFormat:
 
         A chat has a system turn and a user turn. Raises InputError if the template fails.
         """
-        # The template writes the special tokens itself.
-        return self.tokenizer(self._render(chats), add_special_tokens=False)["input_ids"]
+        protect = self.text_encoder.protect
+        protected = []
+        for chat in chats:
+            protected.append([turn | {"content": protect(turn["content"])} for turn in chat])
+        return self.text_encoder.encode(self._render(protected))
 
     def message(self, token_ids: list[int]) -> str:
         """Return the text of a message, without special tokens and without its reasoning."""

@@ -1,718 +1,416 @@
 r"""Grading: what an answer is, whether two answers are equal, and which part of a message is one.
 
-An answer has one of three types: "number", "letter" (an option of a multiple-choice question) or
-"math" (any formula).
+Answers have one of three types.
+  number  An exact fraction, without currency, thousands separators, percent signs and units. The
+          result of an equation counts (12 in "5 + 7 = 12" and "12 = 5 + 7"), of several numbers the
+          first that a sentence tells ("In 4 weeks she earns $12 for 2 jobs" names 12).
+  letter  The option that an answer begins with, or the only one that it names. The article of "A
+          train" is no option, nor is an option that is excluded ("not B", "B is wrong").
+  math    A number if the answer is one, perhaps with a unit, else words, else LaTeX.
+An answer that names two numbers or options is refused: "5 or 6", "2 + 3", "C and D".
 
-What is an answer of each type?
-  number  An exact fraction. Currency signs, thousands separators, percent signs and units are
-          dropped; "1 3/4", "3½", "minus 3", "1.45 million" and "1.36e+06" are understood. If the
-          answer begins with a number, that number counts, else the last one. The result of an
-          equation counts: 12 in "5 + 7 = 12" and in "12 = 5 + 7". A remark in parentheses does not
-          count.
-  letter  The letter that the answer begins with, perhaps after words such as "The correct option
-          is". The article of "A train" is not an option, nor is the first letter of "T-shirt".
-  math    A number if the whole answer is one, perhaps with a unit; lengths and times of day keep
-          their unit. Otherwise words or LaTeX, without markup that carries no meaning. If a
-          statement has exactly one formula in dollar signs, that formula is the answer.
-A number or letter that is really two answers is refused: "5 or 6", "2 + 3", "C and D".
+Numbers and letters are equal if they are the same. Mathematics is compared by math-verify, but
+words equal the same words only; 52_8 is not 52_9, a length no area, a.m. not p.m., a set no tuple,
+r not R. An equation equals its right side if it names its result: "x = 3", "f(2) = 5", "3 + 4 = 7".
 
-When are two answers equal?
-  Numbers and letters are equal if they are the same; 0.333333 is not 1/3.
-  Mathematics is compared by math-verify, in both directions, with these exceptions:
-  - Text style and spaces do not count. Words are equal to the same words only, in any case.
-  - Differences that math-verify ignores do count: a length is not an area, 52 in base 8 is not 52
-    in base 9, a.m. is not p.m., r is not R, a set is not a tuple. "(C)" equals "(C) hyperbola".
-  - If only one of the two is an equation, its right side may equal the other answer, provided that
-    the equation names its result: "x = 3", "f(2) = 5", "AB = 4", "3 + 4 = 7", but not "2x + z = 1".
-  A missing answer equals nothing, not even another missing answer.
+Where opinions differ: 50% is 50, not 1/2. Nothing is rounded: 0.33 is not 1/3, and 33.3 not 100/3.
+A unit or a base may be missing, but not differ. "a + b = 12" and "x^2 = 4" do not equal 12 and 4.
+2:30 is no number. A thousands separator is a comma: "1000,99" and "1 000" are refused.
 
-math-verify runs in its own process and has 10 seconds per pair. Its own time limits are switched
-off, because it reports a timeout as inequality. A pair that takes longer counts as unequal, and
-`MATH_VERIFY.timeouts` counts all of these pairs.
-
-Which part of a message is its final answer? It is found by a ladder.
-A message is the text of one agent. Its answer is the first rung of this ladder that it has:
-  told      The stated final answer: the last statement that can be read, else the last mention.
-            Statements are "Final answer: 42", "Final answer - 42", a heading
-            "**Final Answer**" with the answer below it, and a short line "#### 42". A mention is
-            "the final answer is 42".
-  sentence  "The answer is 42", "The correct option is B", "Answer: 42", or a heading "Answer".
-  box       \boxed{42} or \fbox{42}. If there are sentences and boxes, the last of them counts.
-  option    For letters only: the whole message, if it is nothing but an option, as "(B)" is.
-  number    For numbers only: the last number of the message.
-A message without any of these has no answer. Its rung is "none", and it is never graded as right.
-
-These rules hold on every rung:
-  - A box in a statement or in a sentence is its answer. If an explanation follows the heading
-    "**Final Answer**", the last box of that section is the answer.
-  - The answers of others do not count: "The Solver's answer is 7", "The Solver's \boxed{7}", and
-    "\boxed{7} is wrong". Nor do remarks: "the answer is correct", "the answer is found by adding".
-  - A told answer, sentence or box that cannot be read ("5 or 6", "C and D", a box that is never
-    closed) is refused: nothing before it, and no weaker rung, replaces it. The exception is an
-    earlier statement or mention of a final answer, which still holds.
-  - "The answer is not 5" is skipped, but no last number is read from a message that says so.
+The answer of a message is found on the first rung of this ladder that the message has:
+  told      The last statement ("Final answer: 42", "#### 42", a heading "Final Answer" above the
+            answer), else the last mention ("the final answer is 42").
+  sentence  "The answer is 42", "Answer: 42", ..., or
+  box       \boxed{42}, whichever comes last; for mathematics, boxes come before sentences.
+  option    A letter that the message begins with, or that its last sentence decides for.
+  number    The last number of the message.
+A box in a statement or sentence is its answer. Answers of others ("the Solver's answer is 7"),
+remarks ("the answer is correct") and denials ("not 5") do not count. If the answer on a rung cannot
+be read ("5 or 6", a box that is never closed), the message has none: nothing weaker replaces it.
 
 No torch here.
 """
 
 import functools
+import itertools
 import json
 import re
-import signal
 import subprocess
 import sys
 import threading
 import unicodedata
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-# ---- The canonical form of an answer -------------------------------------------------------------
+MAX_MESSAGE = 10_000  # characters of a message that are read, counted from its end
+MAX_CUES = 50  # cues such as "the answer is", counted from the end
+MAX_LINE = 1_000  # characters after a cue
+MAX_NUMBER = 200  # characters of a number: int() refuses thousands of digits
 
-_OPTION_LETTER = re.compile(
-    r"""
-    ^\W*
-    (?:                                                # "The correct answer is option"
-        (?:the\s+)? (?:(?:correct|right|best|final)\s+)?
-        (?:answer|options?|choice|letter)\b
-        \s*(?:is\b)?\W*
-    )*
-    (?P<letter>[A-Z])
-    (?P<rest>
-        (?![\w'’/&-] | \.\w | \s*=\s*\d)               # not "I'm", "N/A", "U.S." or "x = 3"
-        .*
-    )
-    """,
-    re.IGNORECASE | re.VERBOSE | re.DOTALL,
-)
 
-# " train", the text after the article of "A train"; but "A is correct" names option A
-_WORD_AFTER_ARTICLE = re.compile(r"\s+(?!(?:is|because|since|as|for|follows|holds|due)\b)[a-z]")
+class _Span(NamedTuple):
+    """A place in a text, and what it holds: a number, an option, a formula or a box."""
 
-# " or D", "/D", " and Option D": the text after the first of two options
-_SECOND_OPTION = re.compile(
-    r"""
-    [\s)\]]* (?:,|/|\bor\b|\band\b) \s*
-    (?:options?|choice)? \s*
-    \(?[A-Z]\)? \s*
-    (?:[.,;)\]}]|$|\b(?:and|or|are|both)\b)
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
+    start: int
+    end: int
+    value: Any  # None if it cannot be read
 
-# " or ", " + ", ", ": the text between two numbers that are not one answer
-_BETWEEN_TWO_ANSWERS = re.compile(
-    r"\s* %? \s* (?:[-+^×,]|\*\*?|\\times|\\cdot|\bor\b|\band\b|\bto\b) \s* (?:or\b\s*)? \{?",
-    re.VERBOSE,
-)
 
-# " (= 0.5 days)" in "12 hours (= 0.5 days)"
-_REMARK = re.compile(r"(?<=[\w%])\s*\([^()]*\)")
+# ---- One notation --------------------------------------------------------------------------------
 
-# "x \approx" in "x \approx 3", and "\approx 0.05" in "3/56 \approx 0.05"
-_APPROXIMATION = re.compile(r"^[A-Za-z]\s*\\approx|(?<=.)\\approx.*")
+_CHARACTERS = {
+    **dict.fromkeys("−–—‑‐﹣", "-"),
+    **{"‘": "'", "’": "'", "“": '"', "”": '"', "⁄": "/", "÷": "/", "°": r"^\circ "},
+    **{"×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "},
+    **{"≈": r"\approx ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta "},
+    **{"∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset "},
+}
 
-# Notation that math-verify misreads: (pattern, replacement), applied in this order.
-_MATH_VERIFY_NOTATION = [
-    # 2^\frac{1}{2}, which is read as 1, becomes 2^{\frac{1}{2}}
-    (r"\^\s*(\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})", r"^{\1}"),
-    # \mathrm{i} becomes i
-    (r"\\(?:mathrm|text)\s*\{([ie])\}", r" \1"),
-    # 3i becomes 3 \cdot i, as the i of 3i is read as a variable
-    (r"(?<=[\d})])\s*i(?![a-zA-Z])", r" \\cdot i"),
+# Rules (pattern, replacement), applied in this order: for every text, ...
+_SPELLING = [
+    (r"√(\w+)|(?:√|(?<![\\A-Za-z])sqrt)\(([^()\n]*)\)", r"\\sqrt{\1\2}"),
+    (r"```\w*|</?[a-z]{3,}>", "\n"),  # fences of code, and tags such as </answer>
+    (r"<(\d[\d.,/]*)>|<<[^<>\n]*>>", r"\1"),  # <12>, and the <<3+4=7>> of GSM8K
 ]
-
-
-def canonical(answer: str, answer_type: str) -> str | None:
-    """Return an answer in the form in which answers are recorded and compared.
-
-    answer_type "number": an exact fraction, such as "42" or "-3/4".
-    answer_type "letter": the letter of an option, in upper case.
-    answer_type "math": a number as above if the answer is one, else words, else LaTeX.
-
-    Returns None if the text is not an answer of this type. Raises ValueError if there is no such
-    type.
-    """
-    if answer_type == "letter":
-        return _canonical_letter(answer)
-    if answer_type == "number":
-        return _canonical_number(plain_text(answer))
-    if answer_type == "math":
-        return _canonical_math(answer)
-    raise ValueError(f"unknown answer type {answer_type!r}")
-
-
-def _canonical_letter(answer: str) -> str | None:
-    match = _OPTION_LETTER.match(plain_text(answer))
-    if match is None:
-        return None
-    letter, rest = match["letter"], match["rest"]
-
-    # "A train" begins with an article and "I would say" with a pronoun; "**A** because" does not.
-    followed_by_word = letter in "AaIi" and _WORD_AFTER_ARTICLE.match(rest)
-    in_bold = re.match(r"\W*\*", answer)
-    if followed_by_word and not in_bold:
-        return None
-    if _SECOND_OPTION.match(rest):
-        return None
-    return letter.upper()
-
-
-def _canonical_number(text: str) -> str | None:
-    """Return the number that a final answer names; None if it names none, or two ("5 or 6")."""
-    text = _answer_side(_REMARK.sub("", text))
-    numbers = find_numbers(text)
-    if not numbers:
-        return None
-
-    # "12 apples in 3 bags" names 12, "In 4 weeks she earns $12" names the last number.
-    begins_with_number = not re.search(r"\w", text[: numbers[0].start])
-    if begins_with_number:
-        chosen, pair = numbers[0], numbers[:2]
-    else:
-        chosen, pair = numbers[-1], numbers[-2:]
-    if len(pair) == 2:
-        between = text[pair[0].end : pair[1].start]
-        # In "2 + 3" the operator is the sign of the second number.
-        for text_between in (between, between + pair[1].sign):
-            if _BETWEEN_TWO_ANSWERS.fullmatch(text_between):
-                return None
-    return str(chosen.value)
-
-
-def _answer_side(text: str) -> str:
-    """Return the side of an equation that is the answer: 12 of "5 + 7 = 12" and "12 = 5 + 7"."""
-    left, _, right = text.partition("=")
-    if not right:
-        return text
-    if _sole_number(left) is not None and _sole_number(right) is None:
-        return left
-    return text.rpartition("=")[-1]
-
-
-def _canonical_math(answer: str) -> str | None:
-    # 1. remove what carries no meaning, and a style around the whole: \text{Evelyn} is Evelyn
-    latex = _clean(answer).rstrip(". \\")
-    styled = _STYLED.fullmatch(latex)
-    if styled:
-        latex = styled["content"].strip()
-
-    # 2. write it the way math-verify reads it
-    latex = _APPROXIMATION.sub("", latex).strip()
-    latex = _rewrite(latex, _MATH_VERIFY_NOTATION)
-
-    # 3. a number, words or LaTeX
-    number = _sole_number(latex)
-    if number is not None:
-        return str(number)
-    words = " ".join(_STYLED.sub(r" \g<content> ", latex).split()).rstrip(". ")
-    is_formula = re.search(r"[\d\\^_=+*/<>|-]", words)
-    return (latex if is_formula else words) or None
-
-
-# ---- Cleaning LaTeX and markdown -----------------------------------------------------------------
-
-# (text, replacement), applied in this order
-_CHARACTERS = [
-    ("−", "-"),  # the minus sign
-    ("–", "-"),  # the en dash
-    ("°", r"^\circ"),
-    (r"\$", ""),
-    ("$", ""),
-    (r"\%", "%"),
-    ("`", ""),
-    (r"\degree", r"^\circ"),
-    (r"\varnothing", r"\emptyset"),
-    (r"\lbrace", r"\{"),
-    (r"\rbrace", r"\}"),
-]
-
-_FRACTION_CHARACTER = re.compile(r"[¼-¾⅐-⅞]")
-
-# (pattern, replacement), applied in this order
+# ... for every answer: markup without meaning, ...
 _MARKUP = [
-    # the negative space of 11,\! 111
-    (r"\\!\s*", ""),
-    # \\[4pt] between the rows of a matrix becomes \\
-    (r"\\\\\[[^\]]*\]", r"\\\\ "),
-    # 1{,}234 becomes 1,234
-    (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ","),
-    # 1\,234 and other spaces between thousands: 1234
-    (r"(?<=\d)(?:\{,\}|\\[,;: ]|~|\u202f|\u00a0)\s*(?=\d{3}(?!\d))", ""),
-    # sizes of delimiters, as in \left( and \bigl(, but not \leftarrow
-    (r"(?<!\\)\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", " "),
-    # styles and wide spaces
-    (r"(?<!\\)\\(?:displaystyle|textstyle|q?quad)(?![a-zA-Z])", " "),
-    # thin spaces \, \; and the delimiters \( \) \[ \] of a formula, but not \\
-    (r"(?<!\\)\\[,;: ()\[\]]", " "),
-    # non-breaking spaces
-    (r"[~\u202f\u00a0]", " "),
-    # emphasis, as in **x** and _x_, but not the signs of 2*x*y and 52_8
-    (r"(?<![\w*])([*_]{1,3})(?=\S)(.+?)(?<=\S)\1(?![\w*])", r"\2"),
-    # spaces and unpaired signs of emphasis at both ends: "** 12"
-    (r"^[\s*_]+|[\s*_]+$", ""),
+    (r"\\!\s*|\\?\$|`", ""),
+    (r"\\%", "%"),
+    (r"\\degree", r"^\\circ"),
+    (r"\\varnothing", r"\\emptyset"),
+    (r"\\\\\[[^\]\n]*\]", r"\\\\ "),  # \\[4pt] between the rows of a matrix
+    (r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d{3}(?!\d))", ","),  # 1{,}234 becomes 1,234
+    (r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),  # 1\,234 becomes 1234
+    (r"(?<!\\)\\[,;: ()\[\]]|~", " "),  # spaces, and the delimiters of a formula
+    (r"^[\s*_#>]+|[\s*_]+$", ""),  # marks at both ends, as in **x**
 ]
-
 # \text{cm}, \mathrm{i}, \textbf{Evelyn}
-_STYLED = re.compile(
-    r"""
-    \\(?: text(?:rm|bf|it|sf)? | mbox | math(?:rm|bf|sf|it) | boldsymbol | bm )
-    \s* \{ (?P<content>[^{}]*) \}
-    """,
-    re.VERBOSE,
-)
-
-# The place before \frac in 1\frac{3}{4}, which is not 13/4
-_MIXED_NUMBER_GAP = re.compile(r"(?<=\d)\s*(?=\\[dtc]?frac\s*[{\d])")
-
-# "minus " in "minus 3"
-_SPELLED_MINUS = re.compile(r"\b(?:minus|negative)\s+(?=\d)", re.IGNORECASE)
-
-# \frac{3}{4}, \frac34, \frac{1,000}{3}
-_NUMERIC_FRACTION = re.compile(
-    r"""
-    \\[dtc]?frac \s*
-    (?: \{\s* (?P<top>-?[\d,]*\.?\d+) \s*\} | (?P<top_digit>\d) ) \s*
-    (?: \{\s* (?P<bottom>[\d,]+) \s*\} | (?P<bottom_digit>\d) )
-    """,
-    re.VERBOSE,
-)
+_STYLED = re.compile(r"\\(?:text|mbox|math|boldsymbol|bm)(?:rm|bf|sf|it)?\s*\{([^{}]*)\}")
+# ... and for numbers and letters: \frac34 becomes 3/4, 1\frac34 becomes 1 3/4.
+_PLAIN = [
+    (r"(?<=\d)\s*(?=\\[dtc]?frac\s*[{\d])", " "),
+    (r"\\[dtc]?frac\s*(?:\{\s*(-?[\d,.]+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1\2/\3\4"),
+    (_STYLED.pattern, r" \1 "),
+    (r"(?i)\b(?:minus|negative)\s+(?=\d)", "-"),
+    (r"(?<!\d)(\d{1,9}) dollars? and (\d\d) cents?", r"\1.\2 dollars"),
+    (r"(?<!\d)(\d{1,9}) dollars? and (\d) cents?", r"\1.0\2 dollars"),
+    (r"(?<=[A-Za-z])\s*\^\s*\{?[23]\}?(?!\d)", ""),  # the power of a unit: m^2
+]
 
 
 def _rewrite(text: str, rules: list[tuple[str, str]]) -> str:
-    """Apply rewriting rules (pattern, replacement) one after the other."""
     for pattern, replacement in rules:
         text = re.sub(pattern, replacement, text)
     return text
 
 
-def _clean(text: str) -> str:
-    """Remove LaTeX and markdown that carry no meaning, and write the rest in one way."""
-    for character, replacement in _CHARACTERS:
-        text = text.replace(character, replacement)
-    text = _FRACTION_CHARACTER.sub(_spell_fraction, text)
-    return _rewrite(text, _MARKUP)
-
-
-def _spell_fraction(match: re.Match) -> str:
-    """Write ½ as " 1/2", so that 3½ becomes "3 1/2"."""
-    return " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")
+def _spell(text: str) -> str:
+    """Write the characters of a text in one way: −3½x² becomes -3 1/2x^{2}."""
+    text = re.sub("[⁰¹²³⁴-⁹]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
+    text = unicodedata.normalize("NFKC", text)
+    text = "".join(_CHARACTERS.get(c) or str(unicodedata.decimal(c, c)) for c in text)
+    return _rewrite(text, _SPELLING)
 
 
 def plain_text(text: str) -> str:
-    """Clean a text and write its fractions as a/b. Serves numbers and letters, not formulas."""
-    text = _MIXED_NUMBER_GAP.sub(" ", _clean(text))
-    text = _NUMERIC_FRACTION.sub(_slash_fraction, text)
-    text = _SPELLED_MINUS.sub("-", text)
-    return _STYLED.sub(r" \g<content> ", text).strip()
+    r"""Return a text without LaTeX that numbers and letters do not need: 1 3/4 for 1\frac34."""
+    return _rewrite(_spell(text), _MARKUP + _PLAIN).strip()
 
 
-def _slash_fraction(match: re.Match) -> str:
-    r"""Write \frac{1,000}{3} as 1000/3."""
-    top = match["top"] or match["top_digit"]
-    bottom = match["bottom"] or match["bottom_digit"]
-    return f"{top}/{bottom}".replace(",", "")
-
-
-# ---- Numbers in a text ---------------------------------------------------------------------------
+# ---- Numbers -------------------------------------------------------------------------------------
 
 _NUMBER = re.compile(
     r"""
-    (?P<sign>[-+])? \s*[€£₹]?\s*
-    (?P<whole> \d{1,3}(?:,\d{2,3})*,\d{3}(?!\d) | \d+ )?    # "1,234", "1,23,456" or "1234"
-    (?P<decimals> \.\d+ )?
-    (?: (?<=\d)e(?P<exponent>[-+]?\d{1,2})(?!\w) )?         # "1.36e+06"
-    (?:                                                     # a fraction ...
-        (?: [ ]+(?:and[ ]+)? (?P<part>\d+) )?               # ... of a mixed number: "1 3/4"
-        \s*/\s* (?P<denominator> \d+(?!\.?\d) )
+    (?P<sign> (?<![\w)%])(?<![\d)%]\s)-(?=[€£₹¥.\d]) )?       # but not that of "16 - 3" and "x-3"
+    [€£₹¥]?
+    (?P<whole> \d+(?:,\d+)* )? (?P<decimals> (?<![A-Za-z])\.\d+ )?     # but "No.5" is 5
+    (?:                                                     # "1.36e+06", "3 \times 10^{8}"
+        (?<=\d) (?: e | \s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s* )
+        (?P<exponent> [-+]?\d{1,3} ) (?!\w) \}?
+    )?
+    (?:                                                     # "3/4", "1 3/4", "1 and 3/4"
+        (?<=\d) (?: [ ]+(?:and[ ]+)? (?P<part>\d+) )? \s*/\s* (?P<denominator> \d+(?!\.?\d) )
     )?
     (?: \s*(?P<multiplier>thousand|million|billion|trillion)\b )?
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-_MULTIPLIERS = {
-    "": 1,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-_MAX_LENGTH = 200  # of a number, in characters
-
-# "6.72 \times 10^{-5}"
-_SCIENTIFIC = re.compile(
-    r"""
-    (?P<factor>-?\d*\.?\d+) \s*
-    (?:\\times|\\cdot|\*|×) \s*
-    10 \s*\^\s* \{?\s* (?P<exponent>-?\d{1,3}) \s*\}?
-    """,
-    re.VERBOSE,
+_GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # "1234", "1,234", "1,23,456"
+_MULTIPLIERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_UNIT = re.compile(  # 36\text{ dollars}, 36 US dollars, 5 km/h
+    r"\s*\\(?:text|mbox|math)(?:rm)?\s*\{[A-Za-z /.]{2,}\}$"
+    r"|(?<=[\d}])\s+[A-Za-z]+(?:[ /][A-Za-z]+)*$"
 )
-
-# "2e-1" in a formula, where e is Euler's number
-_EULER = re.compile(r"\de", re.IGNORECASE)
-
-# "0.1\overline{36}", which is 0.1363636...
-_REPEATING = re.compile(
-    r"""
-    (?P<sign>-?) (?P<whole>\d*) \. (?P<decimals>\d*)
-    \\overline\s*\{ (?P<repeated>\d{1,9}) \}
-    """,
-    re.VERBOSE,
+# The text between two numbers that are not one answer: " or ", " + ", ", "
+_BETWEEN_TWO = re.compile(
+    r"\s+|\s*%?\s*(?:[-+^,:]|\*\*?|\\times|\\cdot|\bor\b|\band\b|\bto\b)\s*(?:or\b\s*)?[{+-]?"
 )
-
-_TRAILING_UNIT = re.compile(
-    r"""
-    (?:
-        \s*\\(?:text|mbox|mathrm|textrm)\s*\{[A-Za-z /.]{2,}\}    # 36\text{ dollars}
-      | (?<=[\d}])\s+[A-Za-z]{3,}(?:[ ][A-Za-z]+)*                # "36 US dollars"
-    )$
-    """,
-    re.VERBOSE,
-)
+_REMARK = re.compile(r"(?<=[\w%$}*])\s*(?<!\\)\((?:[^()]|\([^()]*\))*\)")  # 12 hours (= 0.5 days)
+_CLAUSE = re.compile(r"[,;]?\s+(?:because|since|as|which|where)\b.*", re.DOTALL)
+# "In 4 weeks", "for 2 people": a number that is not what a sentence tells
+_BESIDE = re.compile(r"(?i)\b(?:in|for|after|of|on|at|by|with|per|every|each|the|all|than)\W*$")
 
 
-class _Number(NamedTuple):
-    value: Fraction
-    sign: str  # as it is written, perhaps ""
-    start: int  # its place in the text, with its sign
-    end: int
-
-
-def find_numbers(text: str) -> list[_Number]:
-    """Return every number of a plain text. Numbers of over 200 characters are left out."""
+def _find_numbers(text: str) -> list[_Span]:
+    """Return every number of a plain text. Its value is None for "1/0" and "125,96"."""
     numbers = []
     for match in _NUMBER.finditer(text):
-        if match["whole"] is None and match["decimals"] is None:
+        if not (match["whole"] or match["decimals"]) or len(match[0]) > MAX_NUMBER:
             continue
-        if len(match[0]) > _MAX_LENGTH:  # before int(), which refuses thousands of digits
-            continue
-        if match["denominator"] and int(match["denominator"]) == 0:
-            continue
-        value = _absolute_value(match)
-        if match["sign"] == "-" and not _is_subtraction(text, match):
-            value = -value
-        numbers.append(_Number(value, match["sign"] or "", match.start(), match.end()))
+        whole, denominator = match["whole"] or "0", int(match["denominator"] or 1)
+        value = None
+        if _GROUPED.fullmatch(whole) and denominator != 0:
+            value = Fraction(whole.replace(",", "") + (match["decimals"] or ""))
+            value *= Fraction(10) ** int(match["exponent"] or 0)
+            part = Fraction(int(match["part"] or 0), denominator)
+            value = value + part if match["part"] else value / denominator
+            value *= _MULTIPLIERS.get((match["multiplier"] or "").lower(), 1)
+            value *= -1 if match["sign"] else 1
+        numbers.append(_Span(match.start(), match.end(), value))
     return numbers
 
 
-def _absolute_value(match: re.Match) -> Fraction:
-    """Return the value of a match of _NUMBER, without its sign."""
-    whole = (match["whole"] or "0").replace(",", "")
-    value = Fraction(whole + (match["decimals"] or ""))
-    if match["exponent"]:
-        value *= Fraction(10) ** int(match["exponent"])
-    if match["part"]:
-        value += Fraction(int(match["part"]), int(match["denominator"]))
-    elif match["denominator"]:
-        value /= int(match["denominator"])
-    multiplier = (match["multiplier"] or "").lower()
-    return value * _MULTIPLIERS[multiplier]
-
-
-def _is_subtraction(text: str, match: re.Match) -> bool:
-    """Return whether the minus before a number subtracts it: the one of "16 - 3" does."""
-    before = text[: match.start()]
-    last_character = before.rstrip()[-1:]
-    if last_character.isdigit() or last_character == ")":
-        return True
-    # After a letter, the spaces decide: "x - 3" and "x-3", but "a loss of -3".
-    space_before = before != before.rstrip()
-    space_after = match[0].startswith("- ")
-    return last_character.isalpha() and (space_after or not space_before)
+def _canonical_number(answer: str) -> str | None:
+    """Return the number that an answer names; None if it names none, or two ("5 or 6")."""
+    full = _CLAUSE.sub("", plain_text(answer))
+    text = _REMARK.sub("", full)
+    text = text if re.search(r"\d", text) else full  # "twelve (12)"
+    if "=" in text:  # the answer is 12 in "5 + 7 = 12" and in "12 = 5 + 7"
+        first, *_, last = text.split("=")
+        is_first = _sole_number(first) is not None and _sole_number(last) is None
+        text = first if is_first else last
+    numbers = _find_numbers(text)
+    if not numbers:
+        return None
+    # "12 apples in 3 bags" names 12, "In 4 weeks she earns $12 for 2 jobs" names 12, too.
+    told = [number for number in numbers if not _BESIDE.search(text[: number.start])]
+    chosen = (told or numbers[-1:])[0]
+    for one, other in itertools.pairwise(numbers):
+        is_pair = _BETWEEN_TWO.fullmatch(text[one.end : other.start])
+        if is_pair and chosen in (one, other) and one.value != other.value:
+            return None
+    return None if chosen.value is None else str(chosen.value)
 
 
 def _sole_number(latex: str) -> Fraction | None:
     """Return the number that the whole of an answer is, apart from a unit; None if it is more."""
-    # 1. notations of the whole answer
-    if len(latex) > _MAX_LENGTH:
+    unit = _UNIT.search(latex)
+    if unit and not _LENGTH.search(unit[0]) and not _HALF_DAY.search(unit[0]):
+        latex = latex[: unit.start()]
+    plain = plain_text(latex)
+    numbers = _find_numbers(plain)
+    if len(numbers) != 1 or re.search(r"\de", plain):  # 2e - 1 has Euler's number
         return None
-    scientific = _SCIENTIFIC.fullmatch(latex)
-    if scientific:
-        return Fraction(scientific["factor"]) * Fraction(10) ** int(scientific["exponent"])
-    repeating = _REPEATING.fullmatch(latex)
-    if repeating:
-        return _repeating_decimal(repeating)
-
-    # 2. one number, with nothing before and after it
-    plain = plain_text(_without_unit(latex))
-    numbers = find_numbers(plain)
-    if len(numbers) != 1 or _EULER.search(plain):
-        return None
-    [number] = numbers
-    rest = plain[: number.start] + plain[number.end :]
-    return None if rest.strip(" %.{}") else number.value
+    rest = plain[: numbers[0].start] + plain[numbers[0].end :]
+    return None if rest.strip(" %.{}") else numbers[0].value
 
 
-def _repeating_decimal(match: re.Match) -> Fraction:
-    """Return the value of a match of _REPEATING: 0.36 repeated is 36/99."""
-    decimals, repeated = match["decimals"], match["repeated"]
-    value = Fraction(f"{match['whole'] or 0}.{decimals or 0}")
-    value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(decimals))
-    return -value if match["sign"] else value
+# ---- Letters -------------------------------------------------------------------------------------
+
+_REJECTED = r"[$*)\].]*\s*(?:is|was|are)\s*(?:n't|not\b|wrong\b|incorrect\b|false\b)"
+_LETTERS = [
+    # "**B**", "[B]", "'B'", "$B$" become "(B)"
+    (r"(?<![\w(])[*_$\"'`<\[(]{1,4}([A-Za-z])[*_$\"'`>\])]{1,4}(?!\w)", r"(\1)"),
+    # "not B" and "B is wrong" name no option
+    (r"(?:\bnot|n't|\bthan|\bnor|\bneither|\bexcept)(?: be)?(?: option)?\W*\b[A-Z]\b", ""),
+    (r"\b[A-Z]\b" + _REJECTED, ""),
+]
+# B, (B), B) or (b); "A" and "I" before a word are an article and a pronoun
+_OPTION = re.compile(
+    r"(?<![\w'.\\^=-])(?:\((?=[A-Za-z]\))|(?=[A-Za-z]\)|(?:[A-Z]|^\W*[a-z](?:[.:]\s|\W*$))))"
+    r"(?![AI]\s+(?!(?:is|because|since|as|for|follows|holds|due|and|or)\b)[a-z])"
+    r"([A-Za-z])\)?(?![\w'^]|[.-]\w)"
+)
+# The text between two options of one answer, and before the one that an answer begins with
+_TOGETHER = re.compile(
+    r"|\s*(?:,?\s*(?:and|or)\b|[,/&+-])\s*(?:(?:options?|choice)\s*)?", re.IGNORECASE
+)
+_BEGINNING = re.compile(
+    r"(?i)(?:the|correct|right|best|final|answer|options?|choice|letter|is|\W)*"
+)
+# "B) 4", "**B**", "b. 4", "B - 4": a line that begins with an option
+_OPTION_LINE = re.compile(
+    r"(?i)\W*(?:(?:options?|choice|answer)\W+)?([A-Z])(?:[).:](?=\s|$)|\s+-\s|\W*$)"
+)
+# Words of a sentence that decides for an option
+_DECISION = re.compile(
+    r"\b(?:correct|right|best|answer|closest|choose|select|pick|go with|think)\b"
+    r"|\bis (?:option )?\(?[A-Z]\)?\W*$"
+)
 
 
-def _without_unit(latex: str) -> str:
-    """Remove a unit at the end, unless it is a length (which may be an area) or a time of day."""
-    unit = _TRAILING_UNIT.search(latex)
-    if unit is None or _LENGTH_UNIT.search(unit[0]) or _HALF_DAY.search(unit[0]):
-        return latex
-    return latex[: unit.start()]
+def _option_text(text: str) -> str:
+    return plain_text(_rewrite(_spell(text), _LETTERS))
+
+
+def _canonical_letter(answer: str) -> str | None:
+    """Return the option that an answer names; None if it names none, or two."""
+    text = _option_text(answer)
+    options = list(_OPTION.finditer(text))
+    begins = options and _BEGINNING.fullmatch(text[: options[0].start()])
+    for one, other in itertools.pairwise(options[:2] if begins else options):
+        if one[1] != other[1] and _TOGETHER.fullmatch(text[one.end() : other.start()]):
+            return None
+    letters = {option[1].upper() for option in (options[:1] if begins else options)}
+    return letters.pop() if len(letters) == 1 else None
+
+
+def _option_without_cue(text: str) -> str | None:
+    """Return the option that a message begins with, or that its last sentence decides for."""
+    text = "" if _BOX.search(text) else _option_text(text)
+    begun = [_OPTION_LINE.match(line) for line in text.split("\n") if line.strip()]
+    if begun and begun[0] and not any(begun[1:]):  # a list of all options is no choice
+        return begun[0][1].upper()
+    for sentence in reversed(re.split(r"(?<=[.!?])\s+(?=[A-Z(])|\n", text)):
+        letters = set(_OPTION.findall(re.split(r"\b(?:because|since)\b", sentence)[0]))
+        if letters and _DECISION.search(sentence) and not sentence.endswith("?"):
+            return letters.pop() if len(letters) == 1 else None
+    return None
+
+
+# ---- Mathematics ---------------------------------------------------------------------------------
+
+# Notation that math-verify misreads
+_LATEX = [
+    # "x \approx 3" and "3/56 \approx 0.05"
+    (r"^(?:[A-Za-z]\s*)?\\approx|(?<=.)\\approx.*|^(?:approximately|about|approx\.?)\s", ""),
+    (r"\^\s*(\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})", r"^{\1}"),  # 2^\frac{1}{2}, read as 1
+    (r"\\(?:mathrm|text)\s*\{([ie])\}", r" \1"),  # \mathrm{i} becomes i
+    (r"(\{\d{1,3}),(\d{3}\})", r"\1\2"),  # {15,625}
+    (r"(?<=[\d})])\s*i(?![a-zA-Z])", r" \\cdot i"),  # 3i becomes 3 \cdot i
+    (r"(?i)\b(?:square|sq\b\.?)\s*([a-z]+)\b", r"\1^2"),  # "square cm" becomes cm^2
+    (r"(?i)\ba\.?\s?m\b\.?", "am"),  # a.m.
+    (r"(?i)\bp\.?\s?m\b\.?", "pm"),
+]
+_VERB = re.compile(r"\b(?:is|are|was|were|be|equals|has|have|gets?|takes?|holds)\b")
+
+
+def _canonical_math(answer: str) -> str | None:
+    """Return a number, words or LaTeX, in one notation."""
+    latex = _rewrite(_spell(answer), _MARKUP).strip(" \"'").rstrip(". \\").lstrip("+")
+    latex = _rewrite(latex, _LATEX).strip()
+    number = _sole_number(latex)
+    if number is not None:
+        return str(number)
+    words = " ".join(_STYLED.sub(r" \1 ", latex).split()).rstrip(". ")
+    numbers = _find_numbers(words)
+    if _VERB.search(words) and len(numbers) == 1 and "\\" not in words:
+        return str(numbers[0].value)  # "There are 12 ways"
+    return (latex if re.search(r"[\d\\^_=+*/<>|-]", words) else words) or None
+
+
+def canonical(answer: str, answer_type: str) -> str | None:
+    """Return an answer in the form in which answers are recorded and compared.
+
+    That is "42" or "-3/4" for a number, "B" for a letter, and a number, words or LaTeX for "math".
+    Returns None if the text is not an answer of this type. Raises KeyError for another type.
+    """
+    readers = {"number": _canonical_number, "letter": _canonical_letter, "math": _canonical_math}
+    return readers[answer_type](answer)
 
 
 # ---- Equality ------------------------------------------------------------------------------------
 
 _FRACTION = re.compile(r"-?\d+(/\d+)?")  # "42", "-3/4": a number in canonical form
 _WORDS = re.compile(r"(?:[A-Za-z]{3,}|[Nn][Oo])(?:[ -][A-Za-z]+)*")  # "east", "no", "New York"
-
-_LENGTH_UNIT = re.compile(
-    r"""
-    (?P<word>(?i:square|cubic|sq\.?|cu\.?))? \s*\b
-    (?:
-        (?(word) | (?: (?<=[\d{}]) | (?<=[\d{}]\s) | (?<=\\[,\s]) ) )
-        [ckm]?m                                             # but m(m+1) has a variable
-      | (?:centi|kilo|milli)?met(?:er|re)s?
-      | in | inch | inches | ft | foot | feet | yd | yards? | miles? | units?
-    )\b
-    [.}\s]*
-    (?: \^\{? (?P<power>\d) )?                              # the 2 of \text{cm}^2
-    """,
-    re.VERBOSE,
+_LENGTH = re.compile(  # but the m of m(m+1) is a variable
+    r"(?:(?:(?<=[\d{}])|(?<=[\d{}]\s)|(?<=\\[,\s]))[ckm]?m|\b(?:(?:centi|kilo|milli)?met(?:er|re)s?"
+    r"|in|inch|inches|ft|foot|feet|yd|yards?|miles?|units?))(?![A-Za-z])[.}\s]*(?:\^\{?(?P<value>\d))?"
 )
-_POWER_OF_WORD = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-
-_HALF_DAY = re.compile(r"\b(?P<half>[ap])(?:\.\s?m\b\.?|\s?m\b)", re.IGNORECASE)  # "a.m.", "PM"
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")  # "Square", but not "\Delta"
-_NUMBER_WITH_BASE = re.compile(  # 52_8, 52_{8}, 52_{\text{8}}
-    r"\d+ \s*_\s* \{?(?:\\text\{)?\s* (?P<base>\d+) \s*\}*",
-    re.VERBOSE,
+_HALF_DAY = re.compile(r"(?<!\\)\b(?P<value>[ap])m\b")
+_PROPERTIES = [  # two answers that have one of them are unequal if it differs
+    _LENGTH,  # its power: 1, or 2 for an area, or 3 for a volume
+    _HALF_DAY,
+    re.compile(r"^\d+\s*_\s*\{?(?:\\text\{)?\s*(?P<value>\d+)\s*\}*$"),  # the base of 52_8
+    re.compile(r"^\\?(?P<value>\{|\((?=[^()]*\)$))"),  # a set is not a tuple
+]
+_EQUALS = re.compile(r"(?<![<>!\\])=(?![^{}]*\})")  # but not ">=", "!=" and \sum_{k=1}
+# What an equation may define: x_1, AB, \theta, \angle ABC, a word, f(2), a ratio, (x, y)
+_ATOM = (
+    r"(?:\\(?!frac|sqrt)[A-Za-z]+\s*(?:\{[^{}]*\}|[A-Z]{1,3}\b)?|[A-Z]{2}|[A-Za-z]{4,}|[A-Za-z])"
+    r"(?:_(?:\w|\{[^{}]*\}))?'*"
 )
-_OPTION_LABEL = re.compile(r"\(?(?P<letter>[A-Z])\)")  # "(C)" or "C)"
-_TUPLE = re.compile(r"\([^()]*\)")  # "(1,2)"
-_EQUALS = re.compile(r"(?<![<>!\\])=")  # but not ">=" and "!="
-_SEVERAL_EQUATIONS = re.compile(r",|;|\\text\b|\band\b|\bor\b")  # "x=3, y" before the last "="
-_ARGUMENTS = re.compile(r"\([^()]*\)")
-
-# What an equation may define: "x", "x_1", "\theta", "f(2)", "\text{Area}", "AB", "\cos\theta"
 _NAME = re.compile(
-    r"""
-    (?:
-        (?:
-            \\(?:text|mbox|mathrm|mathbf|mathbb|vec|hat|bar|overline|angle)\s*\{[^{}]*\}
-          | m?\s*\\(?:angle|triangle)\s*[A-Z]{1,3}        # an angle, by its points
-          | [A-Z]{2} | [A-Za-z]{4,}                       # a segment "AB"; a word
-          | [A-Za-z] | \\(?!frac|sqrt)[A-Za-z]+           # "x", "\theta"
-        )
-        (?: _(?:\w|\{[^{}]*\}) )?                         # "_1", "_{10}"
-        '*
-      | \\(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln) \b [^-+*/,;=]+
-      | (?![abckmnxyz]) [A-Za-z]                          # "f(2)", but x(x+1) is a product
-        (?: _(?:\w|\{[^{}]*\}) )? '* (?: \^\{-1\} )? \s*
-        [(\[] [^()\[\]]* [)\]]
-    )
-    """,
-    re.VERBOSE,
+    rf"{_ATOM}(?:\s*:\s*{_ATOM})?|\\frac\{{[A-Za-z]+\}}\{{[A-Za-z]+\}}|\([A-Za-z](?:,\s*[A-Za-z])+\)"
+    rf"|(?![abckmnxyz]){_ATOM}(?:\^\{{-1\}})?\s*[(\[][^()\[\]]*[)\]]"
+    r"|\\(?:sin|cos|tan|cot|sec|csc|arc\w+|log|ln)(?![a-z])[^-+*/,;=]+"
 )
-_NAMES = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")  # "(x, y)"
-
-# Commands of arithmetic: what remains of "\sqrt{49} = 7" has no letters
-_ARITHMETIC = re.compile(r"\\(?:[dtc]?frac|sqrt|[dt]?binom|times|cdot|div|pi|circ)(?![a-zA-Z])")
+_ARITHMETIC = re.compile(r"(?:\\(?:[dtc]?frac|sqrt|[dt]?binom|times|cdot|pi|circ)|[^A-Za-z\\])+")
 
 
 def same_answer(a: str | None, b: str | None, answer_type: str) -> bool:
     """Return whether two canonical answers are equal. Symmetric; None equals nothing."""
     if a is None or b is None:
         return False
-    if a == b:
-        return True
-    return answer_type == "math" and _same_math(a, b)
+    return a == b or (answer_type == "math" and _same_math(*sorted((a, b))))
 
 
 def is_comparable(answer: str, answer_type: str) -> bool:
-    """Return whether `same_answer` can tell that an answer of the same value equals this one.
-
-    It cannot if the answer is a formula that math-verify cannot read.
-    """
-    if answer_type != "math":
-        return True
-    if _FRACTION.fullmatch(answer) or _WORDS.fullmatch(answer):
+    """Return False for a formula that math-verify cannot read: it would equal only itself."""
+    if answer_type != "math" or _FRACTION.fullmatch(answer) or _WORDS.fullmatch(answer):
         return True
     return MATH_VERIFY.equal(answer, answer)
 
 
 def _same_math(a: str, b: str) -> bool:
     """Return whether two different canonical answers of type "math" have the same value."""
-    # 1. Pairs that need no math-verify, or whose difference it would ignore.
-    for compare in (_compare_words, _compare_properties, _compare_options, _compare_notation):
-        verdict = compare(a, b)
-        if verdict is not None:
-            return verdict
-
-    # 2. An equation equals its right side only if it defines it: y = 2x + 3, but not 2x + z = 1.
-    if _is_equation(a) != _is_equation(b) and not (_may_define(a) and _may_define(b)):
-        return False
-
-    # 3. math-verify. The pair is sorted, so that the result is symmetric and cached once.
-    first, second = sorted((a, b))
-    if MATH_VERIFY.equal(first, second):
+    # 1. Words, and what math-verify would ignore.
+    if re.search(r"(?<![_\d])\d+\s+\d", f"{a} = {b}"):  # "3 4" is not 34
+        return a.split() == b.split()
+    plain_a, plain_b = ["".join(_STYLED.sub(r"\1", answer).split()) for answer in (a, b)]
+    if plain_a == plain_b:
         return True
-    return _equation_yields(a, b) or _equation_yields(b, a)
-
-
-def _compare_words(a: str, b: str) -> bool | None:
-    r"""Compare words and fractions; \text{June 20} equals June 20. None if a formula is left."""
-    if _without_style(a) == _without_style(b):
-        return True
-    a_is_words, b_is_words = _WORDS.fullmatch(a), _WORDS.fullmatch(b)
-    if a_is_words or b_is_words:  # "east" is not the product of e, a, s and t
-        return a.lower().split() == b.lower().split()
-    if _FRACTION.fullmatch(a) and _FRACTION.fullmatch(b):  # they differ, and are reduced
+    if _WORDS.fullmatch(a) or _WORDS.fullmatch(b):  # "east" is not the product of e, a, s and t
+        return plain_a.lower() == plain_b.lower()
+    if plain_a.lower() == plain_b.lower():  # 3r^2 is not 3R^2
         return False
-    return None
-
-
-def _compare_properties(a: str, b: str) -> bool | None:
-    """Return False if both have a unit, a base or a half of the day, and these differ."""
-    for property_of in (_unit_power, _base, _half_day):
-        property_a, property_b = property_of(a), property_of(b)
-        if None not in (property_a, property_b) and property_a != property_b:
+    if _FRACTION.fullmatch(a) and _FRACTION.fullmatch(b):  # they are reduced
+        return False
+    for pattern in _PROPERTIES:
+        matches = [pattern.search(answer) for answer in (a, b)]
+        if len({(match["value"] or "1").lower() for match in matches if match}) > 1:
             return False
-    return None
 
-
-def _compare_options(a: str, b: str) -> bool | None:
-    """Compare options by their letters; "(C)" equals "(C) hyperbola". None for other answers."""
-    label_a, label_b = _OPTION_LABEL.match(a), _OPTION_LABEL.match(b)
-    if label_a is None or label_b is None:
-        return None
-    one_is_only_a_label = label_a[0] == a or label_b[0] == b
-    return label_a["letter"] == label_b["letter"] if one_is_only_a_label else None
-
-
-def _compare_notation(a: str, b: str) -> bool | None:
-    """Return False for 3r^2 and 3R^2, and for a set and a tuple; True for 3 PM and 3 p.m."""
-    if _with_usual_case(a) == _with_usual_case(b):
-        return True
-    if a.lower() == b.lower():
-        return False
-    if _is_set_and_tuple(a, b) or _is_set_and_tuple(b, a):
-        return False
-    return None
-
-
-def _with_usual_case(answer: str) -> str:
-    """Write words and halves of the day in one way. Variables keep their case, and commands."""
-    answer = _HALF_DAY.sub(lambda match: f"{match['half'].lower()}m", answer)
-    return _WORD.sub(lambda match: match[0].lower(), answer)
-
-
-def _without_style(answer: str) -> str:
-    """Remove text styles and all spaces."""
-    return "".join(_STYLED.sub(r"\g<content>", answer).split())
-
-
-def _unit_power(answer: str) -> int | None:
-    """Return 1 for a length, 2 for an area, 3 for a volume; None if the answer has no such unit."""
-    match = _LENGTH_UNIT.search(answer)
-    if match is None:
-        return None
-    if match["power"]:
-        return int(match["power"])
-    if match["word"]:
-        return _POWER_OF_WORD[match["word"].lower().rstrip(".")]
-    return 1
-
-
-def _base(answer: str) -> str | None:
-    """Return the base of a number with a subscript: the 8 of 52_8."""
-    match = _NUMBER_WITH_BASE.fullmatch(answer)
-    return match["base"] if match else None
-
-
-def _half_day(answer: str) -> str | None:
-    """Return "a" for a time with a.m., "p" for one with p.m."""
-    match = _HALF_DAY.search(answer)
-    return match["half"].lower() if match else None
-
-
-def _is_set_and_tuple(a: str, b: str) -> bool:
-    return a.startswith(r"\{") and _TUPLE.fullmatch(b) is not None
-
-
-def _is_equation(answer: str) -> bool:
-    return _EQUALS.search(answer) is not None
-
-
-def _may_define(answer: str) -> bool:
-    """Return False for an equation whose left side is neither a name nor arithmetic.
-
-    Several equations are left to math-verify, and so are answers without an equals sign.
-    """
-    if not _is_equation(answer) or _has_several_equations(answer):
-        return True
-    left = _EQUALS.split(answer)[0].strip()
-    if _NAME.fullmatch(left) or _NAMES.fullmatch(left):
-        return True
-    is_arithmetic = not re.search(r"[A-Za-z]", _ARITHMETIC.sub("", answer))
-    return is_arithmetic
-
-
-def _has_several_equations(answer: str) -> bool:
-    """Return whether a separator stands before the last equals sign, and not among arguments."""
-    left = answer.rpartition("=")[0]
-    return _SEVERAL_EQUATIONS.search(_ARGUMENTS.sub("", left)) is not None
-
-
-def _equation_yields(equation: str, answer: str) -> bool:
-    """Return whether the right side of an equation equals an answer that is not an equation."""
-    if "=" in answer:
-        return False
-    return same_answer(_right_side(equation), answer, "math")
-
-
-def _right_side(answer: str) -> str | None:
-    """Return the 5 of f(2) = 5; None if there is no equation, or more than one."""
-    if not _is_equation(answer) or _has_several_equations(answer):
-        return None
-    return _canonical_math(_EQUALS.split(answer)[-1])
+    # 2. An equation that defines something equals its right side: y = 2x + 3, not 2x + z = 1.
+    equation, answer = (a, b) if _EQUALS.search(a) else (b, a)
+    left, *sides = _EQUALS.split(equation)
+    has_several = re.search(r"[,;]|\\text\b|\b(?:and|or)\b", re.sub(r"\([^()]*\)", "", equation))
+    if not sides or _EQUALS.search(answer) or has_several:
+        return MATH_VERIFY.equal(a, b)
+    is_defined = _NAME.fullmatch(left.strip()) or _ARITHMETIC.fullmatch(equation)
+    return bool(is_defined) and same_answer(_canonical_math(sides[-1]), answer, "math")
 
 
 # ---- math-verify in its own process --------------------------------------------------------------
 
-# What the process runs: for each line with a JSON pair of answers, it prints a JSON boolean.
-_PROGRAM = r"""
-import json
-import logging
-import sys
-
-import math_verify
-
-logging.disable(logging.CRITICAL)
-math_verify.parse("$1$", parsing_timeout=None)  # the first call loads sympy
-print("ready", flush=True)
-for line in sys.stdin:
-    a, b = [
-        math_verify.parse("\\boxed{" + answer + "}", parsing_timeout=None)
-        for answer in json.loads(line)
-    ]
-    equal = bool(a and b)
-    for gold, answer in ((a, b), (b, a)):
-        equal = equal and math_verify.verify(
-            gold, answer, allow_set_relation_comp=True, timeout_seconds=None
-        )
-    print(json.dumps(equal), flush=True)
-"""
-
 
 class MathVerify:
-    """Compare two LaTeX answers by math-verify in its own process.
+    """Compare two LaTeX answers by math-verify in another process.
 
-    SymPy may run forever, and only a process can be stopped at any moment and from any thread.
-    `timeouts` counts the comparisons that were stopped; they count as unequal.
+    SymPy may run forever, and only a process can be stopped at any moment and from any thread. The
+    process loads SymPy once, which takes seconds, and forks for each comparison. `timeouts` counts
+    those that took too much time or memory; they count as unequal.
     """
 
-    SECONDS = 10.0  # for one comparison
-
-    PROGRAM = _PROGRAM
+    # For each line with a JSON pair of answers, it prints true, false or null (stopped).
+    PROGRAM = r"""
+import json, logging, os, resource, signal, sys
+from math_verify import LatexExtractionConfig, parse, verify
+logging.disable(logging.CRITICAL)
+latex = [LatexExtractionConfig()]
+options = {"numeric_precision": 100, "allow_set_relation_comp": True, "timeout_seconds": None}
+parse("$1$", latex, parsing_timeout=None)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        signal.setitimer(signal.ITIMER_PROF, 0.8)  # seconds of computing; then it is killed
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes
+        a, b = [parse(f"\\boxed{{{x}}}", latex, parsing_timeout=None) for x in json.loads(line)]
+        equal = bool(a and b) and verify(a, b, **options) and verify(b, a, **options)
+        os._exit(11 if equal else 10)
+    exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print({10: "false", 11: "true"}.get(exit_code, "null"), flush=True)
+"""
 
     def __init__(self):
         self.process = None
@@ -723,52 +421,19 @@ class MathVerify:
     def _equal(self, a: str, b: str) -> bool:
         """Return whether two LaTeX answers are equal; False if either cannot be parsed."""
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self._start()
-            reply, timed_out = self._ask(a, b)
-            if reply:
-                return json.loads(reply)
-
-            # No reply: the process was killed by the timer, or it failed.
-            exit_code = self.process.wait()
-            if not timed_out:
-                reason = ", perhaps out of memory" if exit_code == -signal.SIGKILL else ""
-                raise RuntimeError(f"math-verify failed on {a!r} and {b!r}{reason}")
+            if self.process is None:
+                command = [sys.executable, "-c", self.PROGRAM]
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+                # In its own session: an interrupt (Ctrl-C) is for this process alone.
+                self.process = subprocess.Popen(command, **pipes, start_new_session=True)
+            self.process.stdin.write(json.dumps([a, b]) + "\n")
+            self.process.stdin.flush()
+            equal = json.loads(self.process.stdout.readline())
+        if equal is None:
             self.timeouts += 1
-            print(
-                f"comparing {a[:80]!r} with {b[:80]!r} took more than {self.SECONDS:g} s; "
-                f"counted as unequal",
-                file=sys.stderr,
-            )
-            return False
-
-    def _start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.PROGRAM],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # an interrupt (Ctrl-C) is for this process alone
-        )
-        self.process.stdout.readline()  # "ready": loading sympy takes seconds and is not timed
-
-    def _ask(self, a: str, b: str) -> tuple[str, bool]:
-        """Return the reply (JSON, or "" for none), and whether the timer stopped the process."""
-        timed_out = threading.Event()
-
-        def stop():
-            timed_out.set()
-            self.process.kill()
-
-        timer = threading.Timer(self.SECONDS, stop)
-        timer.daemon = True
-        self.process.stdin.write(json.dumps([a, b]) + "\n")
-        self.process.stdin.flush()
-        timer.start()
-        try:
-            return self.process.stdout.readline(), timed_out.is_set()
-        finally:
-            timer.cancel()
+            pair = f"{a[:80]!r} with {b[:80]!r}"
+            print(f"comparing {pair} takes too long; counted as unequal", file=sys.stderr)
+        return bool(equal)
 
 
 MATH_VERIFY = MathVerify()
@@ -778,35 +443,61 @@ MATH_VERIFY = MathVerify()
 
 RUNGS = ("told", "sentence", "box", "option", "number", "none")
 
+_CUE = re.compile(
+    r"""
+    (?P<hashes> (?<![#\w])\#{4} (?![ \t]*(?:[A-Za-z#]{2}|\d+[.)]\s|$)) )     # "#### 42"
+  | \b (?P<final>final\s+)?
+    (?: answers? (?:\ (?:choice|option))? | result | output | ans\b
+      | (?:(?:correct|right|best|final|selected)\s+)(?:choice|option|statement|letter) )
+    \b [*_]* [ \t]*
+    (?: \( (?!\w\)) [^()\n]{0,80} \) )? [ \t]*                # a remark: "Answer (in cm): 42"
+    (?:
+        (?: \b(?:to|for|in|here|I|we)\b [^.:=\n]{0,60}? )?    # "to the question"
+        (?: \b(?:is|was|are|equals|(?:would|should|must|will|seems\ to)\ be)(?:\b|(?=n't))[*_]*\s*:?
+          | \b(?:would|should|must|will|can|could)(?=\ ?not\b|n't)
+          | (?P<sign> [*_`]*\s*(?::|=+>?|→)+ ) )
+      | (?P<line> -[ \t] | [*_`#]*[ \t]*\n )                  # "Answer - 42", "### Answer"
+      | (?(final)(?-i:(?=[*$(]*(?:\d|[A-Z]\b|\\))) | (?!) )   # "my final answer 42"
+    )
+    """,
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
+)
+_GAP = re.compile(r"[\s*_`#>]*(?:(?:\\\[|\$\$)\s*)?")  # between a cue and the answer
+# A line up to ". " before a capital letter or a formula, but not up to that of "9:30 p.m. on"
+_SENTENCE = re.compile(r""".*?[.!?][.!?$*")\]}]*(?=\s+[A-Z$\\*("])|.*""")
+_VERDICT = re.compile(r"(?i)(final answer\W{1,9})the check (?:holds|fails)\b[.,:;]?\s*")
+# A formula over several lines; "$x+1$", "\(x+1\)" and "\[x+1\]"; "\boxed{" and "\boxed 7"
+_DISPLAY = re.compile(r"(?s)\\\[[^]]{0,600}?\\\]|\$\$[^$]{1,600}\$\$|\\begin\{.{0,600}?\\end\{")
+_FORMULA = re.compile(r"(?<!\\)\$+((?:\\.|[^$\\]){1,600})\$+|\\[(\[](.{1,600}?)\\[)\]]")
+_BRACES = r"[^{}]"
+for _ in range(6):
+    _BRACES = rf"(?:[^{{}}]|\{{{_BRACES}*\}})"  # with braces inside, up to this depth
+_BOX = re.compile(rf"\\(?:boxed|fbox)[ ]*(?:\{{({_BRACES}*)\}}|(\{{)|(-?\w[\w.]*))")
+# Between two boxes or formulas that are one answer, as in "\(x = 1\) or \(x = 2\)"
+_AND = r"(?:\$|\\\))\s*(?:[,;]|,?\s*\b(?:and|or)\b)\s*(?:\$|\\\()"
+# "the Solver's ", "your ", "another possible ": before an answer that the message only discusses
+_NOT_OWN = re.compile(
+    r"(?i)\b(?:(?!(?:let|that|it|he|she|here|there|what)'s)\w+'s|your|his|her|their|wrong|incorrect"
+    r"|other|another|possible|proposed|previous|not|rather than|instead of"
+    r"|(?:check|verify)(?:ing|ed)? (?:the|this|our)) +(?:(?:correct|final|own|first) +)?[$*]*$"
+)
+_DENIAL = re.compile(
+    r"\W*(?:n't|not|never|(?:more|less|fewer|greater|smaller)\s+than)\b", re.IGNORECASE
+)
+# "correct", "it is wrong", "found by adding": remarks on an answer, which do not give it
+_ABOUT = re.compile(
+    r"(?i)\W*(?:(?:it|this|that)\s*(?:'s|is|was)\s+)?(?:also\s+)?(?:(?:in)?correct|wrong|clear|below"
+    r"|right(?!\s+(?:tri)?angle)|as follows|in|based|given(?! by)|found|rounded|obtained)\b"
+)
+_SPOKEN_REMARK = re.compile(r"\s\((?=[^()\n]{0,80}(?:(?<![\\A-Za-z])[A-Za-z]{3}|=))[^()\n]*\)")
+_CONTENT = {"number": re.compile(r"\d"), "letter": _OPTION, "math": re.compile(r"\S")}
+
 
 class Answer(NamedTuple):
     """The answer of a message, and how it was read."""
 
-    value: str | None  # in canonical form; None if the message has no answer
-    rung: str  # one of RUNGS; "none" if the message has no answer
-
-
-NO_ANSWER = Answer(None, "none")
-
-
-class _Box(NamedTuple):
-    r"""A \boxed{...} and its place in a message."""
-
-    start: int
-    end: int
-    content: str | None  # None if the box is never closed
-
-
-class _Phrase(NamedTuple):
-    """A place in a message that may give its answer."""
-
-    start: int
-    end: int
-    rung: str  # "told", "sentence" or "box"
-    text: str  # what the phrase names as the answer
-    box: _Box | None  # a box in the phrase, which is then its answer
-    status: str  # "given", "denied" (the answer is not 5) or "remark" (the answer is correct)
-    is_statement: bool  # "Final answer: 42", which counts before "the final answer is 42"
+    value: str | None = None  # in canonical form; None if the message has no answer
+    rung: str = "none"  # one of RUNGS; "none" if the message has no answer
 
 
 def extract_answer(text: str, answer_type: str) -> Answer:
@@ -814,395 +505,102 @@ def extract_answer(text: str, answer_type: str) -> Answer:
 
     The module docstring describes the rungs. This never raises, whatever the text.
     """
-    # 1. told: statements before mentions, and the last one first
-    boxes = _own_boxes(text)
-    statements, mentions = _find_told(text, boxes, answer_type)
-    told = statements + mentions
-    for phrase in told:
-        value = _value_of(phrase, answer_type)
-        if value is not None:
-            return Answer(value, phrase.rung)
-
-    # 2. the last sentence or box, but none before a told answer that was refused
-    refused_until = 0
-    for phrase in told:
-        if _is_refused(phrase, answer_type):
-            refused_until = max(refused_until, phrase.end)
-    sentences = _find_sentences(text, boxes)
-    others = sentences + _free_boxes(boxes, told + sentences)
-    others.sort(key=lambda phrase: phrase.start, reverse=True)
-    for phrase in others:
-        if phrase.start < refused_until:
-            break
-        value = _value_of(phrase, answer_type)
-        if value is not None:
-            return Answer(value, phrase.rung)
-        if _is_refused(phrase, answer_type):
-            return NO_ANSWER
-
-    # 3. the whole message, if it is an option
+    text = _spell(text[-MAX_MESSAGE:].replace("<answer>", "\nFinal answer: "))
+    text = _DISPLAY.sub(lambda match: match[0].replace("\n", " "), _VERDICT.sub(r"\1", text))
+    answers = _find_answers(text, answer_type)
+    if answers:
+        return max(answers)[-1]
+    value, rung = None, "option"
     if answer_type == "letter":
-        option = _BARE_OPTION.fullmatch(plain_text(text))
-        return Answer(option["letter"].upper(), "option") if option else NO_ANSWER
-
-    # 4. the last number, unless a told answer or a sentence speaks against it
-    if answer_type != "number" or any(map(_forbids_last_number, told + others)):
-        return NO_ANSWER
-    numbers = find_numbers(plain_text(text))
-    return Answer(str(numbers[-1].value), "number") if numbers else NO_ANSWER
+        value = _option_without_cue(text)
+    elif answer_type == "number":
+        numbers = _find_numbers(plain_text(text))
+        value, rung = (numbers[-1].value if numbers else None), "number"
+    return Answer() if value is None else Answer(str(value), rung)
 
 
-def _value_of(phrase: _Phrase, answer_type: str) -> str | None:
-    """Return the canonical answer that a phrase gives; None if it gives none that can be read."""
-    if phrase.status != "given":
-        return None
-    if phrase.box is not None:
-        content = phrase.box.content
-        return None if content is None else canonical(content, answer_type)
-    answer = _ADVERB.sub("", phrase.text)
-    if answer_type == "math":
-        # "the answer is the number of ways to arrange them" describes an answer
-        num_words = len(_WORD_OUTSIDE_LATEX.findall(_FORMULA.sub("", answer)))
-        if num_words > _MAX_WORDS and not phrase.is_statement:
-            return None
-        answer = _only_formula(answer)
-    return canonical(answer, answer_type)
+def _find_answers(text: str, answer_type: str) -> list[tuple[int, int, Answer]]:
+    """Return (priority, place, answer) of what is told, of sentences and of boxes.
 
-
-def _is_refused(phrase: _Phrase, answer_type: str) -> bool:
-    """Return whether a phrase without a readable answer tries to give one, such as "5 or 6"."""
-    if phrase.status != "given":
-        return False
-    if phrase.box is not None:
-        return True
-    if phrase.is_statement:
-        return phrase.text.strip() != ""
-    if answer_type == "number":
-        return _DIGIT.search(phrase.text) is not None
-    return answer_type == "letter" and _TWO_OPTIONS.search(phrase.text) is not None
-
-
-def _forbids_last_number(phrase: _Phrase) -> bool:
-    """Return whether the last number would be a guess against a phrase: "the answer is not 5"."""
-    if phrase.status == "remark":
-        return False
-    has_content = phrase.box is not None or _DIGIT.search(phrase.text) is not None
-    return phrase.is_statement or has_content
-
-
-# ---- Statements, sentences and boxes -------------------------------------------------------------
-
-# "is", "isn't", "should be", "cannot be". A negation is left to the text after the verb.
-_VERB = r"""
-    (?:
-        (?:is|was|are|equals) (?:\b|(?=n['’]t))
-      | (?:would|should|must|will) \s+ be\b
-      | (?:would|should|must|will|can|could) (?=\s*not\b|n['’]t)
-    )
-"""
-
-# " to the question", " in cm": words between "answer" and its verb
-_ADDITION = r"(?: \s*\b (?:to|for|in|here|I|we)\b [^.:=\n]{0,60}? )?"
-
-# The answer is on this line, or on the next line that has text. "\[" and "$$" open a formula.
-_ANSWER_LINE = r"""
-    [ \t*_`]*\s*
-    (?: (?:\\\[|\$\$) [ \t]*\n\s* )?
-    (?= (?P<answer>[^\n]*) )
-"""
-
-_FINAL_ANSWER = re.compile(
-    rf"""
-    final\s+answer\b [ \t]*
-    (?: \((?!\w\))[^()\n]*\) )? [ \t]*            # a remark: "Final answer (in cm): 42"
-    (?: {_ADDITION} \s* (?P<verb>{_VERB}) )?
-    (?P<statement>                                # the sign of a statement:
-        [*_`]*\s*[:：=]                           #   "**Final answer:** 42"
-      | [-–—][ \t]                                #   "Final answer - 42"
-      | (?<!is) [*_`#]*[ \t]*\n                   #   "**Final Answer**" as a heading
-    )?
-    {_ANSWER_LINE}
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
-
-_SENTENCE = re.compile(
-    rf"""
-    (?:
-        \b (?: answers? (?:\s+(?:choice|option))? | (?:correct|right|best)\s+(?:choice|option) ) \b
-        (?: [ \t]*\([^()\n]*\) )?                 # a remark: "The answer (in cm) is 42"
-        (?:
-            {_ADDITION} \s+ {_VERB} (?:[*_`]*\s*[:：])?
-          | [*_`]*\s*[:：=]                       # "**Answer:** 42"
-          | [ \t]+[-–—][ \t]                      # "Answer - 42"
-        )
-      | ^[ \t#*_]* answer [*_]*[ \t]*\n           # "### Answer" as a heading
-    )
-    {_ANSWER_LINE}
-    """,
-    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
-)
-
-# "#### 42", as GSM8K ends its solutions. Five signs are a heading.
-_HASH_LINE = re.compile(r"^[ \t]*####[ \t]*(?!#)(?P<answer>[^\n]*)", re.MULTILINE)
-
-# ". " before a capital letter or a formula: the end of a sentence, and not of "9:30 p.m. on"
-_SENTENCE_END = re.compile(r"""[.!?][.!?$*"”)\]}]*(?=\s+[A-Z$\\*("“])""")
-
-# "the Solver's ", "your ", "another possible ": before an answer that the message only discusses
-_NOT_OWN = re.compile(
-    r"""
-    \b
-    (?:
-        (?!let['’]) \w+['’]s
-      | your | his | her | their
-      | wrong | incorrect | other | another | possible | proposed | previous | partial
-      | not | rather\s+than | instead\s+of
-    )
-    \s+
-    (?: (?:correct|right|final|own|possible|first) \s+ )?
-    [$*]* $
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
-
-# " is wrong" after a box
-_REJECTION = re.compile(
-    r"[$*)\].]*\s*(?:is|was)\s*(?:n['’]t|not\b|wrong\b|incorrect\b)", re.IGNORECASE
-)
-
-# "not 5", "n't 5", "more than 5"
-_DENIAL = re.compile(
-    r"""
-    \W*
-    (?: n['’]t | not | never | neither | (?:more|less|fewer|greater|larger|smaller)\s+than )
-    \b
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
-
-# "correct", "it is wrong", "found by adding": remarks on an answer, which do not give it
-_REMARK_ON_ANSWER = re.compile(
-    r"""
-    \W*
-    (?P<pronoun> (?:it|this|that) \s* (?:['’]s|is|was|looks|seems) \s+ )?
-    (?: (?:also|indeed|still|clearly|just|simply|really|now) \s+ )?
-    (?:
-        correct | incorrect | wrong | right (?!\s+(?:tri)?angle) | clear | unclear | obvious
-      | below | above | as\ follows | in | on | based | given | found | shown | seen | written
-      | rounded | obtained | computed | calculated | derived | determined | expressed | asked
-    )
-    \b
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
-
-# "therefore, " before an answer
-_ADVERB = re.compile(
-    r"""
-    ^\W*
-    (?:
-        therefore | thus | then | hence | so | indeed | simply | just | clearly | exactly
-      | approximately | about | (?:most\s+)? likely
-    )
-    \b [\s,:]*
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
-
-# The whole message "B", "(B)", "**B**", "Option B."
-_BARE_OPTION = re.compile(
-    r"\W* (?:(?:option|choice|answer)\s+)? \W* (?P<letter>[A-Z]) \W*", re.IGNORECASE | re.VERBOSE
-)
-
-# "C or D", "(C) and (D)"
-_TWO_OPTIONS = re.compile(r"\b[A-Z]\b\)?\s*(?:,|/|\bor\b|\band\b)\s*(?:[Oo]ption\s+)?\(?[A-Z]\b")
-
-_DIGIT = re.compile(r"\d")
-
-# "$1,200 per year": a number and at most two words
-_SHORT_NUMBER = re.compile(
-    r"""
-    [\s$*€£-]*
-    \d[\d,]* (?:\.\d+)? (?:\s*/\s*\d+)?     # "1,200", "1,200.50", "3/4"
-    \s*%? (?:\s+[A-Za-z]+){0,2}             # "%", "per year"
-    [\s.*]*
-    """,
-    re.VERBOSE,
-)
-
-# "Step", but neither \frac nor \text{cm}
-_WORD_OUTSIDE_LATEX = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
-_MAX_WORDS = 5  # of a formula that is told in a sentence
-
-# "$x+1$", "$$x+1$$", "\(x+1\)"
-_FORMULA = re.compile(
-    r"""
-    (?<!\\)\$+ (?P<in_dollars>(?:\\.|[^$\\])+) \$+
-    | \\\( (?P<in_parentheses>.+?) \\\)
-    """,
-    re.VERBOSE,
-)
-
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<content>\{|-?\w[\w.]*)")  # "\boxed{" or "\boxed 7"
-
-
-def _find_told(
-    text: str, boxes: list[_Box], answer_type: str
-) -> tuple[list[_Phrase], list[_Phrase]]:
-    """Return the statements and the mentions of a final answer, each with the last one first."""
-    matches, mentions = [], []
-    for match in _FINAL_ANSWER.finditer(text):
-        if match["statement"]:
-            matches.append(match)
-            continue
-        mention = _sentence(text, match, "told", boxes)
-        if match["verb"] is None and not _is_short(mention.text, answer_type):
-            mention = mention._replace(status="remark")  # "Let's find the final answer to it."
-        mentions.append(mention)
-    for match in _HASH_LINE.finditer(text):
-        line = match["answer"]
-        if _is_short(line, answer_type) or _BOX.match(line.lstrip("$* ")):
-            matches.append(match)
-    matches.sort(key=re.Match.start)
-
-    statements = []
+    The answer of a place is missing if it cannot be read ("5 or 6"), or is denied ("not 5").
+    Priorities: 3 for statements ("Final answer: 42"), 2 for mentions ("the final answer is 42"), 1
+    for boxes in mathematics, 0 for sentences and other boxes, and -1 for denials.
+    """
+    boxes = _own_boxes(text)
+    free = list(boxes)  # those in no phrase
+    answers = []
     section_end = len(text)
-    for match in reversed(matches):
-        statements.append(_statement(text, match, section_end, boxes, answer_type))
-        section_end = match.start()
-    return statements, mentions[::-1]
+    for cue in reversed(list(_CUE.finditer(text))[-MAX_CUES:]):
+        # 1. A statement is a line, and a box below a heading; anything else is a sentence.
+        start = _GAP.match(text, cue.end()).end()
+        line = text[start : start + MAX_LINE].partition("\n")[0]
+        is_told = bool(cue["hashes"] or cue["final"])
+        is_statement = is_told and bool(cue["hashes"] or cue["sign"] or cue["line"])
+        line = line if is_statement else _SENTENCE.match(line)[0]
+        is_heading = is_statement and "\n" in text[cue.start() : start] and not line[:1].isdigit()
+        end = section_end if is_heading else start + len(line)
+        own = [box for box in boxes if start <= box.start < end]
+        free = [box for box in free if box not in own]
+        section_end = cue.start() if is_statement else section_end
+
+        # 2. Does it give an answer, or deny one, or is it a remark on an answer?
+        is_about = not is_statement and (_ABOUT.match(line) or line.rstrip().endswith("?"))
+        before = text[max(0, cue.start() - 80) : cue.start()]
+        is_remark = _NOT_OWN.search(before) or (is_about and not own)
+        is_given = not is_remark and not _DENIAL.match(line)
+        value = _read(line, own, answer_type) if is_given else None
+        names_one = own or is_statement or _CONTENT[answer_type].search(_option_text(line))
+        if not names_one or (is_remark and answer_type != "letter"):
+            continue
+        priority = int(bool(own) and answer_type == "math")
+        if not is_given or not line.strip():
+            priority = -1
+        elif is_told:
+            priority = 3 if is_statement else 2
+        rung = "told" if is_told else "sentence"
+        answers.append((priority, cue.start(), Answer(value, rung) if value else Answer()))
+    for box in free:
+        value = _read("", [box], answer_type)
+        answer = Answer(value, "box") if value else Answer()
+        answers.append((int(answer_type == "math"), box.start, answer))
+    return answers
 
 
-def _statement(
-    text: str, match: re.Match, section_end: int, boxes: list[_Box], answer_type: str
-) -> _Phrase:
-    """Return the statement at a match of _FINAL_ANSWER or _HASH_LINE.
+def _read(line: str, boxes: list[_Span], answer_type: str) -> str | None:
+    """Return the canonical answer of a phrase: its last box, or else what its line says."""
+    if boxes:
+        return boxes[-1].value and canonical(boxes[-1].value, answer_type)
+    if answer_type != "math":
+        return canonical(line, answer_type)
+    line = re.sub(_AND, ", ", _CLAUSE.sub("", _SPOKEN_REMARK.sub("", line)))
+    formulas = _FORMULA.findall(line)  # the last one counts in "the value of $x$ is $3$"
+    return canonical("".join(formulas[-1]) if formulas else line, "math")
 
-    section_end: the place of the next statement, or the end of the text. A heading with more than
-    a short answer below it begins a section; a box in this section is its answer.
+
+def find_boxes(text: str) -> list[_Span]:
+    r"""Return all \boxed{...} and \boxed 7 with their contents; None for one that is not closed.
+
+    "\boxed{1} and \boxed{2}" are one box with both contents.
     """
-    answer = match["answer"]
-    end = match.end("answer")
-    is_heading = "\n" in text[match.start() : match.start("answer")]
-    if is_heading and not _is_short(answer, answer_type):
-        end = section_end
-    box = _last_box_between(match.start("answer"), end, boxes)
-    if box is None:
-        end = match.end("answer")
-
-    status = "given"
-    remark = _REMARK_ON_ANSWER.match(answer)
-    if _DENIAL.match(answer):
-        status = "denied"
-    elif remark and remark["pronoun"] and box is None:  # "I checked the final answer: it is right"
-        status = "remark"
-    return _Phrase(match.start(), end, "told", answer, box, status, is_statement=True)
-
-
-def _find_sentences(text: str, boxes: list[_Box]) -> list[_Phrase]:
-    """Return the sentences such as "the answer is 42", in the order of the message."""
-    return [_sentence(text, match, "sentence", boxes) for match in _SENTENCE.finditer(text)]
-
-
-def _sentence(text: str, match: re.Match, rung: str, boxes: list[_Box]) -> _Phrase:
-    """Return the phrase from a match up to the end of its sentence."""
-    start = match.start("answer")
-    sentence_end = _SENTENCE_END.search(match["answer"])
-    length = sentence_end.end() if sentence_end else len(match["answer"])
-    answer = match["answer"][:length]
-    end = start + length
-    box = _last_box_between(start, end, boxes)
-
-    status = "given"
-    if _is_discussed(text, match.start()):
-        status = "remark"
-    elif _DENIAL.match(answer):
-        status = "denied"
-    elif box is None and (_REMARK_ON_ANSWER.match(answer) or answer.rstrip().endswith("?")):
-        status = "remark"
-    return _Phrase(match.start(), end, rung, answer, box, status, is_statement=False)
-
-
-def _is_short(line: str, answer_type: str) -> bool:
-    """Return whether a line is an answer and little more, and not a heading or an explanation."""
-    if answer_type == "number":
-        return _SHORT_NUMBER.fullmatch(line) is not None
-    return _WORD_OUTSIDE_LATEX.search(line) is None
-
-
-def _only_formula(phrase: str) -> str:
-    r"""Return the formula of a phrase that has exactly one ("the length is $2\sqrt{3}$")."""
-    formulas = list(_FORMULA.finditer(phrase))
-    if len(formulas) != 1:
-        return phrase
-    return formulas[0]["in_dollars"] or formulas[0]["in_parentheses"]
-
-
-def last_box(text: str) -> str | None:
-    r"""Return the content of the last \boxed{...} or \boxed 7, with inner braces matched.
-
-    Returns None if there is no box, or if the last one is never closed.
-    """
-    boxes = _find_boxes(text)
-    return boxes[-1].content if boxes else None
-
-
-def _find_boxes(text: str) -> list[_Box]:
-    """Return all boxes of a text, in its order."""
     boxes = []
     for match in _BOX.finditer(text):
-        if match["content"] != "{":
-            boxes.append(_Box(match.start(), match.end(), match["content"]))
-            continue
-        closing = _closing_brace(text, match.end())
-        content = None if closing is None else text[match.end() : closing]
-        end = len(text) if closing is None else closing + 1
-        boxes.append(_Box(match.start(), end, content))
+        content, unclosed, bare = match.groups()
+        value = None if unclosed else (content or bare or "").strip()
+        start = match.start()
+        if boxes and value and re.fullmatch(_AND, f"${text[boxes[-1].end : start].strip('$')}$"):
+            start, _, first = boxes.pop()
+            value = f"{first}, {value}"
+        boxes.append(_Span(start, match.end(), value))
     return boxes
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """Return the place of the brace that closes the one before `start`; None if there is none."""
-    depth = 1
-    for position in range(start, len(text)):
-        if text[position] == "{":
-            depth += 1
-        elif text[position] == "}":
-            depth -= 1
-        if depth == 0:
-            return position
-    return None
-
-
-def _own_boxes(text: str) -> list[_Box]:
+def _own_boxes(text: str) -> list[_Span]:
     r"""Return the boxes that may hold the answer: not empty, not "the Solver's \boxed{7}"."""
     own = []
-    for box in _find_boxes(text):
-        is_empty = box.content is not None and not box.content.strip()
-        is_rejected = _REJECTION.match(text, box.end) is not None
-        if not is_empty and not is_rejected and not _is_discussed(text, box.start):
+    for box in find_boxes(text):
+        before = text[max(0, box.start - 80) : box.start]
+        is_remark = re.search(r"(?<!\\)\([A-Za-z][^()\n]*$", before)  # "(the draft had"
+        is_rejected = re.compile(_REJECTED).match(text, box.end)
+        if box.value != "" and not (_NOT_OWN.search(before) or is_remark or is_rejected):
             own.append(box)
     return own
-
-
-def _is_discussed(text: str, start: int) -> bool:
-    """Return whether the answer that starts at a place of a text is another agent's."""
-    return _NOT_OWN.search(text[max(0, start - 80) : start]) is not None
-
-
-def _last_box_between(start: int, end: int, boxes: list[_Box]) -> _Box | None:
-    """Return the last box that starts at a place from start up to end."""
-    for box in reversed(boxes):
-        if start <= box.start < end:
-            return box
-    return None
-
-
-def _free_boxes(boxes: list[_Box], phrases: list[_Phrase]) -> list[_Phrase]:
-    """Return the boxes that are not part of a phrase, as phrases of their own."""
-    free = []
-    for box in boxes:
-        if not any(phrase.start <= box.start < phrase.end for phrase in phrases):
-            free.append(_Phrase(box.start, box.end, "box", "", box, "given", is_statement=False))
-    return free

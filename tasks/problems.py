@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple
 from support.flags import ROOT, InputError, Parser, positive_int
 from support.records import append_jsonl
 from tasks.files import read_rows
-from tasks.grading import canonical, is_comparable, last_box, same_answer
+from tasks.grading import canonical, find_boxes, is_comparable, same_answer
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def read_row(row: dict, place: str) -> RawProblem:
     elif "####" in gold:  # GSM8K: a worked solution that ends with "#### 42"
         gold = gold.rpartition("####")[-1].strip()
     elif column_of["answer"] == "solution":
-        gold = last_box(gold) or ""  # MATH: a worked solution with \boxed{42}
+        gold = ([""] + [box.value or "" for box in find_boxes(gold)])[-1]  # MATH: \boxed{42}
     if re.search("[\ud800-\udfff]", question + gold):
         raise InputError(f"{place}: it has half of a character (a surrogate without its pair)")
     subject, level, key = texts.get("subject"), texts.get("level"), question_key(question)

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 import search
 import train_value
 from llm.adapters import add_lora
-from mas import CHAIN, State, load_graph
+from mas import CHAIN, MAS, State, load_graph
 from support.flags import ROOT, TINY_AGENTS, InputError
-from value import ValueModel, load_backbone
+from value import ValueModel, load_backbone, rendering_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +284,15 @@ def test_a_v_that_does_not_belong_here_is_refused(runs, tmp_path):
     weights[min(weights)].view(-1)[0] += 1
     save_file(weights, path, metadata={"format": "pt"})
     refused("backbone")
+
+
+def test_a_v_that_read_senders_unquoted_is_another_one():
+    class Unquoted(MAS):
+        def value_text(self, state, view):
+            return tuple(part.replace("> ", "") for part in super().value_text(state, view))
+
+    unquoted = Unquoted(CHAIN.name, CHAIN.agents)
+    assert rendering_fingerprint(unquoted, "full") != rendering_fingerprint(CHAIN, "full")
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ The templates are short, and do with system role, date and reasoning what the re
 """
 
 import datetime
+import json
 import shutil
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +98,8 @@ def test_variables_of_the_template_can_be_given():
     assert not text_of(make_format(QWEN_3)).endswith(EMPTY_BLOCK)
     assert text_of(make_format(QWEN_3, enable_thinking=False)).endswith(EMPTY_BLOCK)
     assert "Today Date: 1 May" in text_of(make_format(LLAMA_3, date_string="1 May"))
+    with pytest.raises(InputError, match="tokenize"):  # is set by the program
+        make_format(QWEN_3, tokenize=True)
 
 
 OPENED = QWEN_2 + "<think>\n"  # by the prompt: then all is reasoning until it is closed
@@ -155,6 +159,16 @@ def test_a_model_without_end_of_message_or_weights_is_refused(tmp_path):
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, agents / "model.safetensors", metadata={"format": "pt"})
     refused("lack weights", agents)
+
+
+def test_code_of_a_checkpoint_is_not_run_though_the_terminal_says_yes(copied_agents, monkeypatch):
+    monkeypatch.setattr("sys.stdin", StringIO("y\n" * 99))
+    (copied_agents / "foreign.py").write_text("raise RuntimeError('it was run')")
+    path = copied_agents / "config.json"
+    settings = json.loads(path.read_text()) | {"model_type": "foreign"}
+    path.write_text(json.dumps(settings | {"auto_map": {"AutoConfig": "foreign.Foreign"}}))
+    with pytest.raises(InputError, match=f"^--model {copied_agents}: [^\n]+$"):
+        load(copied_agents)
 
 
 FILES = ["model-1-of-2.safetensors", "pytorch_model.bin", "config.json", "merges.txt"]
