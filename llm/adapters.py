@@ -55,11 +55,13 @@ def load_lora(model: nn.Module, folders: dict[str, Path]) -> tuple[PeftModel, st
             config.base_model_name_or_path = None  # it may have been moved
             model = _add_adapter(model, config, name)
             weights = load_file(folder / "adapter_model.safetensors")
-            set_peft_model_state_dict(model, weights, adapter_name=name)
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        if weights.keys() != expected.keys():
-            example = min(weights.keys() ^ expected.keys())
-            raise InputError(f"{folder}: its weights are not those of this model, as {example}")
+        wrong = {(key, weight.shape) for key, weight in weights.items()}
+        wrong ^= {(key, weight.shape) for key, weight in expected.items()}
+        if wrong:
+            trouble = f"the weights beside it do not fit: {min(wrong)[0]}"
+            raise InputError(f"{folder}/adapter_config.json: {trouble}; restore both")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
         digest.update(save(weights, {"rank, alpha": f"{config.r}, {config.lora_alpha}"}))
     return model, digest.hexdigest()
 

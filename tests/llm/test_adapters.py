@@ -94,7 +94,7 @@ def test_saved_adapters_are_loaded_by_us_and_by_peft_and_refused_elsewhere(tmp_p
     path = tmp_path / "adapter" / "agent_Reader" / "adapter_model.safetensors"
     weights = load_file(path)
     save_file({name: weights[name] for name in weights if name != min(weights)}, path)
-    with pytest.raises(InputError, match="agent_Reader: its weights"):
+    with pytest.raises(InputError, match="agent_Reader.* do not fit"):
         make_tiny_policy(CHAIN, adapter=tmp_path)
     save_file(weights, path)
 
