@@ -7,10 +7,12 @@ default stands in the parser and nowhere else.
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # a text that has one cannot be written as UTF-8
 ROOT = Path(__file__).resolve().parent.parent  # of this project
 TINY_AGENTS = os.path.relpath(ROOT / "tiny" / "agents")  # the embedded language model
 
@@ -37,6 +39,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise InputError(f"{message} (--help lists the flags)")
+
+    def parse_args(self, argv=None) -> argparse.Namespace:
+        """Read the flags. None may be empty: `--run ""` would write to the root of the machine."""
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            for text in value if isinstance(value, list) else [value]:
+                if text == "" or SURROGATE.search(str(text)):
+                    raise InputError(f"--{name.replace('_', '-')}: it is empty, or not in UTF-8")
+        return args
 
 
 def _number(kind: type, description: str, is_valid: Callable[[float], bool]):
@@ -117,20 +128,28 @@ def stage_parser(doc: str, *, writes: bool) -> Parser:
 def cli(parse_args, main) -> None:
     """Run a script.
 
-    Bad input prints one line and exits with code 2. An interrupt prints one line and exits with
-    code 130. Output that nobody reads ends it with code 141. Programming errors raise.
+    Bad input, and a file that cannot be read or written, print one line and exit with code 2. An
+    interrupt prints one line and exits with code 130. Output that nobody reads ends it with code
+    141. Programming errors raise.
     """
     script = Path(sys.argv[0]).name
+    kept = "what is finished is kept, the command without --overwrite resumes"
     try:
         main(parse_args())
+        sys.stdout.flush()  # a full disk shows here at the latest
     except InputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        message = "interrupted; what is finished is kept, the command without --overwrite resumes"
-        print(f"\n{script}: {message}", file=sys.stderr)
+        print(f"\n{script}: interrupted; {kept}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # As in `evaluate.py | head`. What Python writes when it exits, goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # as in `evaluate.py | head`
+            code = 141
+        else:
+            code = 2
+            is_missing = isinstance(error, FileNotFoundError)
+            remedy = "give another file, or run the stage that writes it" if is_missing else kept
+            print(f"{script}: error: {error}; {remedy}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what Python writes when it exits)
+        sys.exit(code)

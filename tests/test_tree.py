@@ -18,6 +18,7 @@ from tree import (
     Cost,
     Sample,
     Score,
+    TooLong,
     backup,
     expand,
     make_root,
@@ -132,6 +133,39 @@ def test_cheap_requests_are_answered_first_for_as_many_searches_as_may_be_active
     assert results["p2"] == ((None, "message of p2"), Cost(agent_calls=1, seconds=0.5))
     expected = ("score of p3", "message of p3")
     assert results["p3"] == (expected, Cost(agent_calls=2, seconds=1.0))
+
+
+@pytest.mark.parametrize("culprits", [{"p2"}, {"p0", "p5"}, {f"p{index}" for index in range(6)}])
+def test_a_request_that_is_too_long_stops_the_search_of_its_problem_alone(culprits, capsys):
+    """The others end as if it was not there, and each is charged for what was answered."""
+
+    def search():
+        first = yield Sample([], 1)
+        return first, (yield Sample([], 2))
+
+    def handler(requests):
+        if any(problem.id in culprits and request.num == 2 for problem, request in requests):
+            raise TooLong("900 tokens")
+        return [
+            (f"{problem.id} {request.num}", Cost(agent_calls=1)) for problem, request in requests
+        ]
+
+    finished = run_searches(
+        [(problem, search()) for problem in make_problems(6)],
+        {Sample: handler},
+        max_active=4,
+        progress=Progress(shown=False),
+    )
+    results = {problem.id: (result, cost.agent_calls) for problem, result, cost in finished}
+    assert len(results) == 6
+    for name, (result, num_calls) in results.items():
+        if name in culprits:
+            assert isinstance(result, TooLong) and num_calls == 1
+        else:
+            assert (result, num_calls) == ((f"{name} 1", f"{name} 2"), 2)
+    printed = capsys.readouterr().err
+    assert {name for name in results if f"{name} " in printed} == culprits
+    assert printed.count("900 tokens") == len(culprits)
 
 
 # ---- Records and labels --------------------------------------------------------------------------

@@ -4,7 +4,9 @@ The templates are short, and do with system role, date and reasoning what the re
 """
 
 import datetime
+import pickle
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +128,23 @@ def test_a_message_ends_as_the_tokenizer_or_the_checkpoint_says(named, ids):
     assert loading.end_of_message_ids(model, SimpleNamespace(eos_token_id=2)) == ids
 
 
+TURNS = [  # how the template ends a turn, the tokens that end a message, and whether it is refused
+    ("<|im_end|>\n", ["<|im_end|>"], False),
+    ("\n<|im_end|>", ["<|endoftext|>", "<|im_end|>"], False),
+    ("<|im_end|>\n", ["<|endoftext|>"], True),  # a base model with the template of a chat model
+    ("\n\n", ["<|im_end|>"], True),
+]
+
+
+@pytest.mark.parametrize("end, eos_tokens, is_refused", TURNS)
+def test_a_template_that_ends_no_message_is_refused(end, eos_tokens, is_refused):
+    """Each message would be cut at its limit. What ends the chat does not end its messages."""
+    chat_format = make_format(QWEN_2.replace("<|im_end|>\n", end) + "<|endoftext|>")
+    eos_ids = set(chat_format.tokenizer.convert_tokens_to_ids(eos_tokens))
+    with pytest.raises(InputError, match="no eos_token") if is_refused else nullcontext():
+        chat_format.check_end(eos_ids)
+
+
 # ---- Loading -------------------------------------------------------------------------------------
 
 
@@ -155,6 +174,24 @@ def test_a_model_without_end_of_message_or_weights_is_refused(tmp_path):
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, agents / "model.safetensors", metadata={"format": "pt"})
     refused("lack weights", agents)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+DAMAGED = [("config.json", b""), ("config.json", b"[]"), ("config.json", None)]
+DAMAGED += [("tokenizer.json", b"{"), ("tokenizer.json", None), ("model.safetensors", None)]
+DAMAGED += [("model.safetensors", content) for content in (b"", POINTER, pickle.dumps({"a": 1}))]
+
+
+@pytest.mark.parametrize("file, content", DAMAGED)
+def test_a_checkpoint_with_a_file_that_is_damaged_or_missing_is_refused(
+    copied_agents, file, content
+):
+    """A pickle is not run."""
+    (copied_agents / file).unlink()
+    if content is not None:
+        (copied_agents / file).write_bytes(content)
+    with pytest.raises(InputError, match=f"--model {copied_agents}: "):
+        load(copied_agents)
 
 
 FILES = ["model-1-of-2.safetensors", "pytorch_model.bin", "config.json", "merges.txt"]

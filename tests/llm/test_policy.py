@@ -5,6 +5,7 @@ the checkpoint, costs add up, and what was generated is never generated again.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from mas import CHAIN
 from support.flags import InputError
 from support.progress import Progress
 from tasks.problems import load_problems
-from tree import Candidate, Sample, expand, make_root
+from tree import Candidate, Sample, TooLong, expand, make_root
 
 PROBLEMS = load_problems(task="tiny", data=None, split="test", num=6)
 
@@ -224,15 +225,16 @@ def test_the_text_of_a_message_is_all_but_its_end_and_costs_count_every_token(po
         assert cost.seconds == pytest.approx(2.1)
 
 
-def test_a_prompt_and_its_message_may_fill_the_context_and_no_more(policy, monkeypatch):
+@pytest.mark.parametrize("room, limit", [(500, 128), (128, 128), (127, 127), (1, 1), (0, None)])
+def test_a_message_may_fill_the_context_and_a_prompt_that_does_is_refused(
+    policy, monkeypatch, room, limit
+):
     scripted = replace(policy, decoder=ScriptedDecoder(policy.decoder))
-    row_tokens = prompt_of(policy, PROBLEMS[0], roots()[0]).shape[1] + 128
-    config = policy.decoder.model.config
-    monkeypatch.setattr(config, "max_position_embeddings", row_tokens)
-    ask(scripted, roots(1))
-    monkeypatch.setattr(config, "max_position_embeddings", row_tokens - 1)
-    with pytest.raises(InputError, match=f"{PROBLEMS[0].id}.* {row_tokens - 1};"):
+    length = prompt_of(policy, PROBLEMS[0], roots()[0]).shape[1]
+    monkeypatch.setattr(policy.decoder.model.config, "max_position_embeddings", length + room)
+    with nullcontext() if limit else pytest.raises(TooLong, match=f"Reader.* {length} .*{length}"):
         ask(scripted, roots(1))
+    assert [limit for _, limit, _, _ in scripted.decoder.asked] == [limit] * bool(limit)
 
 
 @pytest.fixture
