@@ -149,11 +149,9 @@ def label_problems(
     for problem, root, cost in run_searches(
         searches, handlers, max_active=args.max_active, progress=policy.progress
     ):
-        refusal = {}
         if isinstance(root, TooLong):
-            refusal["refused"] = str(root)
             root = make_root(problem.question)  # alone, it gives no labels
-        yield tree_record(problem, root, cost, policy.mas) | refusal
+        yield tree_record(problem, root, cost, policy.mas)
 
 
 def _without_texts(record: dict) -> dict:

@@ -84,19 +84,23 @@ class MAS:
         earlier = []
         always_there = {QUESTION}  # part of every transcript
         for agent in self.agents:
-            awaited_agent, awaited_words = agent.when or (None, "")
+            when = agent.when or (None, "always")
             is_sound = (
-                agent.name not in (QUESTION, QUESTION_SENDER, *earlier)
+                re.fullmatch(r"\w+", agent.name)
+                and agent.name not in (QUESTION, QUESTION_SENDER, *earlier)
+                and isinstance(agent.prompt, str)
+                and agent.max_new_tokens > 0
+                and always_there & set(agent.sees)
                 and set(agent.sees) <= {QUESTION, *earlier}
-                and set(agent.sees) & always_there
-                and (agent.when is None or awaited_agent in earlier)
-                and (agent.when is None or normalize_words(awaited_words))
+                and len(when) == 2
+                and when[0] in (None, *earlier)
+                and normalize_words(when[1])
             )
             if not is_sound:
                 raise InputError(
-                    f"graph {self.name}: {agent.name} sees {agent.sees}, when {agent.when}; it "
-                    f"needs a name of its own, sees the question (Q) or an agent that always "
-                    f"speaks, and no agent but the earlier ones: {', '.join(earlier) or 'none'}"
+                    f"graph {self.name}, {agent.name!r}: an agent has a name of its own, one word, "
+                    f"a `prompt`, `max_new_tokens` of at least 1, and sees Q or one that always "
+                    f"speaks; it sees and awaits earlier ones only, not {agent.sees}, {agent.when}"
                 )
             earlier.append(agent.name)
             if agent.when is None:
@@ -250,31 +254,12 @@ def load_graph(name: str) -> MAS:
         path = ROOT / "graphs" / f"{name}.toml"
     with errors_name(f"--graph {name} (it is {', '.join(graph_names())}, or FILE.toml)"):
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        agents = tuple(_make_agent(fields) for fields in table["agents"])
-    return MAS(str(table.get("name", path.stem)), agents)
+        return MAS.from_dict({"name": path.stem} | table)
 
 
 def _make_agent(fields: dict) -> Agent:
-    """Make an agent from JSON or TOML, which have lists in place of tuples.
-
-    Raises TypeError if a key is missing, unknown or of another type.
-    """
+    """Make an agent from JSON or TOML, which have lists in place of tuples."""
     values = {}
     for key, value in fields.items():
         values[key] = tuple(value) if isinstance(value, list) else value
-    agent = Agent(**values)
-    texts = [agent.name, agent.prompt, *agent.sees, *(agent.when or ())]
-    is_sound = (
-        all(isinstance(text, str) for text in texts)
-        and re.fullmatch(r"\w+", agent.name)
-        and isinstance(agent.sees, tuple)
-        and type(agent.max_new_tokens) is int
-        and agent.max_new_tokens > 0
-        and (agent.when is None or len(agent.when) == 2)
-    )
-    if not is_sound:
-        raise TypeError(
-            f"agent {agent.name!r}: `name` is one word, `prompt` a text, `sees` a list of names, "
-            f"`max_new_tokens` a number of at least 1, `when` none or [agent, words]"
-        )
-    return agent
+    return Agent(**values)

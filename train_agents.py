@@ -244,7 +244,7 @@ class Learner:
         V was not trained on questions alone. V(question) serves as a baseline only, and a baseline
         that does not depend on the message adds no bias to the policy gradient.
 
-        Problems that are too long for the agents or for V are left out.
+        Problems that are too long for the agents or for V have no messages.
 
         name: seeds the policy. Every step needs its own, or its noise would repeat.
         """
@@ -380,7 +380,7 @@ class Learner:
         num_candidates = (NUM_DEV_PASSES,) + (1,) * (len(self.policy.mas.agents) - 1)
         rollouts = self.sample(problems, num_candidates, name="dev")
         outcomes = [node.outcome for node in rollouts if node.outcome is not None]
-        accuracy = outcomes.count(1.0) / len(outcomes)
+        accuracy = outcomes.count(1.0) / (NUM_DEV_PASSES * len(problems))
         if accuracy > self.state["best_accuracy"]:
             self.state |= {"best_step": step, "best_accuracy": accuracy}
             self.state["best_weights"] = self.adapters.weights()

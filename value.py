@@ -109,26 +109,19 @@ class ValueModel(nn.Module):
     def encode(self, state: State) -> tuple[list[int], list[int]]:
         """Return the token ids of value_text, and the position of the token that ends each segment.
 
-        The ids begin with the BOS token if the backbone's tokenizer adds one. Raises TooLong if the
-        state does not fit into the backbone. Nothing is ever truncated.
+        The ids begin with the BOS token if the backbone's tokenizer adds one. Nothing is ever
+        truncated (see `fits`).
         """
         ids = list(self.beginning)
         ends = []
         for segment in self.mas.value_text(state, self.view):
             ids += self.segment_ids(segment)
             ends.append(len(ids) - 1)
-        context = context_length(self.backbone)
-        if len(ids) > context:
-            raise TooLong(f"a transcript of {len(ids)} tokens exceeds the value model's {context}")
         return ids, ends
 
     def fits(self, state: State) -> bool:
-        """Return whether `encode` succeeds."""
-        try:
-            self.encode(state)
-        except TooLong:
-            return False
-        return True
+        """Return whether the transcript of a state is short enough for the backbone."""
+        return len(self.encode(state)[0]) <= context_length(self.backbone)
 
     def outputs(self, batch: Batch, transcripts: list[Transcript]) -> torch.Tensor:
         """Return w.h + b at all positions of a batch, in order: float32 [positions, outputs]."""
@@ -177,7 +170,9 @@ class ValueModel(nn.Module):
         return values
 
     def score(self, states: list[State], *, batch_tokens: int) -> list[float]:
-        """Return V of each state. Equal states are read once."""
+        """Return V of each state; equal ones are read once. Raises TooLong if one does not fit."""
+        if not all(map(self.fits, states)):
+            raise TooLong("a transcript is longer than the context of the value model")
         encoded = {state: self.encode(state) for state in states}
         transcripts = [Transcript(ids, positions=ends[-1:]) for ids, ends in encoded.values()]
         values = self.predict(transcripts, batch_tokens=batch_tokens)
@@ -193,7 +188,7 @@ class ValueModel(nn.Module):
         return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
 
     def save(self, folder: Path) -> None:
-        with errors_name(folder):
+        with errors_name(f"{folder} cannot be written; is the disk full?"):
             self.backbone.save_pretrained(folder / "adapter")
             save_file(self.head.state_dict(), folder / "head.safetensors")
 

@@ -104,7 +104,7 @@ class AgentAdapters:
 
     def save(self, folder: Path) -> None:
         """Write each adapter to a folder of its own in `folder`/adapter."""
-        with errors_name(folder):
+        with errors_name(f"{folder} cannot be written; is the disk full?"):
             self.model.save_pretrained(folder / "adapter", selected_adapters=self.names)
 
     def setting(self, folder: Path) -> dict:

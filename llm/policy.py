@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llm.decoding import SAMPLER, Decoder, message_key
@@ -137,7 +136,7 @@ class ChatFormat:
         if self.merges_system:
             texts = ["\n\n".join(turn["content"] for turn in chat) for chat in chats]
             chats = [[{"role": "user", "content": text}] for text in texts]
-        try:
+        with errors_name(f"{self.name}: its chat template fails"):
             return self.tokenizer.apply_chat_template(
                 chats,
                 add_generation_prompt=True,
@@ -145,9 +144,6 @@ class ChatFormat:
                 chat_template=self.template,
                 **self.template_kwargs,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise self._error(f"its chat template fails: {reason}") from None
 
     def _error(self, reason: str) -> InputError:
         return InputError(f"{self.name}: {reason}")

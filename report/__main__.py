@@ -23,7 +23,7 @@ from report.pictures import plot_reliability
 from report.tables import labels_table, training_table, value_table
 from report.warnings import agents_warnings, answer_warnings, label_warnings, value_warnings
 from support.flags import InputError, Parser, cli
-from support.records import errors_name, parse_json, read_jsonl, read_records
+from support.records import parse_json, read_jsonl, read_records
 from support.runs import read_config
 
 
@@ -104,9 +104,7 @@ def show_answers(folder: Path, config: dict):
     for method in summary["methods"]:
         record_of = read_records(folder / f"{method}.jsonl")
         records[method] = [record_of[problem_id] for problem_id in summary["problems"]]
-    with errors_name(folder / "table.md"):
-        table = (folder / "table.md").read_text("utf-8")
-    blocks = read_markdown(table)
+    blocks = read_markdown((folder / "table.md").read_text("utf-8", errors="replace"))
     blocks += ["Instructive problems:", instructive_problems(records, folder.parent, config)]
     return blocks, [], answer_warnings(records, folder.parent / "value")
 

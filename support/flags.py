@@ -144,12 +144,10 @@ def cli(parse_args, main) -> None:
         print(f"\n{script}: interrupted; {kept}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # as in `evaluate.py | head`
-            code = 141
-        else:
-            code = 2
-            is_missing = isinstance(error, FileNotFoundError)
-            remedy = "give another file, or run the stage that writes it" if is_missing else kept
-            print(f"{script}: error: {error}; {remedy}", file=sys.stderr)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what Python writes when it exits)
-        sys.exit(code)
+        if isinstance(error, BrokenPipeError):  # as in `evaluate.py | head`
+            sys.exit(141)
+        is_missing = isinstance(error, FileNotFoundError)
+        remedy = "give another file, or run the stage that writes it" if is_missing else kept
+        print(f"{script}: error: {error}; {remedy}", file=sys.stderr)
+        sys.exit(2)

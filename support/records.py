@@ -31,6 +31,8 @@ def errors_name(what: object) -> Iterator[None]:
     """
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{what}: {reason:.200} ({type(error).__name__})") from error

@@ -94,7 +94,7 @@ def write_checkpoint(path: Path, state: dict) -> None:
     import torch  # imported late: a report needs no torch
 
     temporary = path.with_suffix(".part")
-    with errors_name(path):
+    with errors_name(f"{path} cannot be written; is the disk full?"):
         torch.save(state, temporary)
     temporary.replace(path)
 

@@ -270,7 +270,7 @@ def read_row(row: dict, place: str) -> RawProblem:
         if not texts.get(field):
             raise InputError(f"{place}: no `{field}`; each line needs `question` and `answer`")
     for field in ("question", "context", "answer", "id"):
-        _check_texts([fields[field]], f"{place}: the {field}")
+        _check_text(fields.get(field), place)
 
     # 2. Build the question and the gold answer.
     question, gold = texts["question"], texts["answer"]
@@ -290,12 +290,11 @@ def read_row(row: dict, place: str) -> RawProblem:
     return raw
 
 
-def _check_texts(values, what: str) -> None:
-    """Raise InputError if a value is neither a text nor a number. None is left to the caller."""
-    for value in values:
-        is_finite = not isinstance(value, float) or math.isfinite(value)
-        if not isinstance(value, str | int | float | None) or not is_finite:
-            raise InputError(f"{what} {value!r:.60} is neither a text nor a finite number")
+def _check_text(value, place: str) -> None:
+    """Raise InputError if a value is neither None nor a text or a finite number."""
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, str | int | float | None) or not is_finite:
+        raise InputError(f"{place}: {value!r:.60} is neither a text nor a finite number")
 
 
 def _read_options(choices: list, answer: str | int, place: str) -> tuple[str, str]:
@@ -306,7 +305,8 @@ def _read_options(choices: list, answer: str | int, place: str) -> tuple[str, st
     """
     if not isinstance(choices, list) or len(choices) > 26:
         raise InputError(f"{place}: the options are no list of 26 or fewer: {choices!r:.60}")
-    _check_texts(choices, f"{place}: the options: one")
+    for choice in choices:
+        _check_text(choice, f"{place}, the options")
     letters = [chr(ord("A") + index) for index in range(len(choices))]
     options = [f"\n{letter}) {choice}" for letter, choice in zip(letters, choices, strict=True)]
     texts = [str(choice).strip() for choice in choices]

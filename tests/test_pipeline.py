@@ -192,70 +192,54 @@ def test_an_evaluation_killed_and_resumed_equals_the_uninterrupted_one(finished,
         assert records_of(tmp_path, f"eval/{name}", VOLATILE_BY_V) == expected
 
 
-# ---- One bad item does not stop the rest ---------------------------------------------------------
-
-
-def write_data(path, embedded, numbers) -> set[str]:
-    """Write embedded problems, and long ones with these numbers. Returns the ids of the latter."""
-    rows = [{"id": f"long{i}", "question": f"{i} " * 600, "answer": "3"} for i in numbers]
-    names = {row["id"] for row in rows}
-    for row in embedded:
-        rows.append({key: row[key] for key in ("id", "question", "answer")})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return names
+# ---- One bad item does not stop the rest, one bad file is one line -------------------------------
 
 
 def test_a_problem_that_is_too_long_is_refused_in_every_stage_and_the_others_go_on(
     tmp_path, copied_agents
 ):
-    """A few are too long for the agents, and some states of the others for V."""
-    embedded = read_lines(EMBEDDED["tiny"])
-    too_long = write_data(tmp_path / "train.jsonl", embedded[:12], range(8))
-    run = tmp_path / "run"
-    flags = ["--run", run, "--data", tmp_path / "train.jsonl", "--num-train", 18]
-    flags += ["--num-heldout", 2]
-    rollouts = [*flags, "--num-simulations", 3, "--num-candidates", 2]
-    assert "8 problems were refused" in output_of(generate_rollouts, *rollouts)
-    trees = records_of(run, "rollouts/trees")
-    assert {tree["id"] for tree in trees if "refused" in tree} == too_long
-    assert {tree["id"] for tree in trees if len(tree["nodes"]) == 1} == too_long
-
-    config = copied_agents / "config.json"
+    """Four are too long for the agents, and the last states of some others for V."""
+    config, run = copied_agents / "config.json", tmp_path / "run"
     config.write_text(config.read_text().replace("1024", "270"))
+    rows = read_lines(EMBEDDED["tiny"])[4:18]
+    for row in (rows[0], rows[1], rows[8], rows[9]):
+        row["question"] *= 9
+    for name, part in (("train", rows[:8]), ("test", rows[8:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    agents = ["--run", run, "--model", copied_agents, "--data"]
+
+    flags = [*agents, tmp_path / "train", "--num-train", 8, "--num-heldout", 2]
+    printed = output_of(generate_rollouts, *flags, "--num-simulations", 3, "--num-candidates", 2)
+    trees = records_of(run, "rollouts/trees")
+    unlabelled = {tree["id"] for tree in trees if len(tree["nodes"]) == 1}
+    assert unlabelled == {rows[0]["id"], rows[1]["id"]} and "2 problems were refused" in printed
     printed = output_of(train_value, "--run", run, "--backbone", copied_agents, *VALUE)
-    assert "labelled states of" in printed and "states are too long" in printed
+    assert "states are too long" in printed
 
-    too_long = write_data(tmp_path / "test.jsonl", embedded[12:20], range(100, 103))
     methods = ["greedy", "best_of-2-value"]
-    flags_of_test = ["--run", run, "--data", tmp_path / "test.jsonl", "--num-problems", 11]
-    output_of(evaluate, *flags_of_test, "--methods", *methods)
+    output_of(evaluate, *agents, tmp_path / "test", "--num-problems", 6, "--methods", *methods)
+    refused = {}
     for method in methods:
-        records = {record["id"]: record for record in records_of(run, f"eval/{method}")}
-        refused = {name for name in records if records[name]["rung"] == "refused"}
-        assert too_long <= refused and len(refused) < len(records) == 11
-        assert (refused == too_long) == (method == "greedy")
-        assert not any(records[name]["correct"] for name in refused)
-    assert "refused 3" in (run / "eval" / "table.md").read_text()
+        records = records_of(run, f"eval/{method}")
+        refused[method] = {record["id"] for record in records if record["rung"] == "refused"}
+        assert len(records) == 6
+        assert not any(record["correct"] for record in records if record["rung"] == "refused")
+    assert refused["greedy"] == {rows[8]["id"], rows[9]["id"]} < refused["best_of-2-value"]
+    assert "refused 2" in (run / "eval" / "table.md").read_text()
 
-    training = [*flags, "--num-steps", 1, "--lora-rank", 2, "--rollouts", "passes-2"]
-    output_of(train_agents, *training)
-    _, metrics = read_lines(run / "agents" / "metrics.jsonl")
-    assert metrics["messages"] > 0 and {f"long{i}" for i in range(8)} < set(metrics["refused"])
-
-
-# ---- Bad files -----------------------------------------------------------------------------------
+    learner = train_agents.Learner(train_agents.parse_args(script_argv(flags)))
+    rollouts = learner.sample(learner.problems, (1, 1, 1, 1), name="step 1")
+    assert {problem.id for problem in rollouts.values()} < {row["id"] for row in rows[2:8]}
 
 
-DAMAGED = [  # file of a run, what it holds (None: nothing is there), script and flags
+DAMAGED = [  # file of a run, what it holds (None: it is missing), script and flags
     ("rollouts/config.json", "{", train_value, []),
     ("rollouts/trees.jsonl", '{"id": "p"}\n', generate_rollouts, ROLLOUTS),
-    ("rollouts/trees.jsonl", '{"id": "p"}\n', train_value, []),
     ("value/config.json", '{"architectures": []}', search, []),
     ("value/metrics.jsonl", "", train_value, VALUE),
     ("value/head.safetensors", "version https://git-lfs", search, []),
     ("value/head.safetensors", None, search, []),
     ("value/adapter/adapter_config.json", "{}", search, []),
-    ("value/adapter/adapter_model.safetensors", "", evaluate, EVALUATE),
     ("value/problems.jsonl", None, evaluate, EVALUATE),
     ("eval/greedy.jsonl", '{"question": "?"}\n', evaluate, EVALUATE),
 ]
@@ -273,27 +257,21 @@ def test_a_damaged_file_of_a_run_is_one_line_that_names_it(
     assert str(run / file) in error or f"{run}/value: the saved V" in error
 
 
-FULL = [  # what a process may write into a file, script and flags
-    (0, generate_rollouts, ROLLOUTS),
-    (5_000, generate_rollouts, ROLLOUTS),
-    (30_000, train_value, VALUE),
-]
-
-
-@pytest.mark.parametrize("num_bytes, module, flags", FULL)
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
-    finished, tmp_path, num_bytes, module, flags
-):
-    run = tmp_path / "run"
-    if module is train_value:
-        shutil.copytree(finished / "rollouts", run / "rollouts")
+@pytest.mark.parametrize("num_bytes", [0, 5_000, 30_000])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(finished, tmp_path, num_bytes):
+    """A process may write so much into each file: no config.json, few messages, no checkpoint."""
+    shutil.copytree(finished / "rollouts", tmp_path / "rollouts")
+    module, argv = train_value, ["--run", tmp_path, *VALUE]
+    if num_bytes < 30_000:
+        module, argv = generate_rollouts, ["--run", tmp_path / "new", *ROLLOUTS]
 
     def script():
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-        assert "too large" in error_of(module, "--run", run, *flags)
+        error = error_of(module, *argv)
+        assert "File too large" in error or "is the disk full?" in error
 
-    assert exit_code_of(start_in_fork(script, tmp_path / "output.txt")) == 0
-    output_of(module, "--run", run, *flags)
+    assert exit_code_of(start_in_fork(script)) == 0
+    output_of(module, *argv)
 
 
 # ---- Bad input -----------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_an_option_is_given_by_letter_index_or_text(choices, answer, letter):
     if letter is not None:
         assert read_row(row, "d").gold == letter
     else:
-        with pytest.raises(InputError, match="d, line 3: the (answer .* none of the )?options"):
+        with pytest.raises(InputError, match="d, line 3.* options"):
             read_row(row, "d, line 3")
 
 
@@ -108,9 +108,9 @@ BAD_ROWS = [  # rows, and the complaint about them
     ([{"id": "a", "question": q, "answer": "1"} for q in "qr"], "d.jsonl: the id a occurs twice"),
     ([{"id": "a", "question": "q", "answer": "$$"}], "d.jsonl: the answer of problem a cannot"),
     ([{"id": "a", "question": "q", "answer": "}{"}], "problem a cannot be read as a math"),
-    ([{"question": "q", "answer": math.nan}], "line 1: the answer nan is neither"),
-    ([{"question": "q", "answer": {"value": 1}}], "line 1: the answer {.* is neither"),
-    ([{"question": ["q"], "answer": "1"}], r"line 1: the question \['q'\] is neither"),
+    ([{"question": "q", "answer": math.nan}], "line 1: nan is neither"),
+    ([{"question": "q", "answer": {"value": 1}}], "line 1: {.* is neither"),
+    ([{"question": ["q"], "answer": "1"}], r"line 1: \['q'\] is neither"),
     ([{"id": "\udc80", "question": "q", "answer": "1"}], "line 1: it has half of a character"),
     ([], "d.jsonl: it is empty"),
 ]
