@@ -74,7 +74,7 @@ def parse_args():
 def main(args):
     print("first", flush=True)
     sys.stdin.read()
-    print("second")  # when it exits
+    print("second")  # is written when it ends
 
 cli(parse_args, main)
 """
@@ -101,9 +101,9 @@ def test_a_script_ends_with_at_most_one_line_and_its_code(tmp_path, end, argv, c
     path = tmp_path / "stage.py"
     path.write_text(SCRIPT)
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     if end == "full disk":
-        argv, pipes = ["/dev/full"], pipes | {"stdout": os.open("/dev/full", os.O_WRONLY)}
+        pipes["stdout"] = os.open("/dev/full", os.O_WRONLY)
     with subprocess.Popen(
         [sys.executable, path, *argv], env=environment, text=True, **pipes
     ) as child:
