@@ -54,8 +54,8 @@ def load_pretrained(
     set_verbosity_error()
     trouble = f"cannot be loaded{' in NF4' if quantize else ''}; damaged, or a Git LFS pointer?"
     with errors_name(f"{flag} {name}: {trouble}"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = auto_class.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name)
 
     # Weights that the files lack would be random.
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))

@@ -133,7 +133,6 @@ def cli(parse_args, main) -> None:
     141. Programming errors raise.
     """
     script = Path(sys.argv[0]).name
-    kept = "what is finished is kept, the command without --overwrite resumes"
     try:
         main(parse_args())
         sys.stdout.flush()  # a full disk shows here at the latest
@@ -141,13 +140,13 @@ def cli(parse_args, main) -> None:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; {kept}", file=sys.stderr)
+        message = "interrupted; what is finished is kept, the command without --overwrite resumes"
+        print(f"\n{script}: {message}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what Python writes when it exits)
         if isinstance(error, BrokenPipeError):  # as in `evaluate.py | head`
             sys.exit(141)
-        is_missing = isinstance(error, FileNotFoundError)
-        remedy = "give another file, or run the stage that writes it" if is_missing else kept
-        print(f"{script}: error: {error}; {remedy}", file=sys.stderr)
+        remedy = "give another path, make room, or run the stage that writes it"
+        print(f"{script}: error: {error}; {remedy}; what is finished is kept", file=sys.stderr)
         sys.exit(2)

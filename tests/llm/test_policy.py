@@ -378,6 +378,17 @@ def test_the_flags_reach_the_policy(chain):
     assert policy.settings["model"]["name"] == generate_rollouts.parse_args([]).model
 
 
+def test_agents_whose_messages_would_not_end_are_refused(chain, copied_agents):
+    """A base model's tokenizer with the template of a chat model, say."""
+    path = copied_agents / "tokenizer_config.json"
+    path.write_text(
+        path.read_text().replace('eos_token": "<|im_end|>', 'eos_token": "<|im_start|>')
+    )
+    GenerationConfig(eos_token_id=0).save_pretrained(copied_agents)
+    with pytest.raises(InputError, match="<.im_end.>.*no message would end"):
+        make_tiny_policy(chain, model=copied_agents)
+
+
 def test_a_checkpoints_own_sampling_settings_do_not_leak_in(chain, policy, copied_agents):
     """Only the ends of a message do: it may have more of them than the tokenizer knows."""
     settings = {"repetition_penalty": 5.0, "top_k": 1, "temperature": 9.0, "do_sample": True}
