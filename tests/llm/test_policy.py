@@ -382,7 +382,7 @@ def test_agents_whose_messages_would_not_end_are_refused(chain, copied_agents):
     """A base model's tokenizer with the template of a chat model, say."""
     path = copied_agents / "tokenizer_config.json"
     path.write_text(
-        path.read_text().replace('eos_token": "<|im_end|>', 'eos_token": "<|im_start|>')
+        path.read_text().replace('eos_token": "<|im_end|>', 'eos_token": "<|endoftext|>')
     )
     GenerationConfig(eos_token_id=0).save_pretrained(copied_agents)
     with pytest.raises(InputError, match="<.im_end.>.*no message would end"):
