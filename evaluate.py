@@ -49,8 +49,7 @@ def answer_record(
 ) -> dict:
     """Return the record of one answer: that of the terminal node `leaf`.
 
-    A refused problem counts as answered wrongly, so that all methods have the same problems. Its
-    rung is "refused", which the table counts.
+    A refused problem counts as wrong, so that all methods have the same ones; its rung tells it.
     """
     answer, path, tree = Answer(None, "refused"), [], None
     if not isinstance(leaf, TooLong):
@@ -261,7 +260,8 @@ def breakdown_table(records: dict[str, list[dict]], key: str) -> list[list[str]]
 NOTE = (
     "Intervals are 95 %, and take problems as independent; comparisons are paired. Costs "
     "are means per problem: calls (sampled messages), tokens, seconds. `answers read` counts how "
-    "answers were found, `none` those without; `cut` counts messages at their limit, per agent."
+    "answers were found, `none` those without, and `refused` what was too long for a model; `cut` "
+    "counts messages at their limit, per agent."
 )
 
 

@@ -105,8 +105,8 @@ class MAS:
             earlier.append(agent.name)
             if agent.when is None:
                 always_there.add(agent.name)
-        if always_there == {QUESTION}:
-            raise InputError(f"graph {self.name}: it needs an agent that always speaks")
+        if not earlier:
+            raise InputError(f"graph {self.name}: it has no agents")
 
     @classmethod
     def from_dict(cls, fields: dict) -> "MAS":

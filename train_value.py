@@ -80,8 +80,7 @@ def make_transcripts(trees: list[dict], model: ValueModel, target: str) -> list[
                 ids, ends = model.encode(edge.state)
                 transcripts.append(Transcript(ids, ends[-1:], [edge]))
     if too_long:
-        names = ", ".join(dict.fromkeys(too_long))
-        print(f"{len(too_long)} states are too long for the backbone, of the problems {names}")
+        print(f"{len(too_long)} states are too long for the backbone, of {sorted(set(too_long))}")
     if not transcripts:
         raise InputError("no labelled state is left; take a --backbone with a longer context")
     return transcripts

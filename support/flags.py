@@ -128,9 +128,8 @@ def stage_parser(doc: str, *, writes: bool) -> Parser:
 def cli(parse_args, main) -> None:
     """Run a script.
 
-    Bad input, and a file that cannot be read or written, print one line and exit with code 2. An
-    interrupt prints one line and exits with code 130. Output that nobody reads ends it with code
-    141. Programming errors raise.
+    Bad input, and files that cannot be read or written, print one line and exit with code 2, an
+    interrupt with code 130. Output that nobody reads ends it with code 141. Other errors raise.
     """
     script = Path(sys.argv[0]).name
     try:

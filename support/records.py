@@ -216,9 +216,6 @@ class Journal:
         folder: of the journals of a run.
         name: a fingerprint of the settings.
         settings: what determines a message, apart from its key.
-
-    Raises:
-        InputError: if a file in it is damaged.
     """
 
     def __init__(self, folder: Path, name: str, settings: dict):

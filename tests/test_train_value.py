@@ -64,9 +64,8 @@ def test_states_that_are_too_long_for_the_backbone_are_left_out(monkeypatch, cap
     context = sorted(length_of.values())[len(length_of) // 2]
     monkeypatch.setattr(model.backbone.config, "max_position_embeddings", context)
     left = [(edge.problem_id, edge.node) for edge in edges_of(transcripts_of(model, TREES))]
-    assert sorted(left) == sorted(key for key, length in length_of.items() if length <= context)
-    printed = capsys.readouterr().out
-    assert f"{len(length_of) - len(left)} states" in printed and TREES[-1]["id"] in printed
+    assert sorted(left) == sorted(key for key in length_of if length_of[key] <= context)
+    assert f"{len(length_of) - len(left)} states are too long" in capsys.readouterr().out
     monkeypatch.setattr(model.backbone.config, "max_position_embeddings", 1)
     with pytest.raises(InputError, match="--backbone"):
         transcripts_of(model, TREES)
@@ -276,6 +275,15 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, rollouts, tmp_path):
     assert weights_fingerprint(tmp_path / "value") == weights_fingerprint(trained)
     for name in ("metrics.jsonl", "heldout.jsonl"):
         assert (tmp_path / "value" / name).read_text() == (trained / name).read_text()
+
+
+def test_a_damaged_checkpoint_is_one_line_that_names_it(trained, rollouts, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "value")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
+    (folder / "checkpoint.pt").write_bytes(b"PK")
+    error = error_of(train_value, "--run", tmp_path, "--rollouts", rollouts, *SMALL)
+    assert str(folder / "checkpoint.pt") in error
 
 
 def test_v_is_not_trained_on_held_out_labels(trained, rollouts, tmp_path):

@@ -378,14 +378,30 @@ def test_the_flags_reach_the_policy(chain):
     assert policy.settings["model"]["name"] == generate_rollouts.parse_args([]).model
 
 
-def test_agents_whose_messages_would_not_end_are_refused(chain, copied_agents):
-    """A base model's tokenizer with the template of a chat model, say."""
-    path = copied_agents / "tokenizer_config.json"
-    path.write_text(
-        path.read_text().replace('eos_token": "<|im_end|>', 'eos_token": "<|endoftext|>')
+TURNS = [  # how the template ends a turn, the token that ends a message, and whether that is wrong
+    ("<|im_end|>\n", "<|im_end|>", False),
+    ("\n<|im_end|>", "<|im_end|>", False),
+    ("<|im_end|>\n", "<|endoftext|>", True),  # a base model with the template of a chat model
+    ("\n\n", "<|im_end|>", True),
+]
+
+
+@pytest.mark.parametrize("end, eos_token, is_wrong", TURNS)
+def test_agents_whose_messages_would_not_end_are_refused(
+    chain, policy, copied_agents, end, eos_token, is_wrong
+):
+    """What ends the chat does not end its messages."""
+    template, settings = (
+        copied_agents / "chat_template.jinja",
+        copied_agents / "tokenizer_config.json",
     )
-    GenerationConfig(eos_token_id=0).save_pretrained(copied_agents)
-    with pytest.raises(InputError, match="<.im_end.>.*no message would end"):
+    template.write_text(template.read_text().replace("<|im_end|>\n", end) + "<|endoftext|>")
+    settings.write_text(
+        settings.read_text().replace('eos_token": "<|im_end|>', f'eos_token": "{eos_token}')
+    )
+    eos_id = policy.chat_format.tokenizer.convert_tokens_to_ids(eos_token)
+    GenerationConfig(eos_token_id=eos_id).save_pretrained(copied_agents)
+    with pytest.raises(InputError, match="no message would end") if is_wrong else nullcontext():
         make_tiny_policy(chain, model=copied_agents)
 
 

@@ -9,7 +9,6 @@ from support.flags import InputError
 from support.records import (
     Journal,
     append_jsonl,
-    errors_name,
     is_mine,
     only,
     open_to_append,
@@ -55,12 +54,6 @@ def test_a_file_that_lacks_records_or_fields_is_named_unless_nobody_has_written_
     for read in (lambda: record["gold"], lambda: record["nodes"][0]["W"]):
         with pytest.raises(InputError, match="x.jsonl, line 1: it lacks '(gold|W)'"):
             read()
-
-
-def test_an_error_of_a_library_becomes_a_line_that_names_the_file(tmp_path):
-    expected = pytest.raises(InputError, match="mine.bin: first [(]ValueError[)]$")
-    with expected, errors_name(tmp_path / "mine.bin"):
-        raise ValueError("first\nsecond")
 
 
 def test_a_reader_beside_a_writer_skips_the_torn_line_and_a_second_writer_is_refused(tmp_path):
