@@ -27,7 +27,7 @@ def errors_name(what: object) -> Iterator[None]:
     """Make any error in a `with` block an InputError that names a file or a flag.
 
     Libraries raise errors of many types for a file that is damaged, cut off or another program's,
-    and for a full disk. A block holds calls of libraries alone, so that our own errors still raise.
+    and for a full disk. A block only reads or writes, so that programming errors still raise.
     """
     try:
         yield
