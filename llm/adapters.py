@@ -25,6 +25,7 @@ from torch import nn
 
 from mas import MAS
 from support.flags import InputError, Parser, positive_int
+from support.records import errors_name
 from support.runs import file_fingerprint, read_finished_config
 
 
@@ -86,9 +87,7 @@ class AgentAdapters:
         """
         settings = read_finished_config(folder)["settings"]
         trouble = None
-        if "adapters" not in settings:
-            trouble = "not a folder RUN/agents of train_agents.py"
-        elif settings["model"]["fingerprint"] != base["model"]["fingerprint"]:
+        if settings["model"]["fingerprint"] != base["model"]["fingerprint"]:
             trouble = f"trained on another model; give --model {settings['model']['name']}"
         elif settings["quantize_policy"] != base["quantize_policy"]:
             trouble = "trained with the other setting of --quantize-policy"
@@ -98,13 +97,15 @@ class AgentAdapters:
             raise InputError(f"--adapter {folder}: {trouble}")
         adapters = cls.add(model, mas, sharing=settings["adapters"], rank=settings["lora_rank"])
         for name in adapters.names:
-            weights = load_file(folder / "adapter" / name / "adapter_model.safetensors")
-            set_peft_model_state_dict(adapters.model, weights, adapter_name=name)
+            path = folder / "adapter" / name / "adapter_model.safetensors"
+            with errors_name(path):
+                set_peft_model_state_dict(adapters.model, load_file(path), adapter_name=name)
         return adapters
 
     def save(self, folder: Path) -> None:
         """Write each adapter to a folder of its own in `folder`/adapter."""
-        self.model.save_pretrained(folder / "adapter", selected_adapters=self.names)
+        with errors_name(f"{folder} cannot be written; is the disk full?"):
+            self.model.save_pretrained(folder / "adapter", selected_adapters=self.names)
 
     def setting(self, folder: Path) -> dict:
         """Return how adapters are recorded: their folder, and a fingerprint of their weights."""
