@@ -34,9 +34,9 @@ from support.progress import Progress
 from support.records import append_jsonl, only, process_rank, read_jsonl, read_records, unfinished
 from support.runs import open_run
 from support.statistics import paired, wilson
-from tasks.grading import extract_answer
+from tasks.grading import Answer, extract_answer
 from tasks.problems import Problem, check_same_problems, is_correct, load_problems, question_key
-from tree import Cost, Node, tree_fields
+from tree import Cost, Node, TooLong, tree_fields
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")
 
@@ -44,21 +44,25 @@ COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "s
 
 
 def answer_record(
-    problem: Problem, leaf: Node, cost: Cost, method: Method, scorer: str | None, mas: MAS
+    problem: Problem, leaf: Node | TooLong, cost: Cost, method: Method, scorer: str | None, mas: MAS
 ) -> dict:
-    """Return the record of one answer: that of the terminal node `leaf`."""
-    root, *path = path_to(leaf)
+    """Return the record of one answer: that of the terminal node `leaf`.
+
+    A refused problem counts as wrong, so that all methods have the same ones; its rung tells it.
+    """
+    answer, path, tree = Answer(None, "refused"), [], None
+    if not isinstance(leaf, TooLong):
+        answer = extract_answer(leaf.message.text, problem.answer_type)
+        root, *path = path_to(leaf)
+        if root.children:  # passes have nothing in common
+            tree = tree_fields(root, mas, problem.answer_type, chosen=leaf)
+            for node in tree["nodes"]:
+                if "answer" in node:
+                    node["correct"] = is_correct(problem, node["answer"])
     transcript = []
     for node in path:
         turn = {"agent": node.message.agent, "message": node.message.text, "V": node.V}
         transcript.append(turn)
-    tree = None  # passes have nothing in common
-    if root.children:
-        tree = tree_fields(root, mas, problem.answer_type, chosen=leaf)
-        for node in tree["nodes"]:
-            if "answer" in node:
-                node["correct"] = is_correct(problem, node["answer"])
-    answer = extract_answer(leaf.message.text, problem.answer_type)
     return {
         "id": problem.id,
         "subject": problem.subject,
@@ -255,7 +259,8 @@ def breakdown_table(records: dict[str, list[dict]], key: str) -> list[list[str]]
 NOTE = (
     "Intervals are 95 %, and take problems as independent; comparisons are paired. Costs "
     "are means per problem: calls (sampled messages), tokens, seconds. `answers read` counts how "
-    "answers were found, `none` those without; `cut` counts messages at their limit, per agent."
+    "answers were found, `none` those without, and `refused` what was too long for a model; `cut` "
+    "counts messages at their limit, per agent."
 )
 
 

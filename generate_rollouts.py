@@ -28,6 +28,7 @@ from tree import (
     Candidate,
     Node,
     Sample,
+    TooLong,
     backup,
     expand,
     grade_terminals,
@@ -148,6 +149,8 @@ def label_problems(
     for problem, root, cost in run_searches(
         searches, handlers, max_active=args.max_active, progress=policy.progress
     ):
+        if isinstance(root, TooLong):
+            root = make_root(problem.question)  # alone, it gives no labels
         yield tree_record(problem, root, cost, policy.mas)
 
 
@@ -171,7 +174,9 @@ def report_labels(trees: list[dict], mas: MAS) -> None:
         num_leaves += len(leaves)
         num_unanswered += sum(leaf["answer"] is None for leaf in leaves)
     print(text_table(labels_table(trees, [agent.name for agent in mas.agents])))
+    num_refused = sum(len(tree["nodes"]) == 1 for tree in trees)
     print(f"{len(trees)} trees, {num_mixed} of them with both right and wrong answers")
+    print(f"{num_refused} problems were refused: too long for the agents (no labels)")
     print(f"{num_unanswered} of {num_leaves} final messages held no answer (graded wrong)")
     for line in label_warnings(trees):
         print(line)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.flags import ROOT, InputError
+from support.records import errors_name
 
 try:
     import tomllib
@@ -81,42 +82,32 @@ class MAS:
     agents: tuple[Agent, ...]
 
     def __post_init__(self):
-        earlier = [QUESTION]
+        earlier = []
         always_there = {QUESTION}  # part of every transcript
-        for index, agent in enumerate(self.agents):
-            later = self.agents[index + 1 :]
-            is_seen = any(agent.name in other.sees for other in later)
-            may_be_last = all(other.when is not None for other in later)
-            faults = [
-                (agent.name in (*earlier, QUESTION_SENDER), "needs a name of its own"),
-                (len(set(agent.sees)) < len(agent.sees), "sees the same one twice"),
-                (
-                    not set(agent.sees) <= set(earlier),
-                    f"sees {', '.join(agent.sees)}; only {', '.join(earlier)} can be seen",
-                ),
-                (
-                    not set(agent.sees) & always_there,
-                    f"must see the question ({QUESTION}) or an agent that always speaks",
-                ),
-                (
-                    agent.when is not None and not self._can_wait_for(agent.when, earlier),
-                    f"speaks when {agent.when}; it can wait for words of an earlier agent",
-                ),
-                (not is_seen and not may_be_last, "is seen by nobody, and gives no answer"),
-            ]
-            for is_faulty, fault in faults:
-                if is_faulty:
-                    raise InputError(f"graph {self.name}: {agent.name} {fault}")
+        for agent in self.agents:
+            when = agent.when or (None, "always")
+            is_sound = (
+                re.fullmatch(r"\w+", agent.name)
+                and agent.name not in (QUESTION, QUESTION_SENDER, *earlier)
+                and isinstance(agent.prompt, str)
+                and agent.max_new_tokens > 0
+                and always_there & set(agent.sees)
+                and set(agent.sees) <= {QUESTION, *earlier}
+                and len(when) == 2
+                and when[0] in (None, *earlier)
+                and normalize_words(when[1])
+            )
+            if not is_sound:
+                raise InputError(
+                    f"graph {self.name}, {agent.name!r}: an agent has a name of its own, one word, "
+                    f"a `prompt`, `max_new_tokens` of at least 1, and sees Q or one that always "
+                    f"speaks; it sees and awaits earlier ones only, not {agent.sees}, {agent.when}"
+                )
             earlier.append(agent.name)
             if agent.when is None:
                 always_there.add(agent.name)
-        if always_there == {QUESTION}:
-            raise InputError(f"graph {self.name}: it needs an agent that always speaks")
-
-    @staticmethod
-    def _can_wait_for(when: tuple[str, str], earlier: list[str]) -> bool:
-        awaited_agent, awaited_words = when
-        return awaited_agent in earlier[1:] and normalize_words(awaited_words) != ""
+        if not earlier:
+            raise InputError(f"graph {self.name}: it has no agents")
 
     @classmethod
     def from_dict(cls, fields: dict) -> "MAS":
@@ -258,24 +249,6 @@ CHAIN = MAS("chain", (READER, PLANNER, SOLVER, VERIFIER))
 # ---- A graph from a file -------------------------------------------------------------------------
 
 
-def _is_text(value) -> bool:
-    return isinstance(value, str)
-
-
-def _are_texts(value) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-# The keys of an [[agents]] table: whether a value is valid, and what a valid one is.
-AGENT_KEYS = {
-    "name": (lambda value: _is_text(value) and re.fullmatch(r"\w+", value), "one word"),
-    "sees": (_are_texts, "a list of texts"),
-    "prompt": (_is_text, "a text"),
-    "max_new_tokens": (lambda value: type(value) is int and value > 0, "a number of at least 1"),
-    "when": (lambda value: _are_texts(value) and len(value) == 2, '["Agent", "words it says"]'),
-}
-
-
 def graph_names() -> list[str]:
     """Return the names of the graphs that come with this project: the files of graphs/."""
     return ["chain", *sorted(path.stem for path in (ROOT / "graphs").glob("*.toml"))]
@@ -291,35 +264,9 @@ def load_graph(name: str) -> MAS:
     path = Path(name)
     if path.suffix != ".toml":
         path = ROOT / "graphs" / f"{name}.toml"
-        if name not in graph_names():
-            listed = ", ".join(graph_names())
-            raise InputError(f"--graph {name}: unknown; it is one of {listed}, or FILE.toml")
-    try:
+    with errors_name(f"--graph {name} (it is {', '.join(graph_names())}, or FILE.toml)"):
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--graph {name}: cannot be read as TOML in UTF-8 ({error})") from None
-    tables = table.get("agents")
-    unknown = sorted(table.keys() - {"name", "agents"})
-    if not isinstance(tables, list) or unknown:
-        problem = f"unknown key {unknown[0]}" if unknown else "no [[agents]] tables"
-        raise InputError(f"--graph {name}: {problem}; a graph has a name and [[agents]] tables")
-    agents = []
-    for number, fields in enumerate(tables, 1):
-        _check_agent(fields, f"--graph {name}, agent {number}")
-        agents.append(_make_agent(fields))
-    return MAS(str(table.get("name", path.stem)), tuple(agents))
-
-
-def _check_agent(fields: dict, place: str) -> None:
-    """Raise InputError if an [[agents]] table has unknown, missing or wrong values."""
-    unknown = sorted(fields.keys() - AGENT_KEYS.keys())
-    if unknown:
-        raise InputError(f"{place}: unknown key {unknown[0]}; it has {', '.join(AGENT_KEYS)}")
-    for key, (is_valid, meaning) in AGENT_KEYS.items():
-        if key not in fields and key != "when":
-            raise InputError(f"{place}: {key} is missing; it is {meaning}")
-        if key in fields and not is_valid(fields[key]):
-            raise InputError(f"{place}: {key} = {fields[key]!r} should be {meaning}")
+        return MAS.from_dict({"name": path.stem} | table)
 
 
 def _make_agent(fields: dict) -> Agent:

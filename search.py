@@ -39,6 +39,7 @@ from tree import (
     OrmScore,
     Sample,
     Score,
+    TooLong,
     backup,
     expand,
     make_child,
@@ -342,8 +343,6 @@ def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Met
         lam = float(parts["lam"])
     elif algorithm == "sbs" or scorer == "orm":
         lam = 0.0
-    if lam > 0 and scorer == "orm":
-        raise InputError(f"method {name}: it is guided by the ORM; there is nothing to mix")
     shown_counts = str(counts[0]) if len(set(counts)) == 1 else ".".join(map(str, counts))
     shown_lam = f"-lam{lam:.12g}" if lam > 0 else ""
     name = f"{algorithm}-{num}x{shown_counts}-{scorer}{shown_lam}"
@@ -375,7 +374,7 @@ def load_scorers(methods: list[Method], args, mas: MAS) -> dict[str, Handler]:
 
 
 def run_method(method: Method, problems: list[Problem], policy, scorers: dict, args) -> Iterator:
-    """Answer problems by a method. Yields (problem, node of the answer, cost) as each finishes."""
+    """Answer problems by a method; yield (problem, node of the answer or TooLong, cost)."""
     searches = (
         (problem, method.search(problem, policy.mas, c_uct=args.c_uct)) for problem in problems
     )
@@ -420,6 +419,8 @@ def main(args) -> None:
     # 2. Search.
     with with_journal(policy, args) as policy, policy.progress.over("search", 1, unit="problems"):
         [(_, leaf, cost)] = run_method(method, [problem], policy, scorers, args)
+    if isinstance(leaf, TooLong):
+        raise leaf
 
     # 3. Show the transcript, the answer, the tree and the cost.
     root, *path = path_to(leaf)

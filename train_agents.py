@@ -37,7 +37,7 @@ from support.flags import (
     stage_parser,
 )
 from support.progress import Progress
-from support.records import open_to_append, read_jsonl, write_line
+from support.records import errors_name, open_to_append, read_jsonl, write_line
 from support.runs import fingerprint, open_run, read_config, seeded, write_checkpoint, write_config
 from support.statistics import agent_measures, by_agent, mean_by_agent, mean_of_known
 from tasks.problems import (
@@ -47,7 +47,7 @@ from tasks.problems import (
     save_problems,
     source,
 )
-from tree import Node, Sample, grade_terminals, make_child, make_root, run_searches
+from tree import Node, Sample, TooLong, grade_terminals, make_child, make_root, run_searches
 from value import ValueModel, add_value_arguments
 
 # A variant changes these here.
@@ -221,8 +221,6 @@ class Learner:
         if self.reward is None:
             raise InputError(f"--reward {args.reward}: none of {', '.join(REWARDS)}, coach:MODEL")
         self.problems = load_training_problems(args)
-        if len({problem.split for problem in self.problems}) < 2:
-            raise InputError(f"{args.data or args.task}: no training or no held-out problems")
         self.policy = make_policy(args, mas, progress=Progress(shown=True))
         if self.policy.adapters is None:
             torch.manual_seed(args.seed)
@@ -248,6 +246,8 @@ class Learner:
         V was not trained on questions alone. V(question) serves as a baseline only, and a baseline
         that does not depend on the message adds no bias to the policy gradient.
 
+        Problems that are too long for the agents or for V have no messages.
+
         name: seeds the policy. Every step needs its own, or its noise would repeat.
         """
         mas, progress = self.policy.mas, self.policy.progress
@@ -260,8 +260,12 @@ class Learner:
             for problem, nodes, _ in run_searches(
                 searches, {Sample: policy}, max_active=MAX_ACTIVE, progress=progress
             ):
+                if isinstance(nodes, TooLong) or not self.v_can_read(nodes):
+                    continue
                 grade_terminals(problem, mas, nodes)
                 rollouts |= dict.fromkeys(nodes, problem)
+        if not rollouts:
+            raise InputError(f"{name}: there is no problem, or none that is short enough")
         if self.value_model is not None:
             nodes = dict.fromkeys([*(node.parent for node in rollouts), *rollouts])
             states = [node.state for node in nodes]
@@ -270,6 +274,10 @@ class Learner:
                 node.V = value
         # The order in which searches finish depends on how many are active at once.
         return dict(sorted(rollouts.items(), key=lambda entry: entry[1].id))
+
+    def v_can_read(self, nodes: list[Node]) -> bool:
+        model = self.value_model
+        return model is None or all(model.fits(node.state) for node in nodes)
 
     def update(self, messages: list[TrainedMessage], rng: random.Random) -> dict[str, float]:
         """Train one epoch on the messages. Returns the mean KL and the share of clipped tokens.
@@ -358,6 +366,7 @@ class Learner:
             lines.append(line)
         record = {"step": step, "messages": self.state["messages"], "trained_on": len(messages)}
         record["distinct"] = len({(message.prompt_ids, message.token_ids) for message in messages})
+        record["refused"] = sorted({p.id for p in problems} - {p.id for p in rollouts.values()})
         record["cut"] = sum(node.candidate.truncated for node in rollouts)
         record["without_reward"] = list(rewards.values()).count(None)
         record["reward"] = mean_by_agent(rewards)
@@ -373,7 +382,7 @@ class Learner:
         num_candidates = (NUM_DEV_PASSES,) + (1,) * (len(self.policy.mas.agents) - 1)
         rollouts = self.sample(problems, num_candidates, name="dev")
         outcomes = [node.outcome for node in rollouts if node.outcome is not None]
-        accuracy = outcomes.count(1.0) / len(outcomes)
+        accuracy = outcomes.count(1.0) / (NUM_DEV_PASSES * len(problems))
         if accuracy > self.state["best_accuracy"]:
             self.state |= {"best_step": step, "best_accuracy": accuracy}
             self.state["best_weights"] = self.adapters.weights()
@@ -451,7 +460,8 @@ def main(args) -> None:
         return
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        with errors_name(f"{checkpoint} (delete it to start over)"):
+            saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
         learner.state = saved["state"]
         learner.adapters.set_weights(saved["weights"])
         learner.optimizer.load_state_dict(saved["optimizer"])

@@ -37,8 +37,8 @@ from support.flags import TINY_AGENTS, InputError, cli, positive_float, positive
 from support.progress import Progress
 from support.records import (
     append_jsonl,
+    errors_name,
     open_to_append,
-    process_rank,
     read_jsonl,
     read_records,
     write_line,
@@ -63,10 +63,13 @@ from value import Transcript, ValueModel, load_backbone, rendering_fingerprint, 
 def make_transcripts(trees: list[dict], model: ValueModel, target: str) -> list[Transcript]:
     """Encode the labelled paths of trees: each path in the full view, each edge in the local view.
 
-    In the local view a state's text is not a prefix of its children's.
+    In the local view a state's text is not a prefix of its children's. States that are too long for
+    the backbone are left out and counted. Raises InputError if no state is left.
     """
-    transcripts = []
+    transcripts, too_long = [], []
     for path in chain.from_iterable(tree_paths(tree, model.mas, target) for tree in trees):
+        too_long += [edge.problem_id for edge in path if not model.fits(edge.state)]
+        path = [edge for edge in path if model.fits(edge.state)]
         if path and model.view == "full":
             ids, ends = model.encode(path[-1].state)
             # Segment 0 is the question, segment i the i-th message.
@@ -76,6 +79,10 @@ def make_transcripts(trees: list[dict], model: ValueModel, target: str) -> list[
             for edge in path:
                 ids, ends = model.encode(edge.state)
                 transcripts.append(Transcript(ids, ends[-1:], [edge]))
+    if too_long:
+        print(f"{len(too_long)} states are too long for the backbone, of {sorted(set(too_long))}")
+    if not transcripts:
+        raise InputError("no labelled state is left; take a --backbone with a longer context")
     return transcripts
 
 
@@ -243,7 +250,8 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     first_epoch = 0
     if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=model.backbone.device, weights_only=True)
+        with errors_name(f"{checkpoint} (delete it to start over)"):
+            state = torch.load(checkpoint, map_location=model.backbone.device, weights_only=True)
         for name, parameter in trained.items():
             parameter.data.copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
@@ -309,8 +317,6 @@ def parse_args(argv=None):
 
 
 def main(args) -> None:
-    if process_rank()[1] > 1:
-        raise InputError("V is trained in one process; start it without a launcher")
     torch.set_num_threads(args.num_threads)
 
     # 1. Load the labels, and make an untrained V.

@@ -6,12 +6,14 @@ requests in batches. Labelling (generate_rollouts.py) and search (search.py) sha
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from mas import MAS, Message, State
+from support.flags import InputError
 from support.progress import Progress
 from tasks.grading import extract_answer
 from tasks.problems import Problem, is_correct
@@ -94,6 +96,10 @@ class Cost:
             total = getattr(self, entry.name) + getattr(other, entry.name)
             setattr(self, entry.name, total)
         return self
+
+
+class TooLong(InputError):
+    """A text is longer than the context of a model. It stops the search of its problem alone."""
 
 
 # A handler answers all waiting requests of one type: [(problem, request)] -> [(reply, cost)].
@@ -218,7 +224,8 @@ def run_searches(
     """Advance up to `max_active` searches together; yield (problem, result, cost) as each finishes.
 
     All waiting requests of one type are answered in one batch. A search cannot tell how many others
-    are active, so its result does not depend on them.
+    are active, so its result does not depend on them. If a request cannot be answered, the result
+    is TooLong: the problem is refused, and the others go on.
 
     Args:
         handlers: type of request -> what answers it. Handlers are listed cheapest first, so that
@@ -255,12 +262,28 @@ def run_searches(
             return
         request_type = waiting_types[0]
         batch, waiting[request_type] = waiting[request_type], []
-        replies = handlers[request_type]([(active.problem, active.request) for active in batch])
+        replies = answer(handlers[request_type], batch)
 
         # 3. Resume their searches. Each then waits for its next request, or has finished.
         for active, (reply, cost) in zip(batch, replies, strict=True):
             active.cost += cost
-            yield from resume(active, reply)
+            if isinstance(reply, TooLong):
+                print(f"problem {active.problem.id} is refused: {reply}", file=sys.stderr)
+                progress.advance()
+                yield active.problem, reply, active.cost
+            else:
+                yield from resume(active, reply)
+
+
+def answer(handler: Handler, batch: list[ActiveSearch]) -> list[tuple[Any, Cost]]:
+    """Answer the requests of searches together. Returns (reply or TooLong, cost) of each."""
+    try:
+        return handler([(active.problem, active.request) for active in batch])
+    except TooLong as error:  # which of them is it?
+        if len(batch) == 1:
+            return [(error, Cost())]
+        middle = len(batch) // 2
+        return answer(handler, batch[:middle]) + answer(handler, batch[middle:])
 
 
 # ---- Records -------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from mas import MAS, State
 from support.flags import TINY_AGENTS, InputError, Parser
 from support.records import errors_name
 from support.runs import differences, fingerprint, read_config, read_finished_config
-from tree import Edge
+from tree import Edge, TooLong
 
 # ---- What V reads --------------------------------------------------------------------------------
 
@@ -105,21 +105,19 @@ class ValueModel(nn.Module):
     def encode(self, state: State) -> tuple[list[int], list[int]]:
         """Return the token ids of value_text, and the position of the token that ends each segment.
 
-        The ids begin with the BOS token if the backbone's tokenizer adds one. Raises InputError if
-        the state does not fit into the backbone. Nothing is ever truncated.
+        The ids begin with the BOS token if the backbone's tokenizer adds one. Nothing is ever
+        truncated (see `fits`).
         """
         ids = list(self.beginning)
         ends = []
         for segment in self.mas.value_text(state, self.view):
             ids += self.segment_ids(segment)
             ends.append(len(ids) - 1)
-        context = context_length(self.backbone)
-        if len(ids) > context:
-            raise InputError(
-                f"a transcript of {len(ids)} tokens does not fit into the value model's {context}; "
-                f"lower --max-new-tokens or take another --backbone"
-            )
         return ids, ends
+
+    def fits(self, state: State) -> bool:
+        """Return whether the transcript of a state is short enough for the backbone."""
+        return len(self.encode(state)[0]) <= context_length(self.backbone)
 
     def outputs(self, batch: Batch, transcripts: list[Transcript]) -> torch.Tensor:
         """Return w.h + b at all positions of a batch, in order: float32 [positions, outputs]."""
@@ -172,7 +170,9 @@ class ValueModel(nn.Module):
         return values
 
     def score(self, states: list[State], *, batch_tokens: int) -> list[float]:
-        """Return V of each state. Equal states are read once."""
+        """Return V of each state; equal ones are read once. Raises TooLong if one does not fit."""
+        if not all(map(self.fits, states)):
+            raise TooLong("a transcript is longer than the context of the value model")
         encoded = {state: self.encode(state) for state in states}
         transcripts = [Transcript(ids, positions=ends[-1:]) for ids, ends in encoded.values()]
         values = self.predict(transcripts, batch_tokens=batch_tokens)
@@ -188,15 +188,16 @@ class ValueModel(nn.Module):
         return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
 
     def save(self, folder: Path) -> None:
-        self.backbone.save_pretrained(folder / "adapter")
-        save_file(self.head.state_dict(), folder / "head.safetensors")
+        with errors_name(f"{folder} cannot be written; is the disk full?"):
+            self.backbone.save_pretrained(folder / "adapter")
+            save_file(self.head.state_dict(), folder / "head.safetensors")
 
     @classmethod
     def load(cls, folder: Path, mas: MAS, args, *, must_be_finished: bool) -> "ValueModel":
         """Load a trained V. args: --device, --dtype, --backbone and --model are used of them.
 
-        Raises InputError if its training is not finished, if files are missing, or if it was
-        trained with another graph, rendering of states or backbone.
+        Raises InputError if its training is not finished, if files are missing or damaged, or if it
+        was trained with another graph, rendering of states or backbone.
         """
         # 1. Its backbone.
         config = read_finished_config(folder) if must_be_finished else read_config(folder)

@@ -81,8 +81,10 @@ def _compare_trainings(groups: dict[str, list[Path]], stage: str) -> list[list[s
                 raise InputError(f"--compare {folder}: its training is not finished")
             trainings.append((read_jsonl(folder / "metrics.jsonl"), config.get("best_step")))
         if trainings:
-            reports = [metrics[-1].get("heldout") for metrics, _ in trainings]
-            header, *rows = value_table(reports) if stage == "value" else training_table(trainings)
+            if stage == "value":
+                header, *rows = value_table([metrics[-1]["heldout"] for metrics, _ in trainings])
+            else:
+                header, *rows = training_table(trainings)
             table = table or [["run", *header]]
             table += [[name, *row] for row in rows]
     return table

@@ -12,6 +12,7 @@ from statistics import fmean
 
 import numpy as np
 
+import search
 from mas import CHAIN, State
 from support.records import read_records
 from support.runs import seeded
@@ -45,8 +46,9 @@ if __name__ == "__main__":
     trees = read_records(Path("runs/tiny/rollouts/trees.jsonl")).values()
     of_trees = [forgeries(tree) for tree in trees if tree["split"] == "heldout"]
     forged = list(filter(None, of_trees))[:40]
-    options = {"device": "cpu", "dtype": "float32", "must_be_finished": True}
-    models = [ValueModel.load(Path(run) / "value", CHAIN, **options) for run in sys.argv[1:]]
+    args = search.parse_args(["--device", "cpu"])
+    folders = [Path(run) / "value" for run in sys.argv[1:]]
+    models = [ValueModel.load(path, CHAIN, args, must_be_finished=True) for path in folders]
     values = {}
     for kind in forged[0]:
         states = [of_message[kind] for of_message in forged]

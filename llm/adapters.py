@@ -115,9 +115,7 @@ class AgentAdapters:
         """
         settings = read_finished_config(folder)["settings"]
         trouble = None
-        if "adapters" not in settings:
-            trouble = "not a folder RUN/agents of train_agents.py"
-        elif settings["model"]["fingerprint"] != base["model"]["fingerprint"]:
+        if settings["model"]["fingerprint"] != base["model"]["fingerprint"]:
             trouble = f"trained on another model; give --model {settings['model']['name']}"
         elif settings["quantize_policy"] != base["quantize_policy"]:
             trouble = "trained with the other setting of --quantize-policy"
@@ -132,7 +130,8 @@ class AgentAdapters:
 
     def save(self, folder: Path) -> None:
         """Write each adapter to a folder of its own in `folder`/adapter."""
-        self.model.save_pretrained(folder / "adapter", selected_adapters=self.names)
+        with errors_name(f"{folder} cannot be written; is the disk full?"):
+            self.model.save_pretrained(folder / "adapter", selected_adapters=self.names)
 
     def name_for(self, agent: str) -> str:
         """Return the name of an agent's adapter, which peft makes an attribute of layers."""

@@ -45,19 +45,15 @@ class Coach:
         self.seed = args.seed
 
     def __call__(self, rollouts: dict[Node, Problem]) -> dict[Node, float | None]:
-        """Return the score of each message. Raises InputError if a prompt is too long."""
+        """Return the score of each message."""
         prompts = self.chat_format.encode([self.chat(*message) for message in rollouts.items()])
         return {node: self.score(prompt) for node, prompt in zip(rollouts, prompts, strict=True)}
 
     @torch.inference_mode()
     def score(self, prompt: list[int]) -> float | None:
-        """Return the expected digit / 9 after a prompt, in [0, 1]; None if it is no digit."""
-        context = context_length(self.model)
-        if len(prompt) > context:
-            raise InputError(
-                f"a prompt of {len(prompt)} tokens does not fit into the coach's {context}; "
-                f"lower --max-new-tokens or take another coach"
-            )
+        """Return the expected digit / 9 after a prompt, in [0, 1]; None if too long or no digit."""
+        if len(prompt) > context_length(self.model):
+            return None
         token_ids = torch.tensor([prompt], device=self.model.device)
         logits = self.model(input_ids=token_ids, logits_to_keep=1).logits[0, -1]
         probs = logits.float().softmax(-1)[self.digit_ids]  # [10]

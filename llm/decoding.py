@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from llm.loading import context_length
 from support.flags import InputError
 
 # ---- Random numbers ------------------------------------------------------------------------------
@@ -333,10 +334,11 @@ class CacheRows:
         columns = torch.arange(self.width, device=self.lengths.device)
         first_token = (self.width - self.lengths)[:, None]  # the columns before it are padding
         newest = columns[self.width - token_ids.shape[1] :]
+        last_position = context_length(self.model) - 1  # rows of ended messages may run past it
         output = self.model(
             input_ids=token_ids,
             attention_mask=(columns >= first_token).long(),
-            position_ids=(newest - first_token).clamp(min=0),
+            position_ids=(newest - first_token).clamp(0, last_position),
             past_key_values=self.cache,
             logits_to_keep=1,
         )

@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from support.flags import InputError
+from support.records import errors_name
 from support.runs import file_fingerprint
 
 
@@ -33,16 +34,11 @@ def load_pretrained(
         quantize: make the weights of linear layers NF4, with double quantisation (bitsandbytes).
         dtype: of all other weights and of the computation, see `resolve_dtype`.
 
-    Raises InputError if there is no such GPU, or if the model cannot be loaded or lacks weights or
-    an end-of-message token.
+    Raises InputError if there is no such GPU, or if the model cannot be loaded or lacks weights, a
+    vocabulary or an end-of-message token.
     """
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"{flag} {name}: no model here (the folder has no config.json)")
-    try:
+    with errors_name(f"--device {device}"):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--device {device}: it cannot be used ({reason})") from None
     compute_dtype = getattr(torch, resolve_dtype(dtype, device))
     options = {"dtype": compute_dtype, "output_loading_info": True, "trust_remote_code": False}
     if quantize:
@@ -56,26 +52,19 @@ def load_pretrained(
     # transformers shows a bar and a report of the weights; the report is checked below instead.
     disable_progress_bar()
     set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    trouble = f"cannot be loaded{' in NF4' if quantize else ''}; damaged, or a Git LFS pointer?"
+    with errors_name(f"{flag} {name}: {trouble}"):
         model, report = auto_class.from_pretrained(name, **options)
-    except ImportError as error:
-        without = "--no-quantize" if flag == "--backbone" else "no --quantize-policy"
-        remedy = f"; or load it without NF4 ({without})" if quantize else ""
-        raise InputError(f"{flag} {name}: a package is missing: {error}{remedy}") from None
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{flag} {name}: neither a folder nor on the hub: {reason}") from None
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
     # Weights that the files lack would be random.
-    absent = [*report["missing_keys"], *report["mismatched_keys"]]
+    absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if absent:
-        examples = ", ".join(map(str, sorted(absent)[:3]))
+        raise InputError(f"{flag} {name}: its files lack weights: {', '.join(absent[:3])} ...")
+    if tokenizer.eos_token_id is None or not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise InputError(
-            f"{flag} {name}: its files lack weights of {type(model).__name__}: {examples} ..."
+            f"{flag} {name}: its tokenizer has no end-of-message (eos) or other tokens"
         )
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{flag} {name}: its tokenizer has no end-of-message (eos) token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if quantize:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llm.decoding import SAMPLER, Decoder, message_key
@@ -44,10 +43,10 @@ from support.flags import (
     positive_unit_float,
 )
 from support.progress import Progress
-from support.records import Journal
+from support.records import Journal, errors_name
 from support.runs import fingerprint, without_names
 from tasks.problems import Problem, source
-from tree import Candidate, Cost, Sample
+from tree import Candidate, Cost, Sample, TooLong
 
 # ---- Chats: how an agent is asked, and how its message is read -----------------------------------
 
@@ -122,11 +121,27 @@ class ChatFormat:
             text = "<think>" + text
         return without_reasoning(text).strip()
 
+    def check_end(self, eos_ids: set[int]) -> None:
+        """Raise InputError if the template ends a message by none of `eos_ids`: none would end."""
+        roles = ("user", "assistant", "user")
+        chat = [{"role": role, "content": f"EXAMPLE-OF-{role}"} for role in roles]
+        options = {"tokenize": False, "chat_template": self.template, **self.template_kwargs}
+        with errors_name(f"{self.name}: its chat template fails"):
+            text = self.tokenizer.apply_chat_template(chat, **options)
+        _, is_shown, rest = text.partition("EXAMPLE-OF-assistant")
+        end = rest.partition("EXAMPLE-OF-user")[0]
+        ids = self.tokenizer(end, add_special_tokens=False)["input_ids"]
+        if is_shown and eos_ids.isdisjoint(ids):
+            raise self._error(
+                f"its chat template ends a message by {end!r}, which is no eos_token of the "
+                f"checkpoint: no message would end; take a chat model, or correct that setting"
+            )
+
     def _render(self, chats: list[list[dict[str, str]]]) -> list[str]:
         if self.merges_system:
             texts = ["\n\n".join(turn["content"] for turn in chat) for chat in chats]
             chats = [[{"role": "user", "content": text}] for text in texts]
-        try:
+        with errors_name(f"{self.name}: its chat template fails"):
             return self.tokenizer.apply_chat_template(
                 chats,
                 add_generation_prompt=True,
@@ -134,9 +149,6 @@ class ChatFormat:
                 chat_template=self.template,
                 **self.template_kwargs,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise self._error(f"its chat template fails: {reason}") from None
 
     def _error(self, reason: str) -> InputError:
         return InputError(f"{self.name}: {reason}")
@@ -236,10 +248,11 @@ class Policy:
     ) -> list[tuple[list[list[Candidate]], Cost]]:
         """Answer Sample requests. Reply: a list of candidates per node; a prompt is charged once.
 
-        The cost of a message is that of generating it, even if it comes from the journal.
+        The cost of a message is that of generating it, even if it comes from the journal. A message
+        is cut where the model's context ends.
 
-        Raises InputError if a prompt and its message do not fit into the model's context, or if
-        a single message does not fit into memory.
+        Raises TooLong if a prompt alone fills the context, and InputError if a single message does
+        not fit into memory.
         """
         # 1. One job per node: its prompt, and how many messages to sample from it.
         jobs = self._make_jobs(requests)
@@ -282,21 +295,20 @@ class Policy:
         jobs = []
         for (index, problem, request, node), prompt_ids in zip(places, encoded, strict=True):
             agent = self.mas.turn(node.state)
+            room = context - len(prompt_ids)
+            if room < 1:
+                place = f"the {agent.name}'s prompt of {len(prompt_ids)} tokens"
+                raise TooLong(f"{place} fills the model's context of {context}")
             job = PromptJob(
                 request_index=index,
                 problem_id=problem.id,
                 path=node.path,
                 agent=agent.name,
                 prompt_ids=prompt_ids,
-                max_new_tokens=min(agent.max_new_tokens, self.max_new_tokens),
+                max_new_tokens=min(agent.max_new_tokens, self.max_new_tokens, room),
                 num_messages=request.num,
                 greedy=request.greedy,
             )
-            if job.row_tokens > context:
-                raise InputError(
-                    f"problem {problem.id}: the {agent.name}'s prompt of {len(prompt_ids)} tokens "
-                    f"and a message exceed the model's {context}; lower --max-new-tokens"
-                )
             jobs.append(job)
         return jobs
 
@@ -482,6 +494,7 @@ def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:
         top_k=args.top_k,
         top_p=args.top_p,
     )
+    chat_format.check_end(decoder.eos_ids)
     settings = policy_settings(args)
     adapters = None
     if args.adapter is not None:

@@ -12,7 +12,6 @@ the trees of instructive problems. Each page is one file that opens by double cl
 import base64
 import io
 import itertools
-import json
 import re
 from pathlib import Path
 from urllib.parse import quote
@@ -24,7 +23,7 @@ from report.pictures import plot_reliability
 from report.tables import labels_table, training_table, value_table
 from report.warnings import agents_warnings, answer_warnings, label_warnings, value_warnings
 from support.flags import InputError, Parser, cli
-from support.records import read_jsonl, read_records
+from support.records import parse_json, read_jsonl, read_records
 from support.runs import read_config
 
 
@@ -99,12 +98,13 @@ def show_value(folder: Path, config: dict):
 
 
 def show_answers(folder: Path, config: dict):
-    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    path = folder / "summary.json"
+    summary = parse_json(path.read_bytes(), str(path))
     records = {}
     for method in summary["methods"]:
         record_of = read_records(folder / f"{method}.jsonl")
         records[method] = [record_of[problem_id] for problem_id in summary["problems"]]
-    blocks = read_markdown((folder / "table.md").read_text("utf-8"))
+    blocks = read_markdown((folder / "table.md").read_text("utf-8", errors="replace"))
     blocks += ["Instructive problems:", instructive_problems(records, folder.parent, config)]
     return blocks, [], answer_warnings(records, folder.parent / "value")
 

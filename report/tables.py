@@ -93,7 +93,8 @@ def training_table(trainings: list[tuple[list[dict], int]]) -> list[list[str]]:
         records = []
         for records_of_run, best_step in trainings:
             measured = {record["step"]: record for record in records_of_run if "dev" in record}
-            step = {"before": 0, "kept": best_step, "at the end": max(measured)}[moment]
+            last_step = records_of_run[-1]["step"]
+            step = {"before": 0, "kept": best_step, "at the end": last_step}[moment]
             records.append(measured[step])
         start = [moment, mean_text([record["messages"] for record in records], digits=0)]
         start.append(mean_text([record["dev"]["accuracy"] for record in records], digits=3))

@@ -7,10 +7,12 @@ default stands in the parser and nowhere else.
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # a text that has one cannot be written as UTF-8
 ROOT = Path(__file__).resolve().parent.parent  # of this project
 TINY_AGENTS = os.path.relpath(ROOT / "tiny" / "agents")  # the embedded language model
 
@@ -37,6 +39,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise InputError(f"{message} (--help lists the flags)")
+
+    def parse_args(self, argv=None) -> argparse.Namespace:
+        """Read the flags. None may be empty: `--run ""` would write to the root of the machine."""
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            for text in value if isinstance(value, list) else [value]:
+                if text == "" or SURROGATE.search(str(text)):
+                    raise InputError(f"--{name.replace('_', '-')}: it is empty, or not in UTF-8")
+        return args
 
 
 def _number(kind: type, description: str, is_valid: Callable[[float], bool]):
@@ -117,12 +128,13 @@ def stage_parser(doc: str, *, writes: bool) -> Parser:
 def cli(parse_args, main) -> None:
     """Run a script.
 
-    Bad input prints one line and exits with code 2. An interrupt prints one line and exits with
-    code 130. Output that nobody reads ends it with code 141. Programming errors raise.
+    Bad input, and files that cannot be read or written, print one line and exit with code 2, an
+    interrupt with code 130. Output that nobody reads ends it with code 141. Other errors raise.
     """
     script = Path(sys.argv[0]).name
     try:
         main(parse_args())
+        sys.stdout.flush()  # a full disk shows here at the latest
     except InputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -130,7 +142,10 @@ def cli(parse_args, main) -> None:
         message = "interrupted; what is finished is kept, the command without --overwrite resumes"
         print(f"\n{script}: {message}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # As in `evaluate.py | head`. What Python writes when it exits, goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what Python writes when it exits)
+        if isinstance(error, BrokenPipeError):  # as in `evaluate.py | head`
+            sys.exit(141)
+        remedy = "give another path, make room, or run the stage that writes it"
+        print(f"{script}: error: {error}; {remedy}; what is finished is kept", file=sys.stderr)
+        sys.exit(2)

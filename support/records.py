@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,10 +28,12 @@ def errors_name(what: object) -> Iterator[None]:
     """Make any error in a `with` block an InputError that names a file or a flag.
 
     Libraries raise errors of many types for a file that is damaged, cut off or another program's,
-    and for a full disk. A block holds calls of libraries alone, so that our own errors still raise.
+    and for a full disk. A block only reads or writes, so that programming errors still raise.
     """
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{what}: {reason:.200} ({type(error).__name__})") from error
@@ -51,30 +54,47 @@ def _finite(text: str) -> float:
 STRICT_JSON = {"parse_float": _finite, "parse_constant": _finite}  # for json.loads
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Read a JSON-lines file. Raises InputError that names a missing file or a bad line."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    return [record for record, _ in _parse_lines(path, only_finished=False)]
+class Fields(dict):
+    """An object of a JSON file. A field that it lacks is an InputError that names the file."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, place: str, fields: dict):
+        super().__init__(fields)
+        self.place = place
+
+    def __missing__(self, name: str):
+        raise InputError(f"{self.place}: it lacks {name!r}; damaged, or another program's?")
 
 
-def _parse_lines(path: Path, *, only_finished: bool) -> Iterator[tuple[dict, int]]:
+def parse_json(text: bytes, place: str) -> Fields:
+    """Read an object. Raises InputError if it is none. place: where it is, for the errors."""
+    try:
+        value = json.loads(text, object_hook=partial(Fields, place), **STRICT_JSON)
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise InputError(f"{place}: not JSON ({error})") from None
+    if not isinstance(value, Fields):
+        raise InputError(f"{place}: not an object, such as {{...}}")
+    return value
+
+
+def read_jsonl(path: Path) -> list[Fields]:
+    """Read a JSON-lines file. Raises InputError that names a bad line, or a file without any."""
+    records = [record for record, _ in _parse_lines(path, only_finished=False)]
+    if not records:
+        raise InputError(f"{path}: it is empty")
+    return records
+
+
+def _parse_lines(path: Path, *, only_finished: bool) -> Iterator[tuple[Fields, int]]:
     """Yield each record, an object, and the place of its first byte."""
     start = 0
-    if not path.is_file():
-        return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if only_finished and not line.endswith(b"\n"):
                 return
             if line.strip():
-                try:
-                    record = json.loads(line, **STRICT_JSON)
-                except ValueError as error:  # not JSON, not UTF-8, or NaN
-                    raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}, line {number}: not an object, such as {{...}}")
-                yield record, start
+                yield parse_json(line, f"{path}, line {number}"), start
             start += len(line)
 
 
@@ -128,7 +148,10 @@ def write_line(file: BinaryIO, index: int, record: dict) -> None:
 
 def process_rank() -> tuple[int, int]:
     """Return (rank, number of processes); (0, 1) without a launcher."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise InputError(f"RANK={rank}, WORLD_SIZE={world_size} in the environment: no process")
+    return int(rank), int(world_size)
 
 
 def is_mine(problem_id: str) -> bool:
@@ -157,10 +180,11 @@ def read_records(
         keep: what to keep of each record, so that large files need not fit into memory.
     """
     records = {}
-    for shard in [path, *sorted(path.parent.glob(f"{path.stem}.*of*.jsonl"))]:
+    shards = sorted(path.parent.glob(f"{path.stem}.*of*.jsonl"))
+    for shard in [*path.parent.glob(path.name), *shards]:
         for record, _ in _parse_lines(shard, only_finished=True):
             records[record["id"]] = keep(record)
-    return dict(sorted(records.items()))
+    return Fields(str(path), dict(sorted(records.items())))
 
 
 @contextmanager
@@ -204,22 +228,14 @@ class Journal:
         folder: of the journals of a run.
         name: a fingerprint of the settings.
         settings: what determines a message, apart from its key.
-
-    Raises:
-        InputError: if the folder cannot be written, or a file in it is damaged.
     """
 
     def __init__(self, folder: Path, name: str, settings: dict):
         self.name = name
         self.places: dict[str, tuple[Path, int]] = {}  # key -> (file, first byte of its line)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{self.name}.json").write_text(json.dumps(settings, indent=1) + "\n")
-            self._open_own_file(folder)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: messages cannot be kept here ({error.strerror}); give --messages FOLDER"
-            ) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+        self._open_own_file(folder)
         for path in sorted(folder.glob(f"{self.name}*.jsonl")):
             for entry, start in _parse_lines(path, only_finished=True):
                 self.places[entry["key"]] = (path, start)
@@ -237,7 +253,7 @@ class Journal:
         path, start = self.places[key]
         with open(path, "rb") as file:
             file.seek(start)
-            return json.loads(file.readline())
+            return parse_json(file.readline(), str(path))
 
     def add(self, key: str, entry: dict) -> None:
         """Append an entry. It survives a kill from now on."""

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from support.flags import ROOT, InputError
-from support.records import open_to_append, process_rank
+from support.records import errors_name, open_to_append, parse_json, process_rank
 
 # ---- Start or resume -----------------------------------------------------------------------------
 
@@ -51,11 +51,8 @@ def open_run(folder: Path, settings: dict, *, device: str, overwrite: bool) -> N
         return
     if any(folder.glob("*.jsonl")):
         raise InputError(f"{folder} holds records, but no config.json; delete the folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, {"settings": settings} | provenance(device))
-    except OSError as error:
-        raise InputError(f"--run: {folder} cannot be written ({error.strerror})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, {"settings": settings} | provenance(device))
 
 
 def _delete_results(folder: Path) -> None:
@@ -72,17 +69,9 @@ def _delete_results(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """Read a folder's config.json. Raises InputError if it is missing, torn or another's."""
+    """Read a folder's config.json. Raises InputError if it is damaged."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no config.json here; no stage has written this folder yet")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error.msg}); start over with --overwrite") from None
-    if "settings" not in config:
-        raise InputError(f"{folder}: its config.json was not written by a stage of this project")
-    return config
+    return parse_json(path.read_bytes(), str(path))
 
 
 def read_finished_config(folder: Path) -> dict:
@@ -105,7 +94,8 @@ def write_checkpoint(path: Path, state: dict) -> None:
     import torch  # imported late: a report needs no torch
 
     temporary = path.with_suffix(".part")
-    torch.save(state, temporary)
+    with errors_name(f"{path} cannot be written; is the disk full?"):
+        torch.save(state, temporary)
     temporary.replace(path)
 
 

@@ -15,6 +15,7 @@ that names the problem. No torch here.
 """
 
 import hashlib
+import math
 import re
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from support.flags import ROOT, InputError, Parser, positive_int
+from support.flags import ROOT, SURROGATE, InputError, Parser, positive_int
 from support.records import append_jsonl
 from tasks.files import read_rows
 from tasks.grading import canonical, find_boxes, is_comparable, same_answer
@@ -264,8 +265,8 @@ class RawProblem(NamedTuple):
 def read_row(row: dict, place: str) -> RawProblem:
     """Read a row that has the columns of any of the public data sets (COLUMNS).
 
-    Raises InputError if question or answer is missing or no valid text, if the options are no list,
-    or if the answer is none of them. place: the file and the line, for these messages.
+    Raises InputError if question or answer is missing, if they are neither texts nor numbers, or if
+    the answer is none of the options. place: the file and the line, for these messages.
     """
     # 1. Find the fields.
     column_of, fields = {}, {}
@@ -278,6 +279,8 @@ def read_row(row: dict, place: str) -> RawProblem:
     for field in ("question", "answer"):
         if not texts.get(field):
             raise InputError(f"{place}: no `{field}`; each line needs `question` and `answer`")
+    for field in ("question", "context", "answer", "id"):
+        _check_text(fields.get(field), place)
 
     # 2. Build the question and the gold answer.
     question, gold = texts["question"], texts["answer"]
@@ -290,10 +293,17 @@ def read_row(row: dict, place: str) -> RawProblem:
         gold = gold.rpartition("####")[-1].strip()
     elif column_of["answer"] == "solution":
         gold = ([""] + [box.value or "" for box in find_boxes(gold)])[-1]  # MATH: \boxed{42}
-    if re.search("[\ud800-\udfff]", question + gold):
+    raw = (texts.get("id"), question, gold, texts.get("subject"), texts.get("level"))
+    if SURROGATE.search("".join(filter(None, raw))):
         raise InputError(f"{place}: it has half of a character (a surrogate without its pair)")
-    subject, level, key = texts.get("subject"), texts.get("level"), question_key(question)
-    return RawProblem(texts.get("id"), question, gold, subject, level, place, key)
+    return RawProblem(*raw, place, question_key(question))
+
+
+def _check_text(value, place: str) -> None:
+    """Raise InputError if a value is neither None nor a text or a finite number."""
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, str | int | float | None) or not is_finite:
+        raise InputError(f"{place}: {value!r:.60} is neither a text nor a finite number")
 
 
 def _read_options(choices: list, answer: str | int, place: str) -> tuple[str, str]:
@@ -302,9 +312,10 @@ def _read_options(choices: list, answer: str | int, place: str) -> tuple[str, st
     The data gives the answer by its letter, text or index from 0. An integer in the data is an
     index, even if an option has the same text.
     """
-    if not isinstance(choices, list):
-        kind = type(choices).__name__
-        raise InputError(f"{place}: the options are of type {kind}; give a list of texts")
+    if not isinstance(choices, list) or len(choices) > 26:
+        raise InputError(f"{place}: the options are no list of 26 or fewer: {choices!r:.60}")
+    for choice in choices:
+        _check_text(choice, f"{place}, the options")
     letters = [chr(ord("A") + index) for index in range(len(choices))]
     options = [f"\n{letter}) {choice}" for letter, choice in zip(letters, choices, strict=True)]
     texts = [str(choice).strip() for choice in choices]

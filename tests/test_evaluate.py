@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from conftest import become_process
 from searching import DUO, ScriptedPolicy, ScriptedScorer
 
 import evaluate
@@ -252,17 +253,16 @@ def test_the_script_reports_once_all_processes_have_finished(tmp_path, monkeypat
     """Of four problems, some are left to the second process."""
     flags = ["--run", str(tmp_path), "--device", "cpu", "--num-threads", "1", "--num-problems", "4"]
     args = evaluate.parse_args([*flags, "--methods", "greedy", "mcts-2x1.2.1.1-random"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
+    for rank in range(2):
         assert not (tmp_path / "eval" / "summary.json").exists()
-        monkeypatch.setenv("RANK", rank)
+        become_process(monkeypatch, rank, 2)
         evaluate.main(args)
     summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
     expected = [f"packs-test-0000{index}" for index in range(4)]
     assert summary["problems"] == expected
     for row in summary["methods"].values():
         assert row["n"] == 4 and row["agent_calls"] >= 4
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    become_process(monkeypatch, 0, 1)
     capsys.readouterr()
     evaluate.main(args)
     assert "\n0 messages generated" in "\n" + capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import time
@@ -19,6 +20,7 @@ import train_agents
 import train_value
 from support.records import read_records
 from tasks.grading import extract_answer
+from tasks.problems import EMBEDDED
 
 ROLLOUTS = ["--num-train", 5, "--num-heldout", 2, "--num-simulations", 4]
 ROLLOUTS += ["--num-candidates", 2, "--max-active", 4]
@@ -190,6 +192,88 @@ def test_an_evaluation_killed_and_resumed_equals_the_uninterrupted_one(finished,
     for name in CALLS:
         expected = records_of(finished, f"eval/{name}", VOLATILE_BY_V)
         assert records_of(tmp_path, f"eval/{name}", VOLATILE_BY_V) == expected
+
+
+# ---- One bad item does not stop the rest, one bad file is one line -------------------------------
+
+
+def test_a_problem_that_is_too_long_is_refused_in_every_stage_and_the_others_go_on(
+    tmp_path, copied_agents
+):
+    """Four are too long for the agents, and the last states of some others for V."""
+    config, run = copied_agents / "config.json", tmp_path / "run"
+    config.write_text(config.read_text().replace("1024", "270"))
+    rows = read_lines(EMBEDDED["tiny"])[4:18]
+    for row in (rows[0], rows[1], rows[8], rows[9]):
+        row["question"] *= 9
+    for name, part in (("train", rows[:8]), ("test", rows[8:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    agents = ["--run", run, "--model", copied_agents, "--data"]
+
+    flags = [*agents, tmp_path / "train", "--num-train", 8, "--num-heldout", 2]
+    printed = output_of(generate_rollouts, *flags, "--num-simulations", 3, "--num-candidates", 2)
+    trees = records_of(run, "rollouts/trees")
+    unlabelled = {tree["id"] for tree in trees if len(tree["nodes"]) == 1}
+    assert unlabelled == {rows[0]["id"], rows[1]["id"]} and "2 problems were refused" in printed
+    printed = output_of(train_value, "--run", run, "--backbone", copied_agents, *VALUE)
+    assert "states are too long" in printed
+
+    methods = ["greedy", "best_of-2-value"]
+    output_of(evaluate, *agents, tmp_path / "test", "--num-problems", 6, "--methods", *methods)
+    refused = {}
+    for method in methods:
+        records = records_of(run, f"eval/{method}")
+        refused[method] = {record["id"] for record in records if record["rung"] == "refused"}
+        assert len(records) == 6
+        assert not any(record["correct"] for record in records if record["rung"] == "refused")
+    assert refused["greedy"] == {rows[8]["id"], rows[9]["id"]} < refused["best_of-2-value"]
+    assert "refused 2" in (run / "eval" / "table.md").read_text()
+
+    learner = train_agents.Learner(train_agents.parse_args(script_argv(flags)))
+    rollouts = learner.sample(learner.problems, (1, 1, 1, 1), name="step 1")
+    assert {problem.id for problem in rollouts.values()} < {row["id"] for row in rows[2:8]}
+
+
+DAMAGED = [  # file of a run, what it holds (None: it is missing), script and flags
+    ("rollouts/config.json", "{", train_value, []),
+    ("rollouts/trees.jsonl", '{"id": "p"}\n', generate_rollouts, ROLLOUTS),
+    ("value/config.json", '{"architectures": []}', search, []),
+    ("value/metrics.jsonl", "", train_value, VALUE),
+    ("value/head.safetensors", "version https://git-lfs", search, []),
+    ("value/head.safetensors", None, search, []),
+    ("value/adapter/adapter_config.json", "{}", search, []),
+    ("value/problems.jsonl", None, evaluate, EVALUATE),
+    ("eval/greedy.jsonl", '{"question": "?"}\n', evaluate, EVALUATE),
+]
+
+
+@pytest.mark.parametrize("file, content, module, flags", DAMAGED)
+def test_a_damaged_file_of_a_run_is_one_line_that_names_it(
+    finished, tmp_path, file, content, module, flags
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / file).unlink()
+    if content is not None:
+        (run / file).write_text(content)
+    error = error_of(module, "--run", run, *flags)
+    assert str(run / file) in error or f"{run}/value: the saved V" in error
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5_000, 30_000])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(finished, tmp_path, num_bytes):
+    """A process may write so much into each file: no config.json, few messages, no checkpoint."""
+    shutil.copytree(finished / "rollouts", tmp_path / "rollouts")
+    module, argv = train_value, ["--run", tmp_path, *VALUE]
+    if num_bytes < 30_000:
+        module, argv = generate_rollouts, ["--run", tmp_path / "new", *ROLLOUTS]
+
+    def script():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+        error = error_of(module, *argv)
+        assert "File too large" in error or "is the disk full?" in error
+
+    assert exit_code_of(start_in_fork(script)) == 0
+    output_of(module, *argv)
 
 
 # ---- Bad input -----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train_value
 from llm.packing import sequences_of
 from mas import CHAIN, load_graph
+from support.flags import InputError
 from support.runs import differences, seeded
 from tasks.problems import question_key
 from train_value import edges_of, epoch_batches, learning_rate_factor, pack_trees, training_loss
@@ -51,6 +52,23 @@ def test_every_edge_is_labelled_once_and_read_where_its_message_ends(model, targ
     for transcript in transcripts:
         for edge, position in zip(transcript.edges, transcript.positions, strict=True):
             assert transcript.ids[: position + 1] == model.encode(edge.state)[0]
+
+
+@pytest.mark.parametrize("view", ["full", "local"])
+def test_states_that_are_too_long_for_the_backbone_are_left_out(monkeypatch, capsys, view):
+    """The others of their problem stay. If none is left, that is an error."""
+    model = make_model(view=view)
+    length_of = {}
+    for edge in edges_of(transcripts_of(model, TREES)):
+        length_of[edge.problem_id, edge.node] = len(model.encode(edge.state)[0])
+    context = sorted(length_of.values())[len(length_of) // 2]
+    monkeypatch.setattr(model.backbone.config, "max_position_embeddings", context)
+    left = [(edge.problem_id, edge.node) for edge in edges_of(transcripts_of(model, TREES))]
+    assert sorted(left) == sorted(key for key in length_of if length_of[key] <= context)
+    assert f"{len(length_of) - len(left)} states are too long" in capsys.readouterr().out
+    monkeypatch.setattr(model.backbone.config, "max_position_embeddings", 1)
+    with pytest.raises(InputError, match="--backbone"):
+        transcripts_of(model, TREES)
 
 
 def test_an_epoch_is_every_transcript_once_in_batches_of_the_budget_in_an_order_of_its_own(model):
@@ -257,6 +275,15 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, rollouts, tmp_path):
     assert load(tmp_path / "value").fingerprint == load(trained).fingerprint
     for name in ("metrics.jsonl", "heldout.jsonl"):
         assert (tmp_path / "value" / name).read_text() == (trained / name).read_text()
+
+
+def test_a_damaged_checkpoint_is_one_line_that_names_it(trained, rollouts, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "value")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
+    (folder / "checkpoint.pt").write_bytes(b"PK")
+    error = error_of(train_value, "--run", tmp_path, "--rollouts", rollouts, *SMALL)
+    assert str(folder / "checkpoint.pt") in error
 
 
 def test_v_is_not_trained_on_held_out_labels(trained, rollouts, tmp_path):

@@ -18,6 +18,7 @@ from tree import (
     Cost,
     Sample,
     Score,
+    TooLong,
     backup,
     expand,
     make_root,
@@ -132,6 +133,28 @@ def test_cheap_requests_are_answered_first_for_as_many_searches_as_may_be_active
     assert results["p2"] == ((None, "message of p2"), Cost(agent_calls=1, seconds=0.5))
     expected = ("score of p3", "message of p3")
     assert results["p3"] == (expected, Cost(agent_calls=2, seconds=1.0))
+
+
+@pytest.mark.parametrize("culprits", [{"p2"}, {"p0", "p5"}, {f"p{index}" for index in range(6)}])
+def test_a_request_that_is_too_long_stops_the_search_of_its_problem_alone(culprits, capsys):
+    def search():
+        return (yield Sample([], 1))
+
+    def handler(requests):
+        if culprits & {problem.id for problem, _ in requests}:
+            raise TooLong("900 tokens")
+        return [(f"reply to {problem.id}", Cost(agent_calls=1)) for problem, _ in requests]
+
+    searches = [(problem, search()) for problem in make_problems(6)]
+    options = {"max_active": 4, "progress": Progress(shown=False)}
+    results = {
+        p.id: result for p, result, _ in run_searches(searches, {Sample: handler}, **options)
+    }
+    assert len(results) == 6
+    for name, result in results.items():
+        assert isinstance(result, TooLong) if name in culprits else result == f"reply to {name}"
+    printed = capsys.readouterr().err
+    assert {name for name in results if f"{name} is refused: 900 tokens" in printed} == culprits
 
 
 # ---- Records and labels --------------------------------------------------------------------------

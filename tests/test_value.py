@@ -284,6 +284,9 @@ def test_a_v_that_does_not_belong_here_is_refused(runs, tmp_path):
     weights[min(weights)].view(-1)[0] += 1
     save_file(weights, path, metadata={"format": "pt"})
     refused("backbone")
+    shutil.copy(runs / "agents" / "model.safetensors", path)
+    (root / "full" / "value" / "head.safetensors").unlink()
+    refused("head.safetensors")
 
 
 def test_a_v_that_read_senders_unquoted_is_another_one():

@@ -325,6 +325,15 @@ def test_a_message_alone_equals_the_message_in_any_batch(model):
         assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+def test_a_message_that_has_filled_the_context_does_not_stop_the_others():
+    """Its row is still read for a while, and GPT-2 has no more positions."""
+    decoder = make_decoder(make_model(CONFIGS["GPT-2, absolute positions"]), eos_ids=())
+    prompts, limits = [[3] * 117, *PROMPTS * 2], [3] + [30] * 10
+    messages = decode(decoder, prompts, limits=limits)
+    assert messages[1][0] == decode(decoder, prompts[1:2], limits=[30], keys=[1])[0][0]
+    assert [len(tokens) for tokens, _ in messages] == limits
+
+
 def test_two_sampled_tokens_have_the_frequencies_of_the_softmax():
     """p(first) * p(second | first), over 10,000 messages of one prompt."""
     num, vocabulary, prompt = 10_000, 8, [3, 1, 4]

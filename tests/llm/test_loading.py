@@ -5,6 +5,7 @@ The templates are short, and do with system role, date and reasoning what the re
 
 import datetime
 import json
+import pickle
 import shutil
 from io import StringIO
 from types import SimpleNamespace
@@ -168,6 +169,20 @@ def test_code_of_a_checkpoint_is_not_run_though_the_terminal_says_yes(copied_age
     settings = json.loads(path.read_text()) | {"model_type": "foreign"}
     path.write_text(json.dumps(settings | {"auto_map": {"AutoConfig": "foreign.Foreign"}}))
     with pytest.raises(InputError, match=f"^--model {copied_agents}: [^\n]+$"):
+        load(copied_agents)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+DAMAGED = [("config.json", b"[]"), ("config.json", None), ("tokenizer.json", None)]
+DAMAGED += [("model.safetensors", content) for content in (None, POINTER, pickle.dumps({"a": 1}))]
+
+
+@pytest.mark.parametrize("file, content", DAMAGED)
+def test_a_checkpoint_with_a_damaged_or_missing_file_is_refused(copied_agents, file, content):
+    (copied_agents / file).unlink()
+    if content is not None:
+        (copied_agents / file).write_bytes(content)
+    with pytest.raises(InputError, match=f"--model {copied_agents}: "):
         load(copied_agents)
 
 

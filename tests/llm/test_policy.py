@@ -5,6 +5,7 @@ the checkpoint, costs add up, and what was generated is never generated again.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from mas import CHAIN
 from support.flags import InputError
 from support.progress import Progress
 from tasks.problems import load_problems
-from tree import Candidate, Sample, expand, make_root
+from tree import Candidate, Sample, TooLong, expand, make_root
 
 PROBLEMS = load_problems(task="tiny", data=None, split="test", num=6)
 
@@ -224,15 +225,16 @@ def test_the_text_of_a_message_is_all_but_its_end_and_costs_count_every_token(po
         assert cost.seconds == pytest.approx(2.1)
 
 
-def test_a_prompt_and_its_message_may_fill_the_context_and_no_more(policy, monkeypatch):
+@pytest.mark.parametrize("room, limit", [(500, 128), (128, 128), (127, 127), (1, 1), (0, None)])
+def test_a_message_may_fill_the_context_and_a_prompt_that_does_is_refused(
+    policy, monkeypatch, room, limit
+):
     scripted = replace(policy, decoder=ScriptedDecoder(policy.decoder))
-    row_tokens = prompt_of(policy, PROBLEMS[0], roots()[0]).shape[1] + 128
-    config = policy.decoder.model.config
-    monkeypatch.setattr(config, "max_position_embeddings", row_tokens)
-    ask(scripted, roots(1))
-    monkeypatch.setattr(config, "max_position_embeddings", row_tokens - 1)
-    with pytest.raises(InputError, match=f"{PROBLEMS[0].id}.* {row_tokens - 1};"):
+    length = prompt_of(policy, PROBLEMS[0], roots()[0]).shape[1]
+    monkeypatch.setattr(policy.decoder.model.config, "max_position_embeddings", length + room)
+    with nullcontext() if limit else pytest.raises(TooLong, match=f"Reader.* {length} .*{length}"):
         ask(scripted, roots(1))
+    assert [limit for _, limit, _, _ in scripted.decoder.asked] == [limit] * bool(limit)
 
 
 @pytest.fixture
@@ -374,6 +376,33 @@ def test_the_flags_reach_the_policy(chain):
     likeliest, _ = ask(policy, roots(2), greedy=True)
     assert ask(policy, roots(2))[0] == likeliest  # top-k of 1
     assert policy.settings["model"]["name"] == generate_rollouts.parse_args([]).model
+
+
+TURNS = [  # how the template ends a turn, the token that ends a message, and whether that is wrong
+    ("<|im_end|>\n", "<|im_end|>", False),
+    ("\n<|im_end|>", "<|im_end|>", False),
+    ("<|im_end|>\n", "<|endoftext|>", True),  # a base model with the template of a chat model
+    ("\n\n", "<|im_end|>", True),
+]
+
+
+@pytest.mark.parametrize("end, eos_token, is_wrong", TURNS)
+def test_agents_whose_messages_would_not_end_are_refused(
+    chain, policy, copied_agents, end, eos_token, is_wrong
+):
+    """What ends the chat does not end its messages."""
+    template, settings = (
+        copied_agents / "chat_template.jinja",
+        copied_agents / "tokenizer_config.json",
+    )
+    template.write_text(template.read_text().replace("<|im_end|>\n", end) + "<|endoftext|>")
+    settings.write_text(
+        settings.read_text().replace('eos_token": "<|im_end|>', f'eos_token": "{eos_token}')
+    )
+    eos_id = policy.chat_format.tokenizer.convert_tokens_to_ids(eos_token)
+    GenerationConfig(eos_token_id=eos_id).save_pretrained(copied_agents)
+    with pytest.raises(InputError, match="no message would end") if is_wrong else nullcontext():
+        make_tiny_policy(chain, model=copied_agents)
 
 
 def test_a_checkpoints_own_sampling_settings_do_not_leak_in(chain, policy, copied_agents):

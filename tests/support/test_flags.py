@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from support import flags
-from support.flags import ROOT
+from support.flags import ROOT, InputError
 
 # ---- Numbers -------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def parse_args():
 def main(args):
     print("first", flush=True)
     sys.stdin.read()
-    print("second", flush=True)
+    print("second")  # is written when it ends
 
 cli(parse_args, main)
 """
@@ -85,7 +85,15 @@ ENDS = [  # what happens, flags, and the code; an abbreviated flag is a bad one 
     ("bad flag", ["--nu", "3"], 2),
     ("interrupt", [], 130),
     ("no reader", [], 141),  # as in `stage.py | head`
+    ("full disk", [], 2),
 ]
+
+
+@pytest.mark.parametrize("argv", [["--run", ""], ["--run="], ["--run", "a\udcff"]])
+def test_a_flag_that_is_empty_or_no_text_is_refused(argv):
+    """Else --run "" would write its messages into the root of the machine."""
+    with pytest.raises(InputError, match="--run: "):
+        flags.stage_parser("", writes=True).parse_args(argv)
 
 
 @pytest.mark.parametrize("end, argv, code", ENDS)
@@ -93,11 +101,13 @@ def test_a_script_ends_with_at_most_one_line_and_its_code(tmp_path, end, argv, c
     path = tmp_path / "stage.py"
     path.write_text(SCRIPT)
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    if end == "full disk":
+        pipes["stdout"] = os.open("/dev/full", os.O_WRONLY)
     with subprocess.Popen(
         [sys.executable, path, *argv], env=environment, text=True, **pipes
     ) as child:
-        if end != "bad flag":
+        if end in ("interrupt", "no reader"):
             assert child.stdout.readline() == "first\n"
         if end == "interrupt":
             child.send_signal(signal.SIGINT)
