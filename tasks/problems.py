@@ -124,9 +124,7 @@ def add_problem_arguments(parser: Parser, *, training: bool) -> None:
     add = parser.add_argument
     names = (*EMBEDDED, *TASKS)
     add("--task", choices=names, default="tiny", help="for your own data leave it out")
-    help_data = (
-        "problems from a file (JSON lines, json, csv, parquet, .gz): `question` and `answer`"
-    )
+    help_data = "a file of problems (JSON lines, json, csv, parquet, .gz): `question`, `answer`"
     add("--data", default=None, help=help_data)
     if training:
         add("--num-train", type=positive_int, default=300, help="training problems")
@@ -163,6 +161,7 @@ def problem_at(*, task: str, data: str | None, position: int) -> Problem:
 
 
 def _load(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Problem]:
+    """Load the first problems of each split, as many as there are. The data is read once."""
     # 1. Read all problems of the data.
     origin = data or task
     rows = enumerate(_read_rows(task, data, num_of_split), 1)

@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import labelled
 import pytest
@@ -300,9 +299,8 @@ def test_a_v_that_read_senders_unquoted_is_another_one():
 
 @pytest.fixture
 def saved(runs, tmp_path):
-    """A copy of the folder of a V, and how to load it."""
-    folder = shutil.copytree(runs / "full" / "value", tmp_path / "value")
-    return SimpleNamespace(folder=folder, load=lambda: load(folder, backbone=runs / "agents"))
+    """A copy of the folder of a V."""
+    return shutil.copytree(runs / "full" / "value", tmp_path / "value")
 
 
 def change(path, edit):
@@ -324,25 +322,25 @@ EDITS = {
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_v_whose_weights_do_not_fit_is_refused(saved, file, edit):
     """A missing weight would be random; a foreign one was meant for another V."""
-    change(saved.folder / file, EDITS[edit])
-    with pytest.raises(InputError, match=str((saved.folder / file).parent)):
-        saved.load()
+    change(saved / file, EDITS[edit])
+    with pytest.raises(InputError, match=str((saved / file).parent)):
+        load(saved)
 
 
 def test_a_v_is_told_apart_by_head_adapter_and_alpha_and_by_nothing_else(saved):
     """Not by the order in which peft writes its sets, nor by what is in the folder later."""
-    model = saved.load()
+    model = load(saved)
     expected = model.fingerprint
-    path = saved.folder / "adapter" / "adapter_config.json"
+    path = saved / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
     config["target_modules"].reverse()
     for alpha in (5, 4):
         path.write_text(json.dumps(config | {"lora_alpha": alpha}))
-        seen = {expected, saved.load().fingerprint}
+        seen = {expected, load(saved).fingerprint}
         assert len(seen) == (1 if alpha == 4 else 2)
     for file in FILES:
-        change(saved.folder / file, lambda weights, name: weights[name].add_(1))
-        seen.add(saved.load().fingerprint)
+        change(saved / file, lambda weights, name: weights[name].add_(1))
+        seen.add(load(saved).fingerprint)
     assert len(seen) == 3 and model.fingerprint == expected
 
 

@@ -230,78 +230,71 @@ def test_training_problems_are_of_the_task_that_the_flags_name(tmp_path):
 
 ROWS = [{"question": "a\nb", "choices": ["x", "NA"], "answer": "NA", "id": "007"}]
 ROWS += [{"question": "ü", "choices": ["x", "y", "z"], "answer": "2", "id": None}]
-JSON = "".join(json.dumps(row) + "\n\n" for row in ROWS)
+LINES = "".join(json.dumps(row) + "\n\n" for row in ROWS)
+BOM = "\ufeff"
 PARQUET = io.BytesIO()
 parquet.write_table(pyarrow.Table.from_pylist(ROWS), PARQUET)
-FILES = {  # name -> content: upper case, gzipped, with BOM, with CRLF, a list or lines
-    "D.JSONL": "\ufeff" + JSON.replace("\n", "\r\n"),
-    "d.json": JSON,
-    "d.Json.GZ": "\ufeff " + json.dumps(ROWS, indent=1),
-    "data.gz": JSON,
+FILES = {  # name -> content
+    "D.JSONL": (BOM + LINES.replace("\n", "\r\n")).encode(),
+    "d.json": LINES.encode(),
+    "d.Json.GZ": gzip.compress(f"{BOM} {json.dumps(ROWS, indent=1)}".encode()),
+    "data": LINES.encode(),
     "d.Parquet": PARQUET.getvalue(),
 }
 
 
-def write_data(path, content):
-    """Write a file: bytes as they are, a text gzipped if the name says so."""
-    if isinstance(content, str):
-        content = content.encode()
-        if path.suffix.lower() == ".gz":
-            content = gzip.compress(content)
+def load_file(path, content, **options):
     path.write_bytes(content)
-    return str(path)
+    return load_problems(data=str(path), split="test", num=2, **options)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_data_file_is_read_as_its_name_says(tmp_path, name):
     """Lists of a parquet are lists, and whatever its kind, "NA" is a text."""
-    data = write_data(tmp_path / name, FILES[name])
-    problems = load_problems(task="mmlu", data=data, split="test", num=2)
+    problems = load_file(tmp_path / name, FILES[name], task="mmlu")
     read = {problem.question: (problem.gold, problem.id) for problem in problems}
     assert read["a\nb\nA) x\nB) NA"] == ("B", "007")
     assert read["ü\nA) x\nB) y\nC) z"][0] == "C"
 
 
-@pytest.mark.parametrize("name", ["d.csv", "D.CSV.gz"])
-def test_cells_of_a_csv_are_texts_and_empty_ones_are_not_there(tmp_path, name):
+def test_cells_of_a_csv_are_texts_and_empty_ones_are_not_there(tmp_path):
     """Also BOM, CRLF, quotes, newlines, empty lines, a short line, and a long cell."""
-    text = '\ufeffid,question,answer,solution,level\r\n007,"a ""b""\nc",NA,,\r\n\r\n'
+    text = f'{BOM}id,question,answer,solution,level\r\n007,"a ""b""\nc",NA,,\r\n\r\n'
     text += f",{'long ' * 50_000},,So \\boxed{{8}}.\r\n"
-    data = write_data(tmp_path / name, text)
-    problems = load_problems(task="math", data=data, split="test", num=2)
+    problems = load_file(tmp_path / "d.csv", text.encode(), task="math")
     first, second = sorted(problems, key=lambda problem: len(problem.question))
     assert first == Problem("007", "test", 'a "b"\nc', "NA", "math")
     assert (second.gold, len(second.question)) == ("8", 50_000 * 5 - 1)
 
 
 def test_a_file_that_has_changed_is_read_again_whatever_its_time(tmp_path):
-    for gold in "78":
-        data = write_data(tmp_path / "d.csv", f"question,answer\nHow many?,{gold}\n")
+    for gold in ("7", "8"):
+        data = tmp_path / "d.csv"
+        data.write_text(f"question,answer\nHow many?,{gold}\n")
         os.utime(data, (1, 1))
-        [problem] = load_problems(task="gsm8k", data=data, split="test", num=1)
+        [problem] = load_problems(task="gsm8k", data=str(data), split="test", num=1)
         assert problem.gold == gold
 
 
-CSV = "question,answer\n"
 DAMAGED = [  # name, content, and what the line names
-    ("d.csv", f"{CSV}q,1\nq,1,2\n", "row 2"),
-    ("d.csv", f'{CSV}q,"1', "end of data"),
+    ("d.csv", b"question,answer\nq,1\nq,1,2\n", "row 2"),
+    ("d.csv", b'question,answer\nq,"1', "end of data"),
     ("d.csv", b"question,answer\n\xfc,1\n", "utf-8"),
-    ("d.csv", f"{CSV}q,1\nr,\n", "row 2: no `answer`"),
-    ("d.json", '[{"question": "q", "answer": NaN}]', "NaN"),
-    ("d.json", '[{"question": "q", "answer": "1"}, 5]', "row 2"),
-    ("d.parquet", "PAR1", "Parquet"),
-    ("d.jsonl.gz", gzip.compress(JSON.encode(), mtime=0)[:-12], ""),
+    ("d.csv", b"question,answer\nq,1\nr,\n", "row 2: no `answer`"),
+    ("d.json", b'[{"question": "q", "answer": NaN}]', "NaN"),
+    ("d.json", b'[{"question": "q", "answer": "1"}, 5]', "row 2"),
+    ("d.parquet", b"PAR1", "Parquet"),
+    ("d.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], ""),
     ("d.gz", b"q", "gzip"),
 ]
 
 
 @pytest.mark.parametrize("name, content, reason", DAMAGED)
 def test_a_damaged_data_file_is_named(tmp_path, name, content, reason):
-    data = write_data(tmp_path / name, content)
-    for path, named in ((data, reason), (tmp_path / f"none-{name}", "")):
-        with pytest.raises(InputError, match=f"^{path}.*{named}"):
-            load_problems(task="tiny", data=str(path), split="test", num=1)
+    with pytest.raises(InputError, match=f"^{tmp_path / name}.*{reason}"):
+        load_file(tmp_path / name, content, task="tiny")
+    with pytest.raises(InputError, match=f"^{tmp_path}/none"):
+        load_problems(task="tiny", data=f"{tmp_path}/none-{name}", split="test", num=1)
 
 
 def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
