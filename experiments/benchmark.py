@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ from transformers import (
 
 import generate_rollouts
 from llm.adapters import add_lora
-from llm.decoding import BLOCK_SIZE, Decoder, message_key, sample_tokens
+from llm.decoding import BLOCK_SIZE, Decoder, Draft, message_key, sample_tokens
 from llm.packing import pack, sequences_of
 from llm.policy import Policy, make_policy
 from mas import CHAIN
@@ -57,17 +57,12 @@ from value import Transcript, ValueModel, load_backbone
 # ---- Simpler decoders ----------------------------------------------------------------------------
 
 
-def repeat_prompts(prompts: list[list[int]], repeats: list[int]) -> list[list[int]]:
-    """Return one prompt per message."""
-    return list(chain.from_iterable(map(repeat, prompts, repeats)))
-
-
 class UnsharedDecoder(Decoder):
     """Keeps a row of the cache for every message from its prompt on."""
 
-    def decode(self, prompts, repeats, *rest, **options):
-        prompts = repeat_prompts(prompts, repeats)
-        return super().decode(prompts, [1] * len(prompts), *rest, **options)
+    def decode(self, groups, *, batch_tokens):
+        alone = [[message] for group in groups for message in group]
+        return super().decode(alone, batch_tokens=batch_tokens)
 
 
 class KeyedSampler(LogitsProcessor):
@@ -98,27 +93,26 @@ class KeyedSampler(LogitsProcessor):
 class NaiveDecoder(Decoder):
     """Decodes by one padded `generate`, a row per message. All rows stay until the last ends."""
 
-    def decode(self, prompts, repeats, limits, keys, greedy, *, batch_tokens, on_message):
+    def decode(self, groups, *, batch_tokens):
         start = time.perf_counter()
-        prompts = repeat_prompts(prompts, repeats)
-        tokens, logprobs = self._generate(prompts, max(limits), keys, greedy)
-        seconds = (time.perf_counter() - start) / len(prompts)
-        for row, limit in enumerate(limits):
-            length = self._length(tokens[row], limit)
-            on_message(row, tokens[row][:length], logprobs[row][:length], seconds)
+        messages = list(chain.from_iterable(groups))
+        tokens, logprobs = self._generate(messages)
+        for row, message in enumerate(messages):
+            length = self._length(tokens[row], message.limit)
+            message.tokens = tokens[row][:length]
+            message.logprobs = logprobs[row][:length]
+            message.seconds = (time.perf_counter() - start) / len(messages)
+        return messages
 
-    def _generate(
-        self, prompts: list[list[int]], num_steps: int, keys: list[int], greedy: list[bool]
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    def _generate(self, messages: list[Draft]) -> tuple[list[list[int]], list[list[float]]]:
         """Return the new tokens and their log-probabilities, [rows][steps]."""
-        device = self.model.device
-        token_ids, mask = self._pad(prompts)
-        sampler = KeyedSampler(
-            torch.tensor(keys, device=device), torch.tensor(greedy, device=device), self.warpers
-        )
+        token_ids, mask = self._pad([message.prompt for message in messages])
+        inputs = [(message.key, message.greedy) for message in messages]
+        keys, greedy = torch.tensor(inputs, device=self.model.device).T
+        sampler = KeyedSampler(keys, greedy, self.warpers)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=num_steps,
+            max_new_tokens=max(message.limit for message in messages),
             eos_token_id=sorted(self.eos_ids),
             pad_token_id=self.pad_id,
         )
@@ -381,16 +375,13 @@ def seconds_of_decoder(model: PreTrainedModel, prompt: list[int], num_rows: int,
     """Measure our decoder on `num_rows` messages, NUM_CANDIDATES per prompt."""
     # No token ends a message before its limit.
     decoder = Decoder(model, eos_ids={-1}, pad_id=0, temperature=1.0, top_k=0, top_p=1.0)
-    starts = range(0, num_rows, NUM_CANDIDATES)
-    repeats = [min(NUM_CANDIDATES, num_rows - start) for start in starts]
-    prompts = [prompt] * len(repeats)
-    limits = [args.new] * num_rows
-    greedy = [False] * num_rows
-    keys = [message_key(row) for row in range(num_rows)]
-    options = {"batch_tokens": num_rows * (args.prompt + args.new), "on_message": None}
+    batch_tokens = num_rows * (args.prompt + args.new)
 
-    def decode() -> None:
-        decoder.decode(prompts, repeats, limits, keys, greedy, **options)
+    def decode() -> list[Draft]:
+        drafts = [Draft(row, prompt, args.new, message_key(row), False) for row in range(num_rows)]
+        starts = range(0, num_rows, NUM_CANDIDATES)
+        groups = [drafts[start : start + NUM_CANDIDATES] for start in starts]
+        return list(decoder.decode(groups, batch_tokens=batch_tokens))
 
     return seconds_of(decode, args.device)
 

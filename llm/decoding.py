@@ -10,9 +10,10 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice, repeat
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,7 +136,7 @@ def sample_tokens(
     Args:
         logits: [rows, vocabulary], of any float type.
         row_of_message, keys, steps: int64 [messages], see `gumbel_noise`.
-        greedy: bool [messages], messages that take the most likely token instead.
+        greedy: [messages], 1 for those that take the most likely token instead.
 
     Returns tokens [messages], and log pi(token) [messages] before temperature, top-k and top-p.
     Raises InputError if logits are no distribution.
@@ -162,7 +163,7 @@ def sample_tokens(
     tokens = token_ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
 
     if greedy.any():
-        tokens = torch.where(greedy, logits.argmax(-1)[row_of_message], tokens)
+        tokens = torch.where(greedy.bool(), logits.argmax(-1)[row_of_message], tokens)
     logprobs = logits[row_of_message, tokens] - log_total[row_of_message]
     if not logprobs.isfinite().all():  # a single logit that is NaN makes the sum of its row NaN
         raise InputError("agents without finite probabilities: restore their --model or --adapter")
@@ -238,14 +239,19 @@ class PreallocatedLayer(DynamicLayer):
 
 @dataclass
 class Draft:
-    """A message as far as it is sampled. Its index, limit, key and so on: see `Decoder.decode`.
+    """A message, as far as it is sampled.
 
     Attributes:
+        place: whatever the caller tells messages apart by.
+        prompt: token ids.
+        limit: of its tokens.
+        key: of its random numbers, a `message_key`.
         row: of the cache. It holds the prompt and all tokens but the newest.
+        logprobs: log pi of each token.
         seconds: its share of the time of the steps in which it was live.
     """
 
-    index: int
+    place: Any
     prompt: list[int]
     limit: int
     key: int
@@ -271,8 +277,8 @@ class CacheRows:
         logits: [rows, vocabulary], of the next token of each row.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], *, pad_id: int):
-        """Read each prompt once. prompts: token ids."""
+    def __init__(self, model: PreTrainedModel, groups: list[list[Draft]], *, pad_id: int):
+        """Read the prompt of each group of messages, and give them its row."""
         self.model = model
         self.pad_id = pad_id
         self.cache = DynamicCache(config=model.config)
@@ -280,7 +286,10 @@ class CacheRows:
         for index, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
                 self.cache.layers[index] = PreallocatedLayer()
-        rows = [torch.tensor(prompt) for prompt in prompts]
+        for row, group in enumerate(groups):
+            for message in group:
+                message.row = row
+        rows = [torch.tensor(group[0].prompt) for group in groups]
         token_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
         self.width = token_ids.shape[1]
         self.lengths = torch.tensor([len(row) for row in rows], device=model.device)
@@ -303,10 +312,12 @@ class CacheRows:
         self.lengths = self.lengths + 1
         self._forward(torch.tensor(newest, device=self.model.device)[:, None])
 
-    def add_prompts(self, prompts: list[list[int]], live: list[Draft]) -> None:
+    def add_groups(self, groups: list[list[Draft]], live: list[Draft]) -> None:
         """Read further prompts, and append their rows. Rows that no message reads are removed."""
         self._give_rows(live, [(message.row,) for message in live])
-        added = CacheRows(self.model, prompts, pad_id=self.pad_id)
+        added = CacheRows(self.model, groups, pad_id=self.pad_id)
+        for message in chain.from_iterable(groups):
+            message.row += len(self.logits)
         for layer, added_layer in zip(self.cache.layers, added.cache.layers, strict=True):
             layer.add_rows(added_layer)
         self.width = max(self.width, added.width)
@@ -399,36 +410,14 @@ class Decoder:
         self.warpers = make_warpers(**sampling)
 
     @torch.inference_mode()
-    def decode(
-        self,
-        prompts: list[list[int]],
-        repeats: list[int],
-        limits: list[int],
-        keys: list[int],
-        greedy: list[bool],
-        *,
-        batch_tokens: int,
-        on_message: Callable[[int, list[int], list[float], float], None] | None,
-    ) -> list[tuple[list[int], list[float]]]:
-        """Sample all messages, from one prefill per prompt.
+    def decode(self, groups: list[list[Draft]], *, batch_tokens: int) -> Iterator[Draft]:
+        """Sample all messages, and yield each when it has ended.
 
         Args:
-            prompts: token ids of each prompt. They are started in this order.
-            repeats: number of messages per prompt.
-            limits, keys, greedy: per message; its token limit, and its `message_key`.
+            groups: the messages of each prompt. They are started in this order.
             batch_tokens: limit of messages x (longest prompt + largest limit) in a batch.
-            on_message: called with (index, token ids, log-probabilities, seconds) of each message
-                when it has ended. Messages share the seconds of the steps in which they are live.
-
-        Returns (token ids, log-probabilities) per message.
         """
-        device = self.model.device
-        prompt_of_message = chain.from_iterable(map(repeat, prompts, repeats))
-        settings = zip(prompt_of_message, limits, keys, greedy, strict=True)
-        messages = [Draft(index, *values) for index, values in enumerate(settings)]
-        in_order = iter(messages)
-        waiting = deque(list(islice(in_order, num)) for num in repeats)
-
+        waiting = deque(groups)
         rows = None
         live: list[Draft] = []
         while waiting or live:
@@ -440,21 +429,20 @@ class Decoder:
             else:
                 rows = None
 
-            # 2. Start further prompts if there is room.
+            # 2. Read further prompts if there is room.
             if rows is None or rows.is_resizable:
                 started = take_waiting(waiting, live, batch_tokens)
-                rows = self._read_prompts(started, live, rows)
+                if rows is None:
+                    rows = CacheRows(self.model, started, pad_id=self.pad_id)
+                elif started:
+                    rows.add_groups(started, live)
                 live += chain.from_iterable(started)
 
             # 3. Sample the next token of every message.
-            inputs = [(message.row, message.key, message.greedy) for message in live]
-            row_of_message, key_of_message, is_greedy = torch.tensor(inputs, device=device).T
+            inputs = [(draft.row, draft.key, len(draft.tokens), draft.greedy) for draft in live]
             tokens, logprobs = sample_tokens(
                 rows.logits,
-                row_of_message,
-                key_of_message,
-                torch.tensor([len(message.tokens) for message in live], device=device),
-                is_greedy.bool(),
+                *torch.tensor(inputs, device=self.model.device).T,
                 warpers=self.warpers,
                 block_size=BLOCK_SIZE,
             )
@@ -469,20 +457,5 @@ class Decoder:
                 message.seconds += seconds
                 if token not in self.eos_ids and len(message.tokens) < message.limit:
                     live.append(message)
-                elif on_message is not None:
-                    on_message(message.index, message.tokens, message.logprobs, message.seconds)
-        return [(message.tokens, message.logprobs) for message in messages]
-
-    def _read_prompts(
-        self, started: list[list[Draft]], live: list[Draft], rows: CacheRows | None
-    ) -> CacheRows:
-        """Read the prompts of messages into the last rows of the cache, or into a new one."""
-        prompts = [group[0].prompt for group in started]
-        if rows is None:
-            rows = CacheRows(self.model, prompts, pad_id=self.pad_id)
-        elif started:
-            rows.add_prompts(prompts, live)
-        for row, group in enumerate(started, len(rows.logits) - len(started)):
-            for message in group:
-                message.row = row
-        return rows
+                else:
+                    yield message

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from llm.decoding import SAMPLER, Decoder, message_key
+from llm.decoding import SAMPLER, Decoder, Draft, message_key
 from llm.loading import (
     checkpoint_setting,
     context_length,
@@ -328,37 +328,26 @@ class Policy:
 
     def _decode(self, jobs: list[PromptJob]) -> None:
         """Decode the missing messages; write each down when it has ended."""
-        # 1. Each message has its own key, from which its noise follows.
-        places, repeats, keys = [], [], []
+        groups = []
         for job in jobs:
-            missing = job.missing()
-            repeats.append(len(missing))
-            for index in missing:
-                places.append((job, index))
-                keys.append(message_key(self.seed, job.problem_id, job.path, index))
-
-        # 2. Decode them together.
-        def on_message(place: int, tokens: list[int], logprobs: list[float], seconds: float):
-            job, index = places[place]
-            job.candidates[index] = self._make_candidate(tokens, logprobs)
-            job.seconds[index] = seconds
+            groups.append([])
+            for index in job.missing():
+                key = message_key(self.seed, job.problem_id, job.path, index)
+                place = (job, index)
+                draft = Draft(place, job.prompt_ids, job.max_new_tokens, key, job.greedy)
+                groups[-1].append(draft)
+        for draft in self.decoder.decode(groups, batch_tokens=self.batch_tokens):
+            job, index = draft.place
+            job.candidates[index] = self._make_candidate(draft)
+            job.seconds[index] = draft.seconds
             self._save_to_journal(job, index)
-            self.progress.message_generated(len(tokens))
+            self.progress.message_generated(len(draft.tokens))
 
-        self.decoder.decode(
-            [job.prompt_ids for job in jobs],
-            repeats,
-            [job.max_new_tokens for job, _ in places],
-            keys,
-            [job.greedy for job, _ in places],
-            batch_tokens=self.batch_tokens,
-            on_message=on_message,
-        )
-
-    def _make_candidate(self, tokens: list[int], logprobs: list[float]) -> Candidate:
+    def _make_candidate(self, draft: Draft) -> Candidate:
+        tokens = draft.tokens
         truncated = tokens[-1] not in self.decoder.eos_ids
         text = self.chat_format.message(tokens if truncated else tokens[:-1])
-        return Candidate(text, len(tokens), sum(logprobs), truncated, tuple(tokens))
+        return Candidate(text, len(tokens), sum(draft.logprobs), truncated, tuple(tokens))
 
     def _halve_batch_tokens(self, jobs: list[PromptJob]) -> None:
         longest = max(job.row_tokens for job in jobs)

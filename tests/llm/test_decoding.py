@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import contextmanager
+from itertools import islice
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 from llm.decoding import (
     SHARE_WORTH_KEEPING,
     Decoder,
+    Draft,
     PreallocatedLayer,
     gumbel_noise,
     make_warpers,
@@ -242,14 +244,25 @@ def make_decoder(model, *, eos_ids=(0,), **sampling):
     return Decoder(model, eos_ids=set(eos_ids), pad_id=7, **sampling)
 
 
-def decode(decoder, prompts, *, limits, repeats=None, keys=None, greedy=None, **options):
-    """Decode messages; by default one per prompt, sampled, with the keys 0, 1, ..., together."""
-    num = len(limits)
-    repeats = repeats or [1] * num
-    keys = keys or list(range(num))
-    greedy = greedy or [False] * num
-    options = {"batch_tokens": 10**9, "on_message": None} | options
-    return decoder.decode(prompts, repeats, limits, keys, greedy, **options)
+def groups_of(prompts, limits, *, repeats=None, keys=None, greedy=None):
+    """Return the messages of each prompt; by default one, sampled, with the keys 0, 1, ..."""
+    places = iter(range(len(limits)))
+    groups = []
+    for prompt, num in zip(prompts, repeats or [1] * len(limits), strict=True):
+        groups.append([])
+        for place in islice(places, num):
+            key = keys[place] if keys else place
+            is_greedy = bool(greedy and greedy[place])
+            groups[-1].append(Draft(place, prompt, limits[place], key, is_greedy))
+    return groups
+
+
+def decode(decoder, prompts, *, limits, batch_tokens=10**9, **settings):
+    """Decode messages. Returns (token ids, log-probabilities) of each, in their order."""
+    groups = groups_of(prompts, limits, **settings)
+    ended = sorted(decoder.decode(groups, batch_tokens=batch_tokens), key=lambda m: m.place)
+    assert [message.place for message in ended] == list(range(len(limits)))
+    return [(message.tokens, message.logprobs) for message in ended]
 
 
 @contextmanager
@@ -404,35 +417,25 @@ def test_the_cache_stays_within_its_limit(name):
 # ---- What is reported ----------------------------------------------------------------------------
 
 
-def test_every_message_is_reported_once_with_the_seconds_of_its_steps(qwen):
+def test_a_message_takes_its_share_of_the_seconds_of_its_steps(qwen):
     """A message of more steps takes longer; together they take all the time of the model."""
-    reported = {}
-
-    def on_message(index, tokens, logprobs, seconds):
-        assert index not in reported
-        reported[index] = (tokens, logprobs, seconds)
-
-    settings = {"limits": [2, 20, 3, 9, 5], "batch_tokens": 3 * 28, "on_message": on_message}
+    groups = groups_of(PROMPTS, [2, 20, 3, 9, 5])
     with recorded(qwen, lambda _: time.sleep(0.01)) as forwards:
         start = time.perf_counter()
-        messages = decode(make_decoder(qwen, eos_ids=[40]), PROMPTS, **settings)
+        messages = list(make_decoder(qwen, eos_ids=[40]).decode(groups, batch_tokens=3 * 28))
         elapsed = time.perf_counter() - start
-    assert [reported[index][:2] for index in range(5)] == messages
-    seconds = [reported[index][2] for index in range(5)]
+    seconds = [message.seconds for message in messages]
     assert 0.01 * len(forwards) <= sum(seconds) <= elapsed
-    assert min(seconds) > 0.006 and seconds[1] == max(seconds)
+    assert min(seconds) > 0.006 and groups[1][0].seconds == max(seconds)
 
 
-def test_messages_that_have_ended_are_reported_before_memory_runs_out(qwen):
-    reported = []
-
+def test_messages_that_have_ended_are_known_before_memory_runs_out(qwen):
     def run_out_of_memory(arguments):
         if arguments["input_ids"].shape[1] == 1:
             raise torch.OutOfMemoryError("no room")
 
-    def on_message(index, *_):
-        reported.append(index)
-
-    with pytest.raises(torch.OutOfMemoryError), recorded(qwen, run_out_of_memory):
-        decode(make_decoder(qwen), PROMPTS[:2], limits=[1, 5], on_message=on_message)
-    assert reported == [0]
+    messages = make_decoder(qwen).decode(groups_of(PROMPTS[:2], [1, 5]), batch_tokens=999)
+    with recorded(qwen, run_out_of_memory):
+        assert next(messages).place == 0
+        with pytest.raises(torch.OutOfMemoryError):
+            next(messages)

@@ -7,6 +7,7 @@ the checkpoint, costs add up, and what was generated is never generated again.
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -170,13 +171,12 @@ class ScriptedDecoder:
         self.tokens = tokens or [min(self.eos_ids)]
         self.asked = []
 
-    def decode(self, prompts, repeats, limits, keys, greedy, *, batch_tokens, on_message):
-        lengths = []
-        for prompt, num in zip(prompts, repeats, strict=True):
-            lengths += [len(prompt)] * num
-        self.asked += zip(lengths, limits, keys, greedy, strict=True)
-        for index in range(len(keys)):
-            on_message(index, self.tokens, [-1.0] * len(self.tokens), 0.1 * (index + 1))
+    def decode(self, groups, *, batch_tokens):
+        for index, draft in enumerate(chain(*groups), 1):
+            self.asked.append((len(draft.prompt), draft.limit, draft.key, draft.greedy))
+            draft.tokens, draft.logprobs = self.tokens, [-1.0] * len(self.tokens)
+            draft.seconds = 0.1 * index
+            yield draft
 
 
 @pytest.mark.parametrize("flag, limits", [(300, (256, 300)), (20, (20, 20))])
