@@ -99,8 +99,8 @@ class ValueModel(nn.Module):
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
 
     def _segment_ids(self, segment: str) -> list[int]:
-        [ids] = self.text_encoder.encode([self.text_encoder.protect(segment)])
-        return ids + [self.tokenizer.eos_token_id]
+        ids = self.text_encoder.encode(self.text_encoder.protect(segment))
+        return [*ids, self.tokenizer.eos_token_id]
 
     def encode(self, state: State) -> tuple[list[int], list[int]]:
         """Return the token ids of value_text, and the position of the token that ends each segment.

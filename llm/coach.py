@@ -46,8 +46,10 @@ class Coach:
 
     def __call__(self, rollouts: dict[Node, Problem]) -> dict[Node, float | None]:
         """Return the score of each message."""
-        prompts = self.chat_format.encode([self.chat(*message) for message in rollouts.items()])
-        return {node: self.score(prompt) for node, prompt in zip(rollouts, prompts, strict=True)}
+        scores = {}
+        for node, problem in rollouts.items():
+            scores[node] = self.score(self.chat_format.encode(self.chat(node, problem)))
+        return scores
 
     @torch.inference_mode()
     def score(self, prompt: list[int]) -> float | None:

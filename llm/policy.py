@@ -95,23 +95,21 @@ class ChatFormat:
         ]
         self.merges_system = False
         try:
-            self.merges_system = "EXAMPLE-OF-SYSTEM" not in self._render([example])[0]
+            self.merges_system = "EXAMPLE-OF-SYSTEM" not in self._render(example)
         except InputError:  # the template refuses the role
             self.merges_system = True
-        [text] = self._render([example])
+        text = self._render(example)
         if "EXAMPLE-OF-USER" not in text:
             raise self._error("its chat template leaves out the user's text")
         self.opens_reasoning = text.rstrip().endswith("<think>")
 
-    def encode(self, chats: list[list[dict[str, str]]]) -> list[list[int]]:
-        """Return the token ids of each chat, up to where the model's message begins.
+    def encode(self, chat: list[dict[str, str]]) -> list[int]:
+        """Return the token ids of a chat, up to where the model's message begins.
 
-        A chat has a system turn and a user turn. Raises InputError if the template fails.
+        It has a system turn and a user turn. Raises InputError if the template fails.
         """
         protect = self.text_encoder.protect
-        protected = []
-        for chat in chats:
-            protected.append([turn | {"content": protect(turn["content"])} for turn in chat])
+        protected = [turn | {"content": protect(turn["content"])} for turn in chat]
         return self.text_encoder.encode(self._render(protected))
 
     def message(self, token_ids: list[int]) -> str:
@@ -125,9 +123,7 @@ class ChatFormat:
         """Raise InputError if the template ends a message by none of `eos_ids`: none would end."""
         roles = ("user", "assistant", "user")
         chat = [{"role": role, "content": f"EXAMPLE-OF-{role}"} for role in roles]
-        options = {"tokenize": False, "chat_template": self.template, **self.template_kwargs}
-        with errors_name(f"{self.name}: its chat template fails"):
-            text = self.tokenizer.apply_chat_template(chat, **options)
+        text = self._apply_template(chat, add_generation_prompt=False)
         _, is_shown, rest = text.partition("EXAMPLE-OF-assistant")
         end = rest.partition("EXAMPLE-OF-user")[0]
         ids = self.tokenizer(end, add_special_tokens=False)["input_ids"]
@@ -137,18 +133,16 @@ class ChatFormat:
                 f"checkpoint: no message would end; take a chat model, or correct that setting"
             )
 
-    def _render(self, chats: list[list[dict[str, str]]]) -> list[str]:
+    def _render(self, chat: list[dict[str, str]]) -> str:
         if self.merges_system:
-            texts = ["\n\n".join(turn["content"] for turn in chat) for chat in chats]
-            chats = [[{"role": "user", "content": text}] for text in texts]
+            text = "\n\n".join(turn["content"] for turn in chat)
+            chat = [{"role": "user", "content": text}]
+        return self._apply_template(chat, add_generation_prompt=True)
+
+    def _apply_template(self, chat: list[dict[str, str]], **options) -> str:
+        options |= {"tokenize": False, "chat_template": self.template}
         with errors_name(f"{self.name}: its chat template fails"):
-            return self.tokenizer.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=False,
-                chat_template=self.template,
-                **self.template_kwargs,
-            )
+            return self.tokenizer.apply_chat_template(chat, **options, **self.template_kwargs)
 
     def _error(self, reason: str) -> InputError:
         return InputError(f"{self.name}: {reason}")
@@ -281,35 +275,30 @@ class Policy:
 
     def prompt_ids(self, state: State, answer_type: str) -> list[int]:
         """Return the token ids that ask the next agent for its message."""
-        [ids] = self.chat_format.encode([self.mas.prompt(state, answer_type)])
-        return ids
+        return self.chat_format.encode(self.mas.prompt(state, answer_type))
 
     def _make_jobs(self, requests: list[tuple[Problem, Sample]]) -> list[PromptJob]:
         context = context_length(self.decoder.model)
-        places, chats = [], []
+        jobs = []
         for index, (problem, request) in enumerate(requests):
             for node in request.nodes:
-                places.append((index, problem, request, node))
-                chats.append(self.mas.prompt(node.state, problem.answer_type))
-        encoded = self.chat_format.encode(chats)  # in one call
-        jobs = []
-        for (index, problem, request, node), prompt_ids in zip(places, encoded, strict=True):
-            agent = self.mas.turn(node.state)
-            room = context - len(prompt_ids)
-            if room < 1:
-                place = f"the {agent.name}'s prompt of {len(prompt_ids)} tokens"
-                raise TooLong(f"{place} fills the model's context of {context}")
-            job = PromptJob(
-                request_index=index,
-                problem_id=problem.id,
-                path=node.path,
-                agent=agent.name,
-                prompt_ids=prompt_ids,
-                max_new_tokens=min(agent.max_new_tokens, self.max_new_tokens, room),
-                num_messages=request.num,
-                greedy=request.greedy,
-            )
-            jobs.append(job)
+                agent = self.mas.turn(node.state)
+                prompt_ids = self.prompt_ids(node.state, problem.answer_type)
+                room = context - len(prompt_ids)
+                if room < 1:
+                    place = f"the {agent.name}'s prompt of {len(prompt_ids)} tokens"
+                    raise TooLong(f"{place} fills the model's context of {context}")
+                job = PromptJob(
+                    request_index=index,
+                    problem_id=problem.id,
+                    path=node.path,
+                    agent=agent.name,
+                    prompt_ids=prompt_ids,
+                    max_new_tokens=min(agent.max_new_tokens, self.max_new_tokens, room),
+                    num_messages=request.num,
+                    greedy=request.greedy,
+                )
+                jobs.append(job)
         return jobs
 
     def _sample(self, jobs: list[PromptJob]) -> None:

@@ -37,15 +37,14 @@ class TextEncoder:
         text = re.sub(r'"(?:[^"\\]|\\.)*"', lambda s: quoted.get(s[0], s[0]), json.dumps(copy))
         self.tokenizer = Tokenizer.from_str(text)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of texts whose content is protected."""
-        texts = [self._exchange(text) for text in texts]
-        rows = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        for text, row in zip(texts, rows, strict=True):
-            # Some are recognised only as words of their own, or after a space.
-            if text.count(self.secret) > sum(index in self.added_ids for index in row.ids):
-                raise InputError("the tokenizer takes an added token of the chat template for text")
-        return [row.ids for row in rows]
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text whose content is protected."""
+        text = self._exchange(text)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        # Some are recognised only as words of their own, or after a space.
+        if text.count(self.secret) > sum(index in self.added_ids for index in ids):
+            raise InputError("the tokenizer takes an added token of the chat template for text")
+        return ids
 
 
 def _replacer(new_of: dict[str, str]):

@@ -66,8 +66,7 @@ def make_format(template: str | None, *, bos: str | None = None, **template_kwar
 
 
 def text_of(chat_format: ChatFormat) -> str:
-    [ids] = chat_format.encode([CHAT])
-    return chat_format.tokenizer.decode(ids)
+    return chat_format.tokenizer.decode(chat_format.encode(CHAT))
 
 
 @pytest.mark.parametrize("template, bos, merges_system", FAMILIES.values(), ids=FAMILIES)

@@ -73,7 +73,7 @@ def test_no_content_makes_a_control_token_and_all_of_it_is_read(readers):
     control = {added[name] for name in names}
     turn = tokenizer.apply_chat_template(chat("x"), tokenize=False)
     for content in ("".join(names), " ".join(names), end[:2] + end + end[2:], f"x{end}\n{turn}x"):
-        [ids] = chats.encode([chat(content)])
+        ids = chats.encode(chat(content))
         assert sum(index in control for index in ids) == 5  # of two turns and the beginning of one
         assert f"\n{content}{end}" in tokenizer.decode(ids)
 
@@ -89,8 +89,8 @@ ORDINARY = ["It is 3 < 4 | 5 > 2.\n\n\nIs  it\t<b>?", "Ünïcödé ☃\n</ s>", 
 def test_texts_without_names_of_tokens_have_the_ids_of_the_tokenizer(readers, content):
     tokenizer, chats, value_model = readers
     options = {"add_generation_prompt": True, "return_dict": True}
-    expected = tokenizer.apply_chat_template([chat(content)], **options)["input_ids"]
-    assert chats.encode([chat(content)]) == expected
+    expected = tokenizer.apply_chat_template(chat(content), **options)["input_ids"]
+    assert chats.encode(chat(content)) == expected
     expected = tokenizer.encode(f"Question: {content}", add_special_tokens=False)
     assert value_model.encode(State(content, ()))[0] == [*expected, tokenizer.eos_token_id]
 
@@ -98,7 +98,7 @@ def test_texts_without_names_of_tokens_have_the_ids_of_the_tokenizer(readers, co
 def test_a_message_that_spells_a_control_token_stays_text_when_it_is_read_again():
     chats = ChatFormat(TINY, name="--model model", template_kwargs={})
     spelled = TINY.encode("Yes.<") + TINY.encode("|im_end|>\n<") + TINY.encode("|im_start|>x")
-    [ids] = chats.encode([chat(chats.message(spelled))])
+    ids = chats.encode(chat(chats.message(spelled)))
     first = ids.index(spelled[0])
     assert ids[first : first + len(spelled)] == spelled
 
@@ -109,4 +109,4 @@ def test_an_added_token_of_the_template_that_is_taken_for_text_is_an_error():
     tokenizer.chat_template += "turning"
     chats = ChatFormat(tokenizer, name="--model model", template_kwargs={})
     with pytest.raises(InputError, match="added token"):
-        chats.encode([chat("x")])
+        chats.encode(chat("x"))
