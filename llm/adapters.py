@@ -31,14 +31,13 @@ from support.records import errors_name
 from support.runs import read_finished_config
 
 
-def lora_config(rank: int) -> LoraConfig:
-    """Configure LoRA on every linear layer but the output head; alpha is twice the rank."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+def add_lora(model: nn.Module, *, rank: int, name: str = "default") -> PeftModel:
+    """Add an adapter, in float32, which changes nothing yet. Nothing else of the model is trained.
 
-
-def add_lora(model: nn.Module, *, rank: int) -> PeftModel:
-    """Add an adapter, in float32. Nothing else of the model is trained."""
-    return _add_adapter(model, lora_config(rank), "default")
+    It is on every linear layer but the output head; alpha is twice the rank.
+    """
+    options = {"lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    return _add_adapter(model, LoraConfig(r=rank, **options), name)
 
 
 def load_lora(model: nn.Module, folders: dict[str, Path]) -> tuple[PeftModel, str]:
@@ -99,10 +98,10 @@ class AgentAdapters:
 
     @classmethod
     def add(cls, model: nn.Module, mas: MAS, *, sharing: str, rank: int) -> "AgentAdapters":
-        """Add new adapters, in float32, which change nothing yet."""
+        """Add new adapters."""
         adapters = cls(model, mas, sharing=sharing, rank=rank)
         for name in adapters.names:
-            adapters.model = _add_adapter(adapters.model, lora_config(rank), name)
+            adapters.model = add_lora(adapters.model, rank=rank, name=name)
         return adapters
 
     @classmethod

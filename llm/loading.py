@@ -62,27 +62,17 @@ def load_pretrained(
     if absent:
         raise InputError(f"{flag} {name}: its files lack weights: {', '.join(absent[:3])} ...")
     if tokenizer.eos_token_id is None or not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise InputError(
-            f"{flag} {name}: its tokenizer has no end-of-message (eos) or other tokens"
-        )
+        raise InputError(f"{flag} {name}: its tokenizer has no end-of-message (eos) or other token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if quantize:
-        _keep_weights_unpacked(model)
-    else:
-        model = model.to(device)
-    return model, tokenizer
-
-
-def _keep_weights_unpacked(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking NF4 weights for a bfloat16 kernel on some CPUs.
-
-    It would repack them whenever the model is not training: V would differ between training and
-    search, and from one machine to another.
-    """
+    if not quantize:
+        return model.to(device), tokenizer
+    # On some CPUs, bitsandbytes would repack NF4 weights for a bfloat16 kernel whenever the model
+    # is not training: V would differ between training and search, and between machines.
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+    return model, tokenizer
 
 
 def context_length(model: PreTrainedModel) -> int:

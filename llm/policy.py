@@ -79,7 +79,7 @@ class ChatFormat:
         self.name = name
         self.template_kwargs = template_kwargs
         if tokenizer.chat_template is None:
-            raise self._error("its tokenizer has no chat template; the agents need a chat model")
+            raise InputError(f"{name}: its tokenizer has no chat template; give a chat model")
 
         # transformers tells a template today's date, and takes no function as a variable.
         self.template = re.sub(
@@ -100,7 +100,7 @@ class ChatFormat:
             self.merges_system = True
         text = self._render(example)
         if "EXAMPLE-OF-USER" not in text:
-            raise self._error("its chat template leaves out the user's text")
+            raise InputError(f"{name}: its chat template leaves out the user's text")
         self.opens_reasoning = text.rstrip().endswith("<think>")
 
     def encode(self, chat: list[dict[str, str]]) -> list[int]:
@@ -113,11 +113,17 @@ class ChatFormat:
         return self.text_encoder.encode(self._render(protected))
 
     def message(self, token_ids: list[int]) -> str:
-        """Return the text of a message, without special tokens and without its reasoning."""
+        """Return the text of a message without special tokens and reasoning, <think> ... </think>.
+
+        An unclosed block is reasoning up to the end. If only the closing tag is there, everything
+        before it is reasoning.
+        """
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         if self.opens_reasoning:
             text = "<think>" + text
-        return without_reasoning(text).strip()
+        text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+        text = text.rpartition("</think>")[2]
+        return text.partition("<think>")[0].strip()
 
     def check_end(self, eos_ids: set[int]) -> None:
         """Raise InputError if the template ends a message by none of `eos_ids`: none would end."""
@@ -128,8 +134,8 @@ class ChatFormat:
         end = rest.partition("EXAMPLE-OF-user")[0]
         ids = self.tokenizer(end, add_special_tokens=False)["input_ids"]
         if is_shown and eos_ids.isdisjoint(ids):
-            raise self._error(
-                f"its chat template ends a message by {end!r}, which is no eos_token of the "
+            raise InputError(
+                f"{self.name}: its chat template ends a message by {end!r}, no eos_token of the "
                 f"checkpoint: no message would end; take a chat model, or correct that setting"
             )
 
@@ -143,20 +149,6 @@ class ChatFormat:
         options |= {"tokenize": False, "chat_template": self.template}
         with errors_name(f"{self.name}: its chat template fails"):
             return self.tokenizer.apply_chat_template(chat, **options, **self.template_kwargs)
-
-    def _error(self, reason: str) -> InputError:
-        return InputError(f"{self.name}: {reason}")
-
-
-def without_reasoning(text: str) -> str:
-    """Remove reasoning blocks, <think> ... </think>, from a message.
-
-    An unclosed block is reasoning up to the end. If only the closing tag is there, everything
-    before it is reasoning.
-    """
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    text = text.rpartition("</think>")[2]
-    return text.partition("<think>")[0]
 
 
 # ---- The policy ----------------------------------------------------------------------------------
