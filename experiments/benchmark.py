@@ -36,7 +36,7 @@ from transformers import (
 
 import generate_rollouts
 from llm.adapters import add_lora
-from llm.decoding import BLOCK_SIZE, Decoder, Draft, message_key, sample_tokens
+from llm.decoding import Decoder, Draft, message_key, sample_tokens
 from llm.packing import pack, sequences_of
 from llm.policy import Policy, make_policy
 from mas import CHAIN
@@ -75,7 +75,7 @@ class KeyedSampler(LogitsProcessor):
     def __init__(self, keys: torch.Tensor, greedy: torch.Tensor, warpers: LogitsProcessorList):
         self.keys = keys
         self.greedy = greedy
-        self.options = {"warpers": warpers, "block_size": BLOCK_SIZE}
+        self.warpers = warpers
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class KeyedSampler(LogitsProcessor):
         rows = torch.arange(len(scores), device=scores.device)
         steps = torch.full_like(rows, step)
         tokens, logprobs = sample_tokens(
-            scores, rows, self.keys, steps, self.greedy, **self.options
+            scores, rows, self.keys, steps, self.greedy, warpers=self.warpers
         )
         self.logprobs.append(logprobs)
         only_tokens = torch.full_like(scores, -torch.inf)

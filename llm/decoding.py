@@ -120,7 +120,6 @@ def sample_tokens(
     greedy: torch.Tensor,
     *,
     warpers: LogitsProcessorList,
-    block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample one token per message by Gumbel-max: the argmax of logits plus Gumbel noise.
 
@@ -142,7 +141,7 @@ def sample_tokens(
     Raises InputError if logits are no distribution.
     """
     vocabulary = logits.shape[-1]
-    block_size = min(block_size, vocabulary)
+    block_size = min(BLOCK_SIZE, vocabulary)
     block_logits = _logits_of_blocks(logits, block_size)
     log_total = block_logits.logsumexp(-1)
     warped = logits
@@ -444,7 +443,6 @@ class Decoder:
                 rows.logits,
                 *torch.tensor(inputs, device=self.model.device).T,
                 warpers=self.warpers,
-                block_size=BLOCK_SIZE,
             )
             sampled = zip(live, tokens.tolist(), logprobs.tolist(), strict=True)
             seconds = (time.perf_counter() - start) / len(live)

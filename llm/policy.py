@@ -443,18 +443,10 @@ def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:
     Raises InputError if they are not a chat model, or if their adapters do not belong to them.
     """
     torch.set_num_threads(args.num_threads)
-    model, tokenizer = load_pretrained(
-        "--model",
-        args.model,
-        AutoModelForCausalLM,
-        quantize=args.quantize_policy,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    options = {"quantize": args.quantize_policy, "device": args.device, "dtype": args.dtype}
+    model, tokenizer = load_pretrained("--model", args.model, AutoModelForCausalLM, **options)
     chat_format = ChatFormat(
-        tokenizer,
-        name=f"--model {args.model}",
-        template_kwargs=args.chat_template_kwargs,
+        tokenizer, name=f"--model {args.model}", template_kwargs=args.chat_template_kwargs
     )
     decoder = Decoder(
         model,

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from llm.decoding import (
+    BLOCK_SIZE,
     SHARE_WORTH_KEEPING,
     Decoder,
     Draft,
@@ -100,8 +101,10 @@ def test_noise_is_gumbel_and_independent_along_every_axis(axis):
 
 # ---- The sampler ---------------------------------------------------------------------------------
 
+VOCABULARY = 3000  # two blocks of BLOCK_SIZE tokens, and one of 952
 
-def sample(logits, *, keys, rows=None, steps=None, greedy=None, block_size=1024, **sampling):
+
+def sample(logits, *, keys, rows=None, steps=None, greedy=None, **sampling):
     """Sample a token per key; by default from its own row, at step 0, with nothing changed."""
     num = len(keys)
     return sample_tokens(
@@ -111,7 +114,6 @@ def sample(logits, *, keys, rows=None, steps=None, greedy=None, block_size=1024,
         torch.zeros(num, dtype=torch.long) if steps is None else steps,
         torch.zeros(num, dtype=torch.bool) if greedy is None else greedy,
         warpers=make_warpers(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | sampling),
-        block_size=block_size,
     )
 
 
@@ -126,12 +128,11 @@ def assert_frequencies(counts, probabilities):
     assert keep.sum() == 1 or chisquare(observed[keep], expected[keep]).pvalue > 0.01
 
 
-@pytest.mark.parametrize("block_size", [1024, 3, 1])
-def test_every_message_is_drawn_from_the_distribution_of_its_own_row(block_size):
+def test_every_message_is_drawn_from_the_distribution_of_its_own_row():
     """Row 0 has tokens 0 and 1 only, row 1 tokens 2 to 5, row 2 is not read."""
     probs = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.4, 0.3, 0.2, 0.1], [1.0] * 6])
     rows = torch.arange(20_000) % 4 // 3  # three messages of row 0, one of row 1
-    tokens, logprobs = sample(probs.log(), keys=keys_of(20_000), rows=rows, block_size=block_size)
+    tokens, logprobs = sample(probs.log(), keys=keys_of(20_000), rows=rows)
     for row in (0, 1):
         assert_frequencies(tokens[rows == row].bincount(minlength=6), probs[row])
     assert logprobs.tolist() == pytest.approx(probs[rows, tokens].log().tolist(), abs=1e-6)
@@ -149,16 +150,14 @@ FILTERS = [  # settings, and what is drawn if the model says 0.1, 0.2, 0.3, 0.4
 ]
 
 
-@pytest.mark.parametrize("block_size", [1024, 3])
 @pytest.mark.parametrize("sampling, drawn", FILTERS)
-def test_temperature_top_k_and_top_p_change_the_draws_but_not_the_logprobs(
-    sampling, drawn, block_size
-):
-    probs = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
-    rows = torch.zeros(20_000, dtype=torch.long)
-    settings = {"block_size": block_size} | sampling
-    tokens, logprobs = sample(probs.log(), keys=keys_of(20_000), rows=rows, **settings)
-    assert_frequencies(tokens.bincount(minlength=4), torch.tensor(drawn))
+def test_temperature_top_k_and_top_p_change_the_draws_but_not_the_logprobs(sampling, drawn):
+    """Two of the tokens are in the same block."""
+    probs = torch.zeros(1, VOCABULARY)
+    probs[0, [0, 1500, 1600, 2900]] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    rows = torch.zeros(8000, dtype=torch.long)
+    tokens, logprobs = sample(probs.log(), keys=keys_of(8000), rows=rows, **sampling)
+    assert_frequencies(tokens.bincount(minlength=VOCABULARY)[probs[0] > 0], torch.tensor(drawn))
     assert logprobs.tolist() == pytest.approx(probs[0, tokens].log().tolist(), abs=1e-6)
 
 
@@ -171,9 +170,6 @@ def test_logits_without_a_distribution_are_refused(logits, greedy):
         sample(torch.tensor([logits]), keys=keys_of(1), greedy=torch.tensor([greedy]))
 
 
-VOCABULARY, BLOCK = 3000, 1024  # three blocks, of which the last has 952 tokens
-
-
 @pytest.fixture(scope="module")
 def large():
     """Return logits of 800 rows: more entries than are made float32 at once; keys and steps."""
@@ -184,8 +180,8 @@ def large():
 def test_tokens_of_all_blocks_are_drawn_as_often_as_they_should_be():
     """Tokens of one block differ 20 times in probability."""
     num = 8_000
-    logits = torch.linspace(-1.5, 1.5, BLOCK).repeat(3)[:VOCABULARY]
-    logits[BLOCK:] += 1
+    logits = torch.linspace(-1.5, 1.5, BLOCK_SIZE).repeat(3)[:VOCABULARY]
+    logits[BLOCK_SIZE:] += 1
     rows = torch.zeros(num, dtype=torch.long)
     tokens, _ = sample(logits[None], keys=keys_of(num), rows=rows, steps=torch.arange(num) % 100)
     counts = tokens.bincount(minlength=VOCABULARY).view(100, 30).sum(-1)
