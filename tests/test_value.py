@@ -278,12 +278,6 @@ def test_a_v_that_does_not_belong_here_is_refused(runs, tmp_path):
         refused(name)
     config.write_text(text)
 
-    path = root / "agents" / "model.safetensors"
-    weights = load_file(path)
-    weights[min(weights)].view(-1)[0] += 1
-    save_file(weights, path, metadata={"format": "pt"})
-    refused("backbone")
-    shutil.copy(runs / "agents" / "model.safetensors", path)
     (root / "full" / "value" / "head.safetensors").unlink()
     refused("head.safetensors")
 

@@ -170,13 +170,6 @@ def test_logits_without_a_distribution_are_refused(logits, greedy):
         sample(torch.tensor([logits]), keys=keys_of(1), greedy=torch.tensor([greedy]))
 
 
-@pytest.fixture(scope="module")
-def large():
-    """Return logits of 800 rows: more entries than are made float32 at once; keys and steps."""
-    logits = 2 * torch.randn((800, VOCABULARY), generator=torch.Generator().manual_seed(0))
-    return logits, keys_of(800), torch.arange(800)
-
-
 def test_tokens_of_all_blocks_are_drawn_as_often_as_they_should_be():
     """Tokens of one block differ 20 times in probability."""
     num = 8_000
@@ -190,10 +183,11 @@ def test_tokens_of_all_blocks_are_drawn_as_often_as_they_should_be():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_a_token_does_not_depend_on_the_rows_that_are_sampled_together(large, top_p, dtype):
-    """Logits of any type are sampled in float32."""
-    logits, keys, steps = large
+def test_a_token_does_not_depend_on_the_rows_that_are_sampled_together(top_p, dtype):
+    """Logits of any type are sampled in float32, of so many rows not all at once."""
+    logits = 2 * torch.randn((800, VOCABULARY), generator=torch.Generator().manual_seed(0))
     logits, sampling = logits.to(dtype), {"temperature": 0.9, "top_p": top_p}
+    keys, steps = keys_of(800), torch.arange(800)
     tokens, logprobs = sample(logits, keys=keys, steps=steps, **sampling)
     for part in (slice(0, 1), slice(5, 6), slice(690, 800)):
         some = sample(logits[part].float(), keys=keys[part], steps=steps[part], **sampling)
@@ -341,22 +335,6 @@ def test_a_message_that_has_filled_the_context_does_not_stop_the_others():
     messages = decode(decoder, prompts, limits=limits)
     assert messages[1][0] == decode(decoder, prompts[1:2], limits=[30], keys=[1])[0][0]
     assert [len(tokens) for tokens, _ in messages] == limits
-
-
-def test_two_sampled_tokens_have_the_frequencies_of_the_softmax():
-    """p(first) * p(second | first), over 10,000 messages of one prompt."""
-    num, vocabulary, prompt = 10_000, 8, [3, 1, 4]
-    model = make_model(Qwen2Config(**SMALL | {"vocab_size": vocabulary}))
-    decoder = make_decoder(model, eos_ids=[-1], temperature=0.7)
-    counts = torch.zeros((vocabulary, vocabulary))
-    for (first, second), _ in decode(decoder, [prompt], repeats=[num], limits=[2] * num):
-        counts[first, second] += 1
-
-    with torch.no_grad():
-        continued = torch.tensor([[*prompt, first] for first in range(vocabulary)])
-        probabilities = (model(input_ids=continued).logits[:, 2:] / 0.7).softmax(-1)
-    of_pairs = probabilities[0, 0][:, None] * probabilities[:, 1]
-    assert_frequencies(counts.flatten(), of_pairs.flatten())
 
 
 # ---- The rows of the cache -----------------------------------------------------------------------

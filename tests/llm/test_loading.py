@@ -8,10 +8,8 @@ import json
 import pickle
 import shutil
 from io import StringIO
-from types import SimpleNamespace
 
 import pytest
-import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -121,13 +119,6 @@ def test_reasoning_is_not_part_of_a_message(template, text, message):
     chat_format = make_format(template)
     ids = chat_format.tokenizer(text)["input_ids"]
     assert chat_format.message([*ids, chat_format.tokenizer.eos_token_id]) == message
-
-
-@pytest.mark.parametrize("named, ids", [(None, {2}), (5, {2, 5}), ([5, 7], {2, 5, 7})])
-def test_a_message_ends_as_the_tokenizer_or_the_checkpoint_says(named, ids):
-    """Gemma's tokenizer names <eos>, its checkpoint <end_of_turn> as well."""
-    model = SimpleNamespace(generation_config=transformers.GenerationConfig(eos_token_id=named))
-    assert loading.end_of_message_ids(model, SimpleNamespace(eos_token_id=2)) == ids
 
 
 # ---- Loading -------------------------------------------------------------------------------------
