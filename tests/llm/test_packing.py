@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
-    LlamaConfig,
     MistralConfig,
     Qwen2Config,
 )
@@ -120,7 +120,10 @@ SHAPE = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
 CONFIGS = {
     "Qwen2": Qwen2Config(**SHAPE),
-    "Llama": LlamaConfig(**SHAPE),
+    "Bloom, no positions but biases of the attention": BloomConfig(**SHAPE),
+    "Gemma 3, every second layer with a window": Gemma3TextConfig(
+        **SHAPE, head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
     "GPT-2, absolute positions": GPT2Config(
         vocab_size=60, n_positions=60, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1
     ),
