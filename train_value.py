@@ -31,7 +31,7 @@ from torch import nn
 
 from llm.adapters import add_lora, add_lora_argument
 from llm.loading import checkpoint_setting, resolve_dtype
-from llm.packing import Batch, PackedRow, pack, sequences_of, token_batches
+from llm.packing import Batch, PackedRow, pack, sequence_columns, token_batches
 from mas import MAS, State
 from support.flags import TINY_AGENTS, InputError, cli, positive_float, positive_int, stage_parser
 from support.progress import Progress
@@ -224,7 +224,7 @@ def train(
 
     def loss_of(batch: Batch) -> torch.Tensor:
         """Return the summed loss of the labels in a batch."""
-        batch_edges = edges_of([transcripts[index] for index in sequences_of(batch)])
+        batch_edges = edges_of([transcripts[index] for index in sequence_columns(batch)])
         outputs = model.outputs(batch, transcripts)
         targets = torch.tensor([edge.y for edge in batch_edges], device=outputs.device)
         weights = torch.ones_like(targets)

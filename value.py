@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModel
 
 from llm.adapters import load_lora
-from llm.loading import beginning_ids, checkpoint_setting, context_length, load_pretrained
+from llm.loading import checkpoint_setting, context_length, load_pretrained
 from llm.packing import (
     Batch,
     collate,
@@ -28,7 +28,6 @@ from llm.packing import (
     packed_batches,
     row_width,
     sequence_columns,
-    sequences_of,
 )
 from llm.text import TextEncoder
 from mas import MAS, State
@@ -94,7 +93,9 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.origin = f"--backbone {backbone.config.name_or_path}"  # named by errors
         self.fingerprint = None  # of trained weights that were loaded, LoRA and head
-        self.beginning = beginning_ids(tokenizer)
+        # The BOS token, if the tokenizer begins every text with one.
+        first = tokenizer("")["input_ids"][:1]
+        self.beginning = first if first == [tokenizer.bos_token_id] else []
         self.row_width = row_width(backbone.config)
         self.segment_ids = functools.lru_cache(maxsize=1 << 16)(self._segment_ids)
 
@@ -105,8 +106,7 @@ class ValueModel(nn.Module):
     def encode(self, state: State) -> tuple[list[int], list[int]]:
         """Return the token ids of value_text, and the position of the token that ends each segment.
 
-        The ids begin with the BOS token if the backbone's tokenizer adds one. Nothing is ever
-        truncated (see `fits`).
+        Nothing is ever truncated (see `fits`).
         """
         ids = list(self.beginning)
         ends = []
@@ -152,7 +152,7 @@ class ValueModel(nn.Module):
         batches = pack(batch_tokens, indices=range(len(sequences)))
         while batches:
             batch = batches.pop()  # the widest first: memory runs out at once or never
-            indices = sequences_of(batch)
+            indices = list(sequence_columns(batch))
             try:
                 outputs = self.outputs(batch, transcripts)
             except torch.OutOfMemoryError:

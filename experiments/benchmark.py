@@ -37,7 +37,7 @@ from transformers import (
 import generate_rollouts
 from llm.adapters import add_lora
 from llm.decoding import Decoder, Draft, message_key, sample_tokens
-from llm.packing import pack, sequences_of
+from llm.packing import pack, sequence_columns
 from llm.policy import Policy, make_policy
 from mas import CHAIN
 from support.flags import (
@@ -269,7 +269,7 @@ def measure_packing(args) -> None:
     def values(max_width: int) -> torch.Tensor:
         batch = pack(sequences, indices=range(NUM_SIBLINGS), max_width=max_width)
         read = model.value(model.outputs(batch, transcripts))
-        order = torch.tensor(sequences_of(batch), device=read.device).argsort()
+        order = torch.tensor(list(sequence_columns(batch)), device=read.device).argsort()
         return read[order]
 
     score = torch.inference_mode()(values)

@@ -92,12 +92,6 @@ def end_of_message_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     return {tokenizer.eos_token_id, *from_checkpoint} - {None}
 
 
-def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids that begin every text: the BOS token if the tokenizer adds one."""
-    ids = tokenizer("")["input_ids"][:1]
-    return ids if ids == [tokenizer.bos_token_id] else []
-
-
 # The files of a checkpoint that decide what it computes: weights, configuration and tokenizer.
 CHECKPOINT_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
 

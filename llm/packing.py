@@ -127,13 +127,11 @@ def packed_batches(
     return list(token_batches(rows, batch_tokens, length=lambda row: row.width))
 
 
-def sequences_of(batch: Batch) -> list[int]:
-    """Return the indices of the sequences in a batch, row by row."""
-    return [index for row in batch for index in row.columns]
-
-
 def sequence_columns(batch: Batch) -> dict[int, tuple[int, list[int]]]:
-    """Return where each sequence is: its index -> (row, the column of each of its tokens)."""
+    """Return where each sequence is: its index -> (row, the column of each of its tokens).
+
+    Sequences are in the order of the rows.
+    """
     places = {}
     for row_index, row in enumerate(batch):
         for index, columns in row.columns.items():

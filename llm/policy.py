@@ -415,8 +415,7 @@ def add_agent_arguments(parser: Parser) -> None:
     add("--graph", default="chain", help=f"{named_graphs}, or FILE.toml: who sees whom")
     add("--model", default=TINY_AGENTS, help="the agents' language model: folder or hub name")
     add("--adapter", default=None, help="finetuned agents: a folder RUN/agents of train_agents.py")
-    help_kwargs = "variables of the chat template, as JSON"
-    add("--chat-template-kwargs", type=json.loads, default="{}", help=help_kwargs)
+    add("--chat-template-kwargs", type=json.loads, default="{}", help="template variables, JSON")
     add("--temperature", type=positive_float, default=1.0, help="of every sampled message")
     help_limit = "limit of a message, beside the agent's own; give 512 or so for a real model"
     add("--max-new-tokens", type=positive_int, default=192, help=help_limit)
@@ -433,8 +432,7 @@ def add_tree_search_arguments(parser: Parser) -> None:
     add("--num-candidates", default="3", help="C per expansion: 3, 1.8.1.1, or Planner=8,Reader=2")
     add("--c-uct", type=non_negative_float, default=1.0, help="c of Eq. 2")
     add("--max-active", type=positive_int, default=512, help="problems searched together")
-    help_messages = "folder of the journal (default: RUN/messages); runs may share one"
-    add("--messages", default=None, help=help_messages)
+    add("--messages", default=None, help="the journal (default: RUN/messages); runs may share it")
 
 
 def make_policy(args, mas: MAS, *, progress: Progress) -> Policy:

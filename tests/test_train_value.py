@@ -22,7 +22,7 @@ from labelled import (
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_value
-from llm.packing import sequences_of
+from llm.packing import sequence_columns
 from mas import CHAIN, load_graph
 from support.flags import InputError
 from support.runs import differences, seeded
@@ -76,7 +76,7 @@ def test_an_epoch_is_every_transcript_once_in_batches_of_the_budget_in_an_order_
     rows = pack_trees(transcripts, model, 600)
     epochs = [epoch_batches(rows, 600, seeded(seed)) for seed in (0, 0, 1)]
     for batches in epochs:
-        order = [index for batch in batches for index in sequences_of(batch)]
+        order = [index for batch in batches for index in sequence_columns(batch)]
         assert sorted(order) == list(range(len(transcripts)))
         assert max(map(size_of, batches)) <= 600
     assert epochs[0] == epochs[1] != epochs[2]

@@ -15,7 +15,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from llm import loading
 from llm.loading import checkpoint_setting, load_pretrained
 from llm.policy import ChatFormat
 from support.flags import TINY_AGENTS, InputError
@@ -75,8 +74,6 @@ def test_every_template_says_the_role_then_the_question_after_one_bos(template, 
     assert chat_format.merges_system == ("You are the Reader.\n\nHow many?" in text)
     assert chat_format.merges_system == merges_system
     assert bos is None or (text.startswith(bos) and text.count(bos) == 1)
-    bos_ids = [] if bos is None else [chat_format.tokenizer.bos_token_id]
-    assert loading.beginning_ids(chat_format.tokenizer) == bos_ids  # of what V reads
 
 
 class AnotherDay(datetime.datetime):
@@ -129,27 +126,24 @@ def load(name):
     return load_pretrained("--model", str(name), AutoModelForCausalLM, **options)
 
 
-def test_a_model_without_end_of_message_or_weights_is_refused(tmp_path):
-    def refused(reason, name):
-        with pytest.raises(InputError, match=reason):
-            load(name)
-
+def test_a_model_without_end_of_message_or_weights_is_refused(copied_agents):
     # A tokenizer without padding pads with its end, as that of Llama 3; it cannot lack both.
-    agents = shutil.copytree(TINY_AGENTS, tmp_path / "agents")
-    settings = agents / "tokenizer_config.json"
+    settings = copied_agents / "tokenizer_config.json"
     text = settings.read_text()
     settings.write_text(text.replace('"pad_token": "<|endoftext|>"', '"pad_token": null'))
-    _, tokenizer = load(agents)
+    _, tokenizer = load(copied_agents)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
     settings.write_text(text.replace('"eos_token": "<|im_end|>"', '"eos_token": null'))
-    refused("end-of-message", agents)
+    with pytest.raises(InputError, match="end-of-message"):
+        load(copied_agents)
     settings.write_text(text)
 
     # Weights that are not in the files would be random.
-    weights = load_file(agents / "model.safetensors")
+    weights = load_file(copied_agents / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
-    save_file(weights, agents / "model.safetensors", metadata={"format": "pt"})
-    refused("lack weights", agents)
+    save_file(weights, copied_agents / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lack weights"):
+        load(copied_agents)
 
 
 def test_code_of_a_checkpoint_is_not_run_though_the_terminal_says_yes(copied_agents, monkeypatch):
