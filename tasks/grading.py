@@ -374,12 +374,12 @@ def _same_math(a: str, b: str) -> bool:
 class MathVerify:
     """Compare two LaTeX answers by math-verify in another process.
 
-    SymPy may run forever, and only a process can be stopped at any moment and from any thread. The
-    process loads SymPy once, which takes seconds, and forks for each comparison. `timeouts` counts
-    those that took too much time or memory; they count as unequal.
+    SymPy may run forever, and only a process can be stopped at any moment and from any thread.
+    `timeouts` counts comparisons that took too much time or memory; they count as unequal.
     """
 
-    # For each line with a JSON pair of answers, it prints true, false or null (stopped).
+    # For each line with a JSON pair of answers, it prints true, false or null (stopped). A child
+    # compares; if it is killed by its timer, or runs out of memory, the next one takes its place.
     PROGRAM = r"""
 import json, logging, os, resource, signal, sys
 from math_verify import LatexExtractionConfig, parse, verify
@@ -387,16 +387,16 @@ logging.disable(logging.CRITICAL)
 latex = [LatexExtractionConfig()]
 options = {"numeric_precision": 100, "allow_set_relation_comp": True, "timeout_seconds": None}
 parse("$1$", latex, parsing_timeout=None)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        signal.setitimer(signal.ITIMER_PROF, 0.8)  # seconds of computing; then it is killed
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes
+while (pid := os.fork()) and os.waitpid(pid, 0)[1] != 0:
+    print("null", flush=True)
+if pid == 0:
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, 0.7)  # seconds of computing
         a, b = [parse(f"\\boxed{{{x}}}", latex, parsing_timeout=None) for x in json.loads(line)]
         equal = bool(a and b) and verify(a, b, **options) and verify(b, a, **options)
-        os._exit(11 if equal else 10)
-    exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print({10: "false", 11: "true"}.get(exit_code, "null"), flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(equal), flush=True)
 """
 
     def __init__(self):
