@@ -152,9 +152,9 @@ FILTERS = [  # settings, and what is drawn if the model says 0.1, 0.2, 0.3, 0.4
 
 @pytest.mark.parametrize("sampling, drawn", FILTERS)
 def test_temperature_top_k_and_top_p_change_the_draws_but_not_the_logprobs(sampling, drawn):
-    """Two of the tokens are in the same block."""
+    """Two of the tokens are in the first block, which must not share its noise with a token."""
     probs = torch.zeros(1, VOCABULARY)
-    probs[0, [0, 1500, 1600, 2900]] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    probs[0, [0, 1, 1500, 2900]] = torch.tensor([0.1, 0.2, 0.3, 0.4])
     rows = torch.zeros(8000, dtype=torch.long)
     tokens, logprobs = sample(probs.log(), keys=keys_of(8000), rows=rows, **sampling)
     assert_frequencies(tokens.bincount(minlength=VOCABULARY)[probs[0] > 0], torch.tensor(drawn))

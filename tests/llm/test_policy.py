@@ -369,10 +369,11 @@ def test_agents_whose_messages_would_not_end_are_refused(
         make_tiny_policy(chain, model=copied_agents)
 
 
-def test_a_checkpoints_own_sampling_settings_do_not_leak_in(chain, policy, copied_agents):
+@pytest.mark.parametrize("ends", [[2, 300], 300])
+def test_a_checkpoints_own_sampling_settings_do_not_leak_in(chain, policy, copied_agents, ends):
     """Only the ends of a message do: it may have more of them than the tokenizer knows."""
     settings = {"repetition_penalty": 5.0, "top_k": 1, "temperature": 9.0, "do_sample": True}
-    settings |= {"max_new_tokens": 3, "eos_token_id": [2, 300], "pad_token_id": 0}
+    settings |= {"max_new_tokens": 3, "eos_token_id": ends, "pad_token_id": 0}
     GenerationConfig(**settings).save_pretrained(copied_agents)
     leaky = make_tiny_policy(chain, model=str(copied_agents))
     assert leaky.decoder.eos_ids == policy.decoder.eos_ids | {2, 300}
