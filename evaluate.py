@@ -3,8 +3,6 @@
     python evaluate.py                                  # the default methods -> runs/tiny/eval
     python evaluate.py --methods greedy vote-8 mcts-8x1.8.1.1-value --num-problems 100
     python evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score   # a frozen V
-    python evaluate.py --compare runs/n10 runs/n40      # runs side by side, from their records
-    python evaluate.py --compare n10=runs/n10-s0,runs/n10-s1 n40=runs/n40-s0,runs/n40-s1   # seeds
 
 Every method answers the same problems, so methods are compared in pairs. Records are kept per
 problem; tables and the picture are derived from them. search.py lists the methods.
@@ -306,23 +304,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--methods", nargs="+", default=DEFAULT_METHODS, help="names as in search.py")
     add("--by", nargs="+", choices=("subject", "level"), default=[], help="show EM per group, too")
-    add("--compare", nargs="+", default=[], help="only compare runs: RUN, or NAME=RUN,RUN (seeds)")
-    add("--curves", default=None, help="with --compare: PNG of stage 5's learning")
     add("--num-problems", type=positive_int, default=178, help="`tiny` has 178")
     add("--num-trees", type=non_negative_int, default=178, help="problems to keep the trees of")
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    if args.compare:
-        from experiments.compare import compare_runs, read_groups, write_curves
-
-        groups = read_groups(args.compare)
-        print(compare_runs(groups))
-        if args.curves is not None:
-            write_curves(groups, Path(args.curves))
-        return
-
     # 1. Load the graph, the methods, the problems and the models.
     mas = load_graph(args.graph)
     methods = read_methods(args, mas)

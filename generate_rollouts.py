@@ -122,7 +122,7 @@ def main(args) -> None:
     print(progress.describe_messages())
 
     # 4. Report, once all processes have finished.
-    trees = read_records(path, _without_texts)
+    trees = read_records(path)
     num_missing = sum(problem.id not in trees for problem in problems)
     if num_missing > 0:
         print(f"{num_missing} problems are left to other processes, or to this command, run again")
@@ -145,21 +145,12 @@ def label_problems(
             rng=seeded(args.seed, problem.id),
         )
         searches.append((problem, search))
-    handlers = {Sample: policy}
     for problem, root, cost in run_searches(
-        searches, handlers, max_active=args.max_active, progress=policy.progress
+        searches, {Sample: policy}, max_active=args.max_active, progress=policy.progress
     ):
         if isinstance(root, TooLong):
             root = make_root(problem.question)  # alone, it gives no labels
         yield tree_record(problem, root, cost, policy.mas)
-
-
-def _without_texts(record: dict) -> dict:
-    """Return the nodes of a tree without their messages, which take most of its memory."""
-    nodes = []
-    for node in record["nodes"]:
-        nodes.append({name: node[name] for name in node if name != "message"})
-    return {"nodes": nodes}
 
 
 def report_labels(trees: list[dict], mas: MAS) -> None:

@@ -111,8 +111,14 @@ class MAS:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "MAS":
-        """Read back the graph that a config.json records."""
-        return cls(fields["name"], tuple(_make_agent(agent) for agent in fields["agents"]))
+        """Make a graph from JSON or TOML, which have lists in place of tuples."""
+        agents = []
+        for agent in fields["agents"]:
+            values = {}
+            for key, value in agent.items():
+                values[key] = tuple(value) if isinstance(value, list) else value
+            agents.append(Agent(**values))
+        return cls(fields["name"], tuple(agents))
 
     # -- The schedule --
 
@@ -267,11 +273,3 @@ def load_graph(name: str) -> MAS:
     with errors_name(f"--graph {name} (it is {', '.join(graph_names())}, or FILE.toml)"):
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         return MAS.from_dict({"name": path.stem} | table)
-
-
-def _make_agent(fields: dict) -> Agent:
-    """Make an agent from JSON or TOML, which have lists in place of tuples."""
-    values = {}
-    for key, value in fields.items():
-        values[key] = tuple(value) if isinstance(value, list) else value
-    return Agent(**values)

@@ -244,13 +244,12 @@ class Learner:
         """Sample a tree of messages for each problem, grade the final answers, and let V read.
 
         V was not trained on questions alone. V(question) serves as a baseline only, and a baseline
-        that does not depend on the message adds no bias to the policy gradient.
-
-        Problems that are too long for the agents or for V have no messages.
+        that does not depend on the message adds no bias to the policy gradient. Problems that are
+        too long for the agents or for V have no messages.
 
         name: seeds the policy. Every step needs its own, or its noise would repeat.
         """
-        mas, progress = self.policy.mas, self.policy.progress
+        mas, progress, v = self.policy.mas, self.policy.progress, self.value_model
         policy = replace(self.policy, seed=f"{self.args.seed}, {name}")
         searches = []
         for problem in problems:
@@ -260,24 +259,22 @@ class Learner:
             for problem, nodes, _ in run_searches(
                 searches, {Sample: policy}, max_active=MAX_ACTIVE, progress=progress
             ):
-                if isinstance(nodes, TooLong) or not self.v_can_read(nodes):
+                if isinstance(nodes, TooLong):
+                    continue
+                if v is not None and not all(v.fits(node.state) for node in nodes):
                     continue
                 grade_terminals(problem, mas, nodes)
                 rollouts |= dict.fromkeys(nodes, problem)
         if not rollouts:
             raise InputError(f"{name}: there is no problem, or none that is short enough")
-        if self.value_model is not None:
+        if v is not None:
             nodes = dict.fromkeys([*(node.parent for node in rollouts), *rollouts])
             states = [node.state for node in nodes]
-            values = self.value_model.score(states, batch_tokens=self.args.batch_tokens)
+            values = v.score(states, batch_tokens=self.args.batch_tokens)
             for node, value in zip(nodes, values, strict=True):
                 node.V = value
         # The order in which searches finish depends on how many are active at once.
         return dict(sorted(rollouts.items(), key=lambda entry: entry[1].id))
-
-    def v_can_read(self, nodes: list[Node]) -> bool:
-        model = self.value_model
-        return model is None or all(model.fits(node.state) for node in nodes)
 
     def update(self, messages: list[TrainedMessage], rng: random.Random) -> dict[str, float]:
         """Train one epoch on the messages. Returns the mean KL and the share of clipped tokens.

@@ -54,19 +54,13 @@ class Sample(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Ask for the value of each node's state, by V or another scorer.
-
-    Reply: a float in [-1, 1] per node.
-    """
+    """Ask for the value of each node's state, by V or another scorer. Reply: floats in [-1, 1]."""
 
     nodes: list
 
 
 class OrmScore(NamedTuple):
-    """Ask for the value of each terminal node's state, by the outcome model (ORM).
-
-    Reply: a float in [-1, 1] per node.
-    """
+    """Ask for the value of each terminal state by the outcome model (ORM). Reply: as of Score."""
 
     nodes: list
 

@@ -420,7 +420,7 @@ def measure_training_step(model: ValueModel, transcripts: list[Transcript], args
     transcripts = transcripts[: max(1, 8192 // args.state_tokens)]
     sequences = [transcript.ids for transcript in transcripts]
     batch = pack(sequences, indices=range(len(sequences)), max_width=model.row_width)
-    weights = torch.ones(len(sequences), device=args.device)
+    targets = torch.full([len(sequences)], 0.5, device=args.device)
     groups = [("p", "a")] * len(sequences)
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -428,7 +428,7 @@ def measure_training_step(model: ValueModel, transcripts: list[Transcript], args
     def step() -> None:
         model.train()
         outputs = model.outputs(batch, transcripts)
-        training_loss(model, outputs, 0.5 * weights, weights, groups, huber_delta=1.0).backward()
+        training_loss(model, outputs, targets, groups, huber_delta=1.0).backward()
 
     tokens_per_second = len(sequences) * args.state_tokens / seconds_of(step, args.device)
     print(

@@ -2,15 +2,21 @@
 
 import json
 import math
-import os
 import resource
 import shutil
-import signal
-import time
 from functools import partial
 
 import pytest
-from conftest import error_of, exit_code_of, output_of, read_lines, script_argv, start_in_fork
+from conftest import (
+    error_of,
+    exit_code_of,
+    kill_when,
+    num_lines,
+    output_of,
+    read_lines,
+    script_argv,
+    start_in_fork,
+)
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -144,24 +150,6 @@ def test_a_graph_with_a_conditional_agent_runs_through_all_stages(tmp_path):
 
 
 # ---- Kills ---------------------------------------------------------------------------------------
-
-
-def num_lines(run, pattern) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in run.glob(pattern))
-
-
-def kill_when(run, pattern, num, module, *argv) -> None:
-    """Start a script, and kill it with SIGKILL when it has written so many lines."""
-
-    def script():
-        module.main(module.parse_args(script_argv(["--run", run, *argv])))
-
-    child = start_in_fork(script)
-    deadline = time.time() + 100
-    while num_lines(run, pattern) < num and time.time() < deadline:
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    assert exit_code_of(child) == -signal.SIGKILL
 
 
 def test_rollouts_killed_at_three_moments_lose_no_message_and_give_the_same_trees(
@@ -332,12 +320,3 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished, copied_a
     assert "temperature (there 1.0, now 0.5)" in evaluation("--temperature", 0.5)
     assert "model (there" in evaluation("--model", copied_agents)
     assert contents(finished) == before
-
-
-def test_a_test_question_that_was_trained_on_is_refused(finished, tmp_path):
-    [tree, *_] = read_lines(finished / "rollouts" / "trees.jsonl")
-    problem = {"id": "mine", "question": tree["question"].upper() + " ", "answer": "3"}
-    data = tmp_path / "leak.jsonl"
-    data.write_text(json.dumps(problem) + "\n")
-    flags = ["--value", finished / "value", "--data", data, "--methods", "best_of-2-value"]
-    assert "mine" in error_of(evaluate, "--run", tmp_path, *flags)

@@ -275,21 +275,6 @@ def test_passes_are_independent_even_if_they_start_with_equal_messages():
 
 # ---- Every search --------------------------------------------------------------------------------
 
-PLANTED_PATH = (1, 2, 0, 1)
-
-
-def planted_value(path):
-    """V that knows the planted path: it grows along it, and is low elsewhere."""
-    is_planted = path == PLANTED_PATH[: len(path)]
-    return 0.2 * len(path) if is_planted else -0.5
-
-
-@pytest.mark.parametrize("name", ["mcts-12x2.3.1.2-value", "sbs-1x2.3.1.2-value"])
-def test_a_search_finds_the_planted_path(name):
-    handlers = scripted_handlers(CHAIN, planted_value)
-    leaf = drive(method_named(name).search(problem_about("q"), CHAIN, c_uct=1.0), handlers)
-    assert leaf.path == PLANTED_PATH
-
 
 @pytest.mark.parametrize("name", ["mcts-16x2.3.3.3-value-lam0.5", "sbs-3x2.3.3.3-value"])
 def test_the_whole_tree_of_a_search_is_the_golden_one(name):
