@@ -291,7 +291,9 @@ def read_row(row: dict, place: str) -> RawProblem:
     elif "####" in gold:  # GSM8K: a worked solution that ends with "#### 42"
         gold = gold.rpartition("####")[-1].strip()
     elif column_of["answer"] == "solution":
-        gold = ([""] + [box.value or "" for box in find_boxes(gold)])[-1]  # MATH: \boxed{42}
+        gold = ([""] + [content or "" for _, _, content in find_boxes(gold)])[
+            -1
+        ]  # MATH: \boxed{42}
     raw = (texts.get("id"), question, gold, texts.get("subject"), texts.get("level"))
     if SURROGATE.search("".join(filter(None, raw))):
         raise InputError(f"{place}: it has half of a character (a surrogate without its pair)")
