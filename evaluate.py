@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
-from llm.policy import Policy, make_policy, search_settings, with_journal
+from llm.policy import Policy, make_policy, run_settings, with_journal
 from mas import MAS, load_graph
 from search import (
     MODELS,
@@ -52,7 +52,7 @@ def answer_record(
     if not isinstance(leaf, TooLong):
         answer = extract_answer(leaf.message.text, problem.answer_type)
         root, *path = path_to(leaf)
-        if root.children:  # passes have nothing in common
+        if method.algorithm in TREE_SEARCHES:  # passes have nothing in common
             tree = tree_fields(root, mas, problem.answer_type, chosen=leaf)
             for node in tree["nodes"]:
                 if "answer" in node:
@@ -321,7 +321,8 @@ def main(args) -> None:
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / "eval"
-    open_run(folder, search_settings(args, policy), device=args.device, overwrite=args.overwrite)
+    settings = run_settings(args, policy) | {"c_uct": args.c_uct}
+    open_run(folder, settings, device=args.device, overwrite=args.overwrite)
 
     # 3. Answer all problems with each method.
     with with_journal(policy, args) as policy:

@@ -12,9 +12,9 @@ import random
 from collections.abc import Generator
 from pathlib import Path
 
-from llm.policy import Policy, add_tree_search_arguments, make_policy, search_settings, with_journal
+from llm.policy import Policy, add_tree_search_arguments, make_policy, run_settings, with_journal
 from mas import MAS, load_graph
-from support.flags import cli, counts_per_agent, positive_int, stage_parser
+from support.flags import cli, positive_int, stage_parser
 from support.progress import Progress
 from support.records import append_jsonl, only, process_rank, read_records, unfinished
 from support.runs import open_run, seeded
@@ -98,14 +98,14 @@ def parse_args(argv=None):
 def main(args) -> None:
     # 1. Load the graph, the problems and the agents.
     mas = load_graph(args.graph)
-    num_candidates = counts_per_agent(mas, args.num_candidates, "--num-candidates")
+    num_candidates = mas.counts_per_agent(args.num_candidates, "--num-candidates")
     problems = load_training_problems(args)
     progress = Progress(shown=process_rank()[0] == 0)
     policy = make_policy(args, mas, progress=progress)
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / "rollouts"
-    settings = search_settings(args, policy)
+    settings = run_settings(args, policy) | {"c_uct": args.c_uct}
     settings["num_simulations"] = args.num_simulations
     settings["num_candidates"] = num_candidates
     open_run(folder, settings, device=args.device, overwrite=args.overwrite)

@@ -120,6 +120,29 @@ class MAS:
             agents.append(Agent(**values))
         return cls(fields["name"], tuple(agents))
 
+    def counts_per_agent(self, spec: str, flag: str) -> tuple[int, ...]:
+        """Read one count per agent.
+
+        Raises InputError if there is not one count of at least 1 for each agent.
+
+        spec: "3" for all agents, "1.8.1.1" in the order of the schedule, or "Reader=1,Planner=8",
+        in which agents that are not named get 1. flag: where it comes from, for errors.
+        """
+        names = [agent.name for agent in self.agents]
+        pairs = [pair.partition("=") for pair in spec.split(",")] if "=" in spec else []
+        count_of = {name: count for name, _, count in pairs}
+        texts = [count_of.get(name, "1") for name in names] if pairs else spec.split(".")
+        if len(texts) == 1:
+            texts *= len(names)
+        counts = [int(text) for text in texts if text.isdecimal()]
+        are_agents = len(pairs) == len(count_of) and count_of.keys() <= set(names)
+        if not are_agents or not len(texts) == len(counts) == len(names) or min(counts) < 1:
+            raise InputError(
+                f"{flag} {spec}: give one whole number of at least 1, or one for each of "
+                f"{', '.join(names)}, as 1.8.1.1 or Planner=8,Solver=2"
+            )
+        return tuple(counts)
+
     # -- The schedule --
 
     def turn_index(self, state: State) -> int | None:
@@ -219,7 +242,7 @@ def normalize_words(text: str) -> str:
     return f" {' '.join(words)} " if words else ""
 
 
-# ---- The paper's graph ---------------------------------------------------------------------------
+# ---- Graphs: the paper's, and from files ---------------------------------------------------------
 
 READER = Agent(
     name="Reader",
@@ -251,8 +274,6 @@ VERIFIER = Agent(
 
 # Each agent sees the message before it; all but the Solver see the question.
 CHAIN = MAS("chain", (READER, PLANNER, SOLVER, VERIFIER))
-
-# ---- A graph from a file -------------------------------------------------------------------------
 
 
 def graph_names() -> list[str]:

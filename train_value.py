@@ -425,8 +425,7 @@ def verify_saved(model: ValueModel, folder: Path, states: list[State], args) -> 
     loaded = ValueModel.load(folder, model.mas, args, must_be_finished=False)
     values = [v.score(states, batch_tokens=args.batch_tokens) for v in (model, loaded)]
     worst = max(abs(trained - again) for trained, again in zip(*values, strict=True))
-    print(f"saved to {folder}")
-    print(f"loaded again, V differs by {worst:.1e} at most on {len(states)} held-out states")
+    print(f"{folder}, loaded again: V differs by {worst:.1e} at most on {len(states)} states")
     if not worst <= 1e-4:  # NaN included
         raise AssertionError(f"the saved value model is not the trained one: V differs by {worst}")
     write_config(folder, read_config(folder) | {"finished": True})

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from mas import MAS, Agent, State, graph_names, load_graph, normalize_words
-from support.flags import InputError, counts_per_agent
+from support.flags import InputError
 from tasks.grading import extract_answer
 
 # ---- The schedule, and who sees what -------------------------------------------------------------
@@ -234,6 +234,6 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path, part, instead, culprit):
 
 
 def test_counts_per_agent(chain, duo):
-    assert counts_per_agent(duo, "3", "C") == (3, 3)
-    assert counts_per_agent(chain, "1.8.1.2", "C") == (1, 8, 1, 2)
-    assert counts_per_agent(chain, "Planner=6,Reader=2", "C") == (2, 6, 1, 1)
+    assert duo.counts_per_agent("3", "C") == (3, 3)
+    assert chain.counts_per_agent("1.8.1.2", "C") == (1, 8, 1, 2)
+    assert chain.counts_per_agent("Planner=6,Reader=2", "C") == (2, 6, 1, 1)

@@ -310,7 +310,9 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished, copied_a
     before = contents(finished)
     rollouts = partial(error_of, generate_rollouts, *run, *ROLLOUTS)
     assert "seed (there 0, now 1)" in rollouts("--seed", 1)
-    assert "num_simulations (there 4, now 7)" in rollouts("--num-simulations", 7)
+    assert "c_uct (there 1.0, now 2.0), num_simulations (there 4, now 7)" in rollouts(
+        "--num-simulations", 7, "--c-uct", 2
+    )
     assert "graph (there chain" in rollouts("--graph", "single")
     [template] = copied_agents.glob("*.jinja")
     template.write_text(template.read_text() + " ")
@@ -318,5 +320,6 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished, copied_a
     assert "lora_rank (there 4, now 8)" in error_of(train_value, *run, *VALUE, "--lora-rank", 8)
     evaluation = partial(error_of, evaluate, *run, *EVALUATE)
     assert "temperature (there 1.0, now 0.5)" in evaluation("--temperature", 0.5)
+    assert "c_uct (there 1.0, now 2.0)" in evaluation("--c-uct", 2)
     assert "model (there" in evaluation("--model", copied_agents)
     assert contents(finished) == before

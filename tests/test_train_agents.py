@@ -25,7 +25,7 @@ from support.runs import read_config, seeded
 from support.statistics import agent_measures
 from tasks.problems import Problem, load_problems
 from train_agents import REWARDS, Learner, TrainedMessage, advantages, returns, search_rewards
-from tree import Candidate, Sample
+from tree import Candidate, Sample, sample_tree
 
 # ---- Rollouts ------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ from tree import Candidate, Sample
 def messages_of(mas, num_candidates, *, say=str, outcomes=()):
     """Return the messages of a scripted tree; its terminal nodes have these outcomes, in order."""
     policy = ScriptedPolicy(mas, say)
-    nodes = drive(train_agents.sample_tree("q", mas, num_candidates), {Sample: policy})
+    nodes = drive(sample_tree("q", mas, num_candidates, greedy=False), {Sample: policy})
     assert all(paths for _, paths, _, _ in policy.requests)  # nothing is asked of no node
     leaves = [node for node in nodes if not node.children]
     for leaf, outcome in zip(leaves, outcomes, strict=False):
