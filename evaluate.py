@@ -33,7 +33,7 @@ from support.records import append_jsonl, only, process_rank, read_jsonl, read_r
 from support.runs import open_run
 from support.statistics import paired, wilson
 from tasks.grading import Answer, extract_answer
-from tasks.problems import Problem, check_same_problems, is_correct, load_problems, question_key
+from tasks.problems import Problem, check_unchanged, is_correct, load_problems, question_key
 from tree import Cost, Node, TooLong, tree_fields
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")
@@ -87,7 +87,7 @@ def evaluate_method(
     kept_trees = {problem.id for problem in problems[: args.num_trees]}
     keep = only("question", "gold", "scorer")
     with unfinished(path, problems, keep) as (file, records, todo, done):
-        check_same_problems(problems, records, path)
+        check_unchanged(problems, records, path)
         for record in records.values():
             if record["scorer"] != scorer:
                 raise InputError(

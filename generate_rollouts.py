@@ -18,12 +18,7 @@ from support.flags import cli, positive_int, stage_parser
 from support.progress import Progress
 from support.records import append_jsonl, only, process_rank, read_records, unfinished
 from support.runs import open_run, seeded
-from tasks.problems import (
-    Problem,
-    add_problem_arguments,
-    check_same_problems,
-    load_training_problems,
-)
+from tasks.problems import Problem, add_problem_arguments, check_unchanged, load_training_problems
 from tree import (
     Candidate,
     Node,
@@ -114,7 +109,7 @@ def main(args) -> None:
     path = folder / "trees.jsonl"
     resumed = unfinished(path, problems, only("question", "gold"))
     with resumed as (file, labelled, todo, done), with_journal(policy, args) as policy:
-        check_same_problems(problems, labelled, path)
+        check_unchanged(problems, labelled, path)
         print(f"labelling {len(todo)} problems; {done} are finished already -> {path}")
         with progress.over("trees", done + len(todo), unit="problems", done=done):
             for record in label_problems(todo, policy, num_candidates, args):

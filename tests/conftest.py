@@ -152,11 +152,12 @@ def num_lines(run: Path, pattern: str) -> int:
     return sum(path.read_bytes().count(b"\n") for path in run.glob(pattern))
 
 
-def kill_when(run: Path, pattern: str, num: int, module, *argv) -> None:
-    """Start a script, and kill it with SIGKILL when it has written so many lines."""
+def kill_when(run: Path, pattern: str, num: int, module, *argv) -> int:
+    """Kill a script with SIGKILL when it has written so many lines. Returns how many are there."""
     child = start_in_fork(partial(output_of, module, "--run", run, *argv))
     deadline = time.time() + 100
     while num_lines(run, pattern) < num and time.time() < deadline:
         time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     assert exit_code_of(child) == -signal.SIGKILL
+    return num_lines(run, pattern)

@@ -110,11 +110,7 @@ OPPONENTS = [  # agent calls of methods, a method among them, and its opponents 
     ("vote-4 16 best_of-2-orm 8 best_of-3-orm 12", "sbs-2x2-orm 16", ["vote-4", "best_of-3-orm"]),
     # It has the same scorer.
     ("best_of-8-policy 30 best_of-9-value 36", "mcts-4x3-value 29", ["best_of-9-value"]),
-    (
-        "vote-8 32 vote-9 36 best_of-8-policy 32",
-        "best_of-8-value 32",
-        ["vote-8", "best_of-8-policy"],
-    ),
+    ("vote-8 32 vote-9 36 best_of-8-policy 32", "best_of-8-orm 32", ["vote-8", "best_of-8-policy"]),
     # The same search differs in the scorer alone, or in lambda alone.
     ("mcts-9x3-policy 9 sbs-4x3-policy 9 mcts-4x1.3.1.1-policy 9", "mcts-4x3-value 9", []),
     ("mcts-4x3-policy 9 mcts-4x3-policy-lam0.5 9", "mcts-4x3-value 9", ["mcts-4x3-policy"]),

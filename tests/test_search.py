@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from labelling import Answers
 from searching import (
     DUO,
     FORKED,
+    Answers,
     ScriptedPolicy,
     ScriptedScorer,
     drive,
