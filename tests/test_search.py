@@ -273,6 +273,12 @@ def test_passes_are_independent_even_if_they_start_with_equal_messages():
     assert asked == [(1, 3), (3, 1)]
 
 
+def test_of_passes_with_equal_scores_the_first_wins_even_if_a_later_one_ends_earlier():
+    handlers = scripted_handlers(FORKED, lambda path: 0.0, say=lambda path: ["go", "stop"][path[0]])
+    method = method_named("best_of-2-value", FORKED)
+    assert drive(method.search(problem_about("q"), FORKED, c_uct=1.0), handlers).path == (0, 0)
+
+
 # ---- Every search --------------------------------------------------------------------------------
 
 
