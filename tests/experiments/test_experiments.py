@@ -12,6 +12,7 @@ import report.__main__
 import search
 import train_agents
 import train_value
+from experiments import compare
 from mas import load_graph
 from support.flags import ROOT
 
@@ -22,6 +23,7 @@ PROGRAMS = {
     "evaluate.py": evaluate,
     "train_agents.py": train_agents,
     "report": report.__main__,
+    "experiments.compare": compare,
 }
 
 
