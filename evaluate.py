@@ -326,7 +326,7 @@ def main(args) -> None:
     # 1. Load the graph, the methods, the problems and the models.
     mas = load_graph(args.graph)
     methods = read_methods(args, mas)
-    problems = load_problems(task=args.task, data=args.data, split="test", num=args.num_problems)
+    problems = load_problems(args.task, args.data, {"test": args.num_problems})
     scorers = load_scorers(methods, args, mas)
     refuse_leaks(problems, methods, args)
     progress = Progress(shown=process_rank()[0] == 0)

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -37,10 +36,6 @@ def errors_name(what: object) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{what}: {reason:.200} ({type(error).__name__})") from error
-
-
-class FileInUseError(InputError):
-    """Another process is writing a file."""
 
 
 def _finite(text: str) -> float:
@@ -103,24 +98,22 @@ def open_to_append(path: Path) -> BinaryIO:
 
     Only a writer may do that: to a reader, a line that is being written looks the same.
 
-    Raises FileInUseError if another process is writing the file.
+    Raises InputError if another process is writing the file.
     """
     file = open(path, "a+b")  # noqa: SIM115 (the caller closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise FileInUseError(
+        raise InputError(
             f"{path}: another process is writing this file; wait for it, or choose another --run"
         ) from None
-    num_bytes = file.seek(0, os.SEEK_END)
-    if num_bytes > 0:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            num_finished_bytes = content.rfind(b"\n") + 1
-        if num_finished_bytes < num_bytes:
-            note = "the last line is torn; it is cut off, and what it recorded is done again"
-            print(f"{path}: {note}", file=sys.stderr)
-            file.truncate(num_finished_bytes)
+    file.seek(0)
+    num_finished_bytes = sum(len(line) for line in file if line.endswith(b"\n"))
+    if num_finished_bytes < file.tell():
+        note = "the last line is torn; it is cut off, and what it recorded is done again"
+        print(f"{path}: {note}", file=sys.stderr)
+        file.truncate(num_finished_bytes)
     return file
 
 
@@ -269,5 +262,5 @@ class Journal:
             try:
                 self.file = open_to_append(self.path)
                 return
-            except FileInUseError:
+            except InputError:  # another process is writing it
                 continue

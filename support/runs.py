@@ -68,16 +68,11 @@ def _delete_results(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
-def read_config(folder: Path) -> dict:
-    """Read a folder's config.json. Raises InputError if it is damaged."""
+def read_config(folder: Path, *, must_be_finished: bool = False) -> dict:
+    """Read a folder's config.json. Raises InputError if it is damaged, or training not finished."""
     path = folder / "config.json"
-    return parse_json(path.read_bytes(), str(path))
-
-
-def read_finished_config(folder: Path) -> dict:
-    """Read the config.json of a trained model. Raises InputError if training is not finished."""
-    config = read_config(folder)
-    if not config.get("finished"):
+    config = parse_json(path.read_bytes(), str(path))
+    if must_be_finished and not config.get("finished"):
         raise InputError(f"{folder}: its training is not finished; the same command resumes it")
     return config
 

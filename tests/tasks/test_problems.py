@@ -34,7 +34,7 @@ def write_rows(path, rows):
 def load_rows(folder, rows, *, task, split="test", num=1000):
     """Load the problems of a file with these rows."""
     data = write_rows(folder / "d.jsonl", rows)
-    return load_problems(task=task, data=data, split=split, num=num)
+    return load_problems(task, data, {split: num})
 
 
 def sums(numbers):
@@ -243,9 +243,9 @@ FILES = {  # name -> content
 }
 
 
-def load_file(path, content, **options):
+def load_file(path, content, *, task):
     path.write_bytes(content)
-    return load_problems(data=str(path), split="test", num=2, **options)
+    return load_problems(task, str(path), {"test": 2})
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -272,7 +272,7 @@ def test_a_file_that_has_changed_is_read_again_whatever_its_time(tmp_path):
         data = tmp_path / "d.csv"
         data.write_text(f"question,answer\nHow many?,{gold}\n")
         os.utime(data, (1, 1))
-        [problem] = load_problems(task="gsm8k", data=str(data), split="test", num=1)
+        [problem] = load_problems("gsm8k", str(data), {"test": 1})
         assert problem.gold == gold
 
 
@@ -294,7 +294,7 @@ def test_a_damaged_data_file_is_named(tmp_path, name, content, reason):
     with pytest.raises(InputError, match=f"^{tmp_path / name}.*{reason}"):
         load_file(tmp_path / name, content, task="tiny")
     with pytest.raises(InputError, match=f"^{tmp_path}/none"):
-        load_problems(task="tiny", data=f"{tmp_path}/none-{name}", split="test", num=1)
+        load_problems("tiny", f"{tmp_path}/none-{name}", {"test": 1})
 
 
 def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
@@ -310,7 +310,7 @@ def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for split, hub_split in (("train", "train"), ("heldout", "train"), ("test", "test")):
-        problems = load_problems(task="gsm8k", data=None, split=split, num=100)
+        problems = load_problems("gsm8k", None, {split: 100})
         assert calls.pop() == ("openai/gsm8k", "main", "main", hub_split)
         assert all(problem.question.startswith(f"How many in {hub_split}") for problem in problems)
         assert "1 with contradicting answers" in capsys.readouterr().err
@@ -321,7 +321,7 @@ def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(InputError, match="Couldn't reach the hub.; .* --data FILE") as error:
-        load_problems(task="gsm8k", data=None, split="test", num=1)
+        load_problems("gsm8k", None, {"test": 1})
     assert "\n" not in str(error.value)
 
 

@@ -28,7 +28,7 @@ def test_the_data_files_are_what_the_generator_writes_and_the_tasks_load(tmp_pat
     rows = read_jsonl(path)
     sizes = {"tiny": [500, 45, 178], "tiny-score": [500, 54, 229]}[task]
     for split, size in zip(("train", "heldout", "test"), sizes, strict=True):
-        problems = load_problems(task=task, data=None, split=split, num=size)
+        problems = load_problems(task, None, {split: size})
         assert len(problems) == size
         of_split = [row for row in rows if row["split"] == split]
         for problem, row in zip(problems, of_split, strict=True):  # in the order of the file
