@@ -24,10 +24,9 @@ def _panels(titles: list[str], *, num_columns: int, xlabel: str, ylabel: str):
 def _draw(panel, xs: list, ys: list[float | None], *, label: str, index: int) -> None:
     """Draw a curve; unknown y are left out. index: of its colour and marker."""
     style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-    panel.plot(xs, ys, label=label, markersize=5, **style)
-    handles, labels = panel.get_legend_handles_labels()
-    handle_of_label = dict(zip(labels, handles, strict=True))  # each label once
-    panel.legend(handle_of_label.values(), handle_of_label, fontsize=8)
+    _, labels = panel.get_legend_handles_labels()
+    panel.plot(xs, ys, label=None if label in labels else label, markersize=5, **style)
+    panel.legend(fontsize=8)
 
 
 def plot_reliability(heldout: list[dict], agents: list[str]):

@@ -112,13 +112,10 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     changes = []
     for key in sorted(old.keys() | new.keys()):
         there, now = old.get(key), new.get(key)
-        if without_names(there) == without_names(now):
-            continue
         # A graph and a model have names; they differ as a whole.
-        are_groups = isinstance(there, dict) and isinstance(now, dict)
-        if are_groups and "name" not in there:
+        if isinstance(there, dict) and isinstance(now, dict) and "name" not in there:
             changes += differences(there, now, f"{prefix}{key}.")
-        else:
+        elif without_names(there) != without_names(now):
             changes.append(f"{prefix}{key} (there {_short(there)}, now {_short(now)})")
     return changes
 
