@@ -273,7 +273,7 @@ def write_report(methods: list[Method], records: dict[str, list[dict]], folder: 
     # 1. Numbers.
     summary = summarise(methods, records)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-    plot_accuracy(summary, ["agent_calls"]).savefig(folder / "em_vs_calls.png")
+    plot_accuracy(summary).savefig(folder / "em_vs_calls.png")
 
     # 2. All tables, for GitHub.
     tables = [methods_table(summary), comparisons_table(summary["comparisons"])]

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -51,8 +51,6 @@ STRICT_JSON = {"parse_float": _finite, "parse_constant": _finite}  # for json.lo
 
 class Fields(dict):
     """An object of a JSON file. A field that it lacks is an InputError that names the file."""
-
-    __slots__ = ("place",)
 
     def __init__(self, place: str, fields: dict):
         super().__init__(fields)
@@ -168,9 +166,7 @@ def read_records(
     """Read the records of all processes: problem id -> record, sorted by id.
 
     Shards count whatever the number of processes was. A problem whose line is torn has no record.
-
-    Args:
-        keep: what to keep of each record, so that large files need not fit into memory.
+    keep: what to keep of each record, so that large files need not fit into memory.
     """
     records = {}
     shards = sorted(path.parent.glob(f"{path.stem}.*of*.jsonl"))
@@ -204,7 +200,7 @@ def only(*names: str) -> Callable[[dict], dict]:
 # ---- The journal: no message is ever generated twice ---------------------------------------------
 
 
-class Journal:
+class Journal(AbstractContextManager):
     """All messages that were sampled with the same settings, on disk, by key.
 
     A message is a function of its prompt, of how it is sampled, and of its place in the search. The
@@ -224,17 +220,17 @@ class Journal:
     """
 
     def __init__(self, folder: Path, name: str, settings: dict):
-        self.name = name
         self.places: dict[str, tuple[Path, int]] = {}  # key -> (file, first byte of its line)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.json").write_text(json.dumps(settings, indent=1) + "\n")
-        self._open_own_file(folder)
-        for path in sorted(folder.glob(f"{self.name}*.jsonl")):
+        (folder / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+        for number in itertools.count():
+            self.path = folder / (f"{name}.{number}.jsonl" if number else f"{name}.jsonl")
+            with suppress(InputError):  # another process is writing it
+                self.file = open_to_append(self.path)
+                break
+        for path in sorted(folder.glob(f"{name}*.jsonl")):
             for entry, start in _parse_lines(path, only_finished=True):
                 self.places[entry["key"]] = (path, start)
-
-    def __enter__(self) -> "Journal":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.file.close()
@@ -253,14 +249,3 @@ class Journal:
         start = self.file.seek(0, os.SEEK_END)
         append_jsonl(self.file, {"key": key} | entry)
         self.places[key] = (self.path, start)
-
-    def _open_own_file(self, folder: Path) -> None:
-        """Open the first file of this journal that no other process is writing."""
-        for number in itertools.count():
-            suffix = f".{number}.jsonl" if number else ".jsonl"
-            self.path = folder / (self.name + suffix)
-            try:
-                self.file = open_to_append(self.path)
-                return
-            except InputError:  # another process is writing it
-                continue

@@ -7,7 +7,6 @@ name.
 import hashlib
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -154,7 +153,7 @@ def provenance(device: str) -> dict:
     machine = f"CPU, {os.cpu_count()} cores"
     if device.startswith("cuda"):
         machine = torch.cuda.get_device_name(device)
-    versions = {"python": platform.python_version()}
+    versions = {"python": sys.version.split()[0]}
     for package in ("torch", "transformers", "peft", "numpy"):
         versions[package] = version(package)
     # The commit of this code, with "-dirty" if it was changed; None without git.

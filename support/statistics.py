@@ -129,13 +129,6 @@ def mean_of_known(numbers: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def mean_by_agent(number_of: dict[Node, float | None]) -> dict[str, float | None]:
-    means = {}
-    for agent, nodes in by_agent(number_of).items():
-        means[agent] = mean_of_known(number_of[node] for node in nodes)
-    return means
-
-
 def agent_measures(
     rollouts: dict[Node, Any], outcomes: dict[Node, float | None]
 ) -> dict[str, dict]:
@@ -146,9 +139,7 @@ def agent_measures(
     value_auc: AUC of V against right and wrong states of the same problem, see `problem_aucs`.
     tokens, truncated: mean length, and the share of messages that were cut at their limit.
 
-    Args:
-        rollouts: the messages, each with its problem.
-        outcomes: the mean outcome below each message.
+    rollouts: the messages, each with its problem. outcomes: the mean outcome below each message.
     """
     measures = {}
     for agent, nodes in by_agent(rollouts).items():

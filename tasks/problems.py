@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from support.flags import ROOT, SURROGATE, InputError, Parser, positive_int
-from support.records import append_jsonl
+from support.records import append_jsonl, errors_name
 from tasks.files import read_rows
 from tasks.grading import canonical, find_boxes, is_comparable, same_answer
 
@@ -211,9 +211,9 @@ def check_same_problems(problems: list[Problem], records: dict[str, dict], path:
     records: problem id -> record, with its `question` and `gold`. path: where they come from.
     """
     for problem in problems:
+        record = records.get(problem.id, vars(problem))
         for key in ("question", "gold"):
-            now = getattr(problem, key)
-            there = records[problem.id][key] if problem.id in records else now
+            there, now = record[key], getattr(problem, key)
             if there != now:
                 raise InputError(
                     f"{path}: the {key} of problem {problem.id} has changed "
@@ -358,9 +358,5 @@ def _read_rows(task: str, data: str | None, *, is_test: bool) -> Iterable[dict]:
     import datasets  # imported late: it takes a second, and nothing else needs it
 
     path, name, revision, split = TASKS[task].test if is_test else TASKS[task].train
-    try:
+    with errors_name(f"--task {task}: it cannot be loaded; if you are offline, give --data FILE"):
         return datasets.load_dataset(path, name, revision=revision, split=split).to_list()
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        remedy = "if you are offline, give --data FILE"
-        raise InputError(f"{task}: cannot be loaded ({reason}); {remedy}") from None
