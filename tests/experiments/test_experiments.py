@@ -36,8 +36,8 @@ def commands(tmp_path_factory):
 def test_flags_of_the_experiments_exist_and_methods_have_names_that_parse(commands):
     assert len(commands) > 200
     for program, flags in commands:
-        name = "report.__main__" if program == "report" else program.removesuffix(".py")
-        args = importlib.import_module(name).parse_args(flags)
+        module = "report.__main__" if program == "report" else program.removesuffix(".py")
+        args = importlib.import_module(module).parse_args(flags)
         for name in getattr(args, "methods", None) or []:
             mas = load_graph(args.graph)
             search.parse_method(name, mas, num_candidates=args.num_candidates, lam=args.lam)
