@@ -21,10 +21,10 @@ def read_rows(path: Path) -> Iterator[dict]:
     """
     name = path.name.lower()
     read = READERS.get(Path(name.removesuffix(".gz")).suffix, json_rows)
+    size = path.stat().st_size
+    progress = Progress(shown=size > 10**7 and process_rank()[0] == 0)
     number = 1
     try:
-        size = path.stat().st_size
-        progress = Progress(shown=size > 10**7 and process_rank()[0] == 0)
         with open(path, "rb") as raw, progress.over(path.name, size, unit="bytes"):
             for row in read(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw):
                 if not isinstance(row, dict):

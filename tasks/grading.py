@@ -27,8 +27,6 @@ The answer of a message is found on the first rung of this ladder that the messa
 A box in a statement or sentence is its answer. Answers of others ("the Solver's answer is 7"),
 remarks ("the answer is correct") and denials ("not 5") do not count. If the answer on a rung cannot
 be read ("5 or 6", a box that is never closed), the message has none: nothing weaker replaces it.
-
-No torch here.
 """
 
 import functools
@@ -40,20 +38,12 @@ import sys
 import threading
 import unicodedata
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MAX_MESSAGE = 10_000  # characters of a message that are read, counted from its end
 MAX_CUES = 50  # cues such as "the answer is", counted from the end
 MAX_LINE = 1_000  # characters after a cue
 MAX_NUMBER = 200  # characters of a number: int() refuses thousands of digits
-
-
-class _Span(NamedTuple):
-    """A place in a text, and what it holds: a number, an option, a formula or a box."""
-
-    start: int
-    end: int
-    value: Any  # None if it cannot be read
 
 
 # ---- One notation --------------------------------------------------------------------------------
@@ -151,8 +141,8 @@ _CLAUSE = re.compile(r"[,;]?\s+(?:because|since|as|which|where)\b.*", re.DOTALL)
 _BESIDE = re.compile(r"(?i)\b(?:in|for|after|of|on|at|by|with|per|every|each|the|all|than)\W*$")
 
 
-def _find_numbers(text: str) -> list[_Span]:
-    """Return every number of a plain text. Its value is None for "1/0" and "125,96"."""
+def _find_numbers(text: str) -> list[tuple[int, int, Fraction | None]]:
+    """Return (start, end, value) of every number of a plain text; None for "1/0" and "125,96"."""
     numbers = []
     for match in _NUMBER.finditer(text):
         if not (match["whole"] or match["decimals"]) or len(match[0]) > MAX_NUMBER:
@@ -166,7 +156,7 @@ def _find_numbers(text: str) -> list[_Span]:
             value = value + part if match["part"] else value / denominator
             value *= _MULTIPLIERS.get((match["multiplier"] or "").lower(), 1)
             value *= -1 if match["sign"] else 1
-        numbers.append(_Span(match.start(), match.end(), value))
+        numbers.append((*match.span(), value))
     return numbers
 
 
@@ -177,22 +167,19 @@ def _canonical_number(answer: str) -> str | None:
     text = text if re.search(r"\d", text) else full  # "twelve (12)"
     if "=" in text:  # the answer is 12 in "5 + 7 = 12" and in "12 = 5 + 7"
         first, *_, last = text.split("=")
-        is_first = _sole_number(first) is not None and _sole_number(last) is None
-        text = first if is_first else last
+        text = first if _sole_number(first) and not _sole_number(last) else last
     numbers = _find_numbers(text)
-    if not numbers:
-        return None
     # "12 apples in 3 bags" names 12, "In 4 weeks she earns $12 for 2 jobs" names 12, too.
-    told = [number for number in numbers if not _BESIDE.search(text[: number.start])]
-    chosen = (told or numbers[-1:])[0]
+    told = [number for number in numbers if not _BESIDE.search(text[: number[0]])]
+    chosen = (told or numbers or [(0, 0, None)])[0]
     for one, other in itertools.pairwise(numbers):
-        is_pair = _BETWEEN_TWO.fullmatch(text[one.end : other.start])
-        if is_pair and chosen in (one, other) and one.value != other.value:
+        is_pair = _BETWEEN_TWO.fullmatch(text[one[1] : other[0]])
+        if is_pair and chosen in (one, other) and one[2] != other[2]:
             return None
-    return None if chosen.value is None else str(chosen.value)
+    return None if chosen[2] is None else str(chosen[2])
 
 
-def _sole_number(latex: str) -> Fraction | None:
+def _sole_number(latex: str) -> str | None:
     """Return the number that the whole of an answer is, apart from a unit; None if it is more."""
     unit = _UNIT.search(latex)
     if unit and not _LENGTH.search(unit[0]) and not _HALF_DAY.search(unit[0]):
@@ -201,8 +188,9 @@ def _sole_number(latex: str) -> Fraction | None:
     numbers = _find_numbers(plain)
     if len(numbers) != 1 or re.search(r"\de", plain):  # 2e - 1 has Euler's number
         return None
-    rest = plain[: numbers[0].start] + plain[numbers[0].end :]
-    return None if rest.strip(" %.{}") else numbers[0].value
+    [(start, end, value)] = numbers
+    is_all = not (plain[:start] + plain[end:]).strip(" %.{}")
+    return str(value) if is_all and value is not None else None
 
 
 # ---- Letters -------------------------------------------------------------------------------------
@@ -291,11 +279,10 @@ def _canonical_math(answer: str) -> str | None:
     latex = _rewrite(latex, _LATEX).strip()
     number = _sole_number(latex)
     if number is not None:
-        return str(number)
+        return number
     words = " ".join(_STYLED.sub(r" \1 ", latex).split()).rstrip(". ")
-    numbers = _find_numbers(words)
-    if _VERB.search(words) and len(numbers) == 1 and "\\" not in words:
-        return str(numbers[0].value)  # "There are 12 ways"
+    if _VERB.search(words) and len(_find_numbers(words)) == 1 and "\\" not in words:
+        return _canonical_number(words)  # "There are 12 ways"
     return (latex if re.search(r"[\d\\^_=+*/<>|-]", words) else words) or None
 
 
@@ -387,12 +374,12 @@ def _same_math(a: str, b: str) -> bool:
 class MathVerify:
     """Compare two LaTeX answers by math-verify in another process.
 
-    SymPy may run forever, and only a process can be stopped at any moment and from any thread. The
-    process loads SymPy once, which takes seconds, and forks for each comparison. `timeouts` counts
-    those that took too much time or memory; they count as unequal.
+    SymPy may run forever, and only a process can be stopped at any moment and from any thread.
+    `timeouts` counts comparisons that took too much time or memory; they count as unequal.
     """
 
-    # For each line with a JSON pair of answers, it prints true, false or null (stopped).
+    # For each line with a JSON pair of answers, it prints true, false or null (stopped). A child
+    # compares; if it is killed by its timer, or runs out of memory, the next one takes its place.
     PROGRAM = r"""
 import json, logging, os, resource, signal, sys
 from math_verify import LatexExtractionConfig, parse, verify
@@ -400,16 +387,16 @@ logging.disable(logging.CRITICAL)
 latex = [LatexExtractionConfig()]
 options = {"numeric_precision": 100, "allow_set_relation_comp": True, "timeout_seconds": None}
 parse("$1$", latex, parsing_timeout=None)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        signal.setitimer(signal.ITIMER_PROF, 0.8)  # seconds of computing; then it is killed
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes
+while (pid := os.fork()) and os.waitpid(pid, 0)[1] != 0:
+    print("null", flush=True)
+if pid == 0:
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, 0.7)  # seconds of computing
         a, b = [parse(f"\\boxed{{{x}}}", latex, parsing_timeout=None) for x in json.loads(line)]
         equal = bool(a and b) and verify(a, b, **options) and verify(b, a, **options)
-        os._exit(11 if equal else 10)
-    exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print({10: "false", 11: "true"}.get(exit_code, "null"), flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(equal), flush=True)
 """
 
     def __init__(self):
@@ -515,7 +502,7 @@ def extract_answer(text: str, answer_type: str) -> Answer:
         value = _option_without_cue(text)
     elif answer_type == "number":
         numbers = _find_numbers(plain_text(text))
-        value, rung = (numbers[-1].value if numbers else None), "number"
+        value, rung = (numbers[-1][2] if numbers else None), "number"
     return Answer() if value is None else Answer(str(value), rung)
 
 
@@ -526,7 +513,7 @@ def _find_answers(text: str, answer_type: str) -> list[tuple[int, int, Answer]]:
     Priorities: 3 for statements ("Final answer: 42"), 2 for mentions ("the final answer is 42"), 1
     for boxes in mathematics, 0 for sentences and other boxes, and -1 for denials.
     """
-    boxes = _own_boxes(text)
+    boxes = [box for box in find_boxes(text) if _is_own(text, box)]
     free = list(boxes)  # those in no phrase
     answers = []
     section_end = len(text)
@@ -539,7 +526,7 @@ def _find_answers(text: str, answer_type: str) -> list[tuple[int, int, Answer]]:
         line = line if is_statement else _SENTENCE.match(line)[0]
         is_heading = is_statement and "\n" in text[cue.start() : start] and not line[:1].isdigit()
         end = section_end if is_heading else start + len(line)
-        own = [box for box in boxes if start <= box.start < end]
+        own = [box for box in boxes if start <= box[0] < end]
         free = [box for box in free if box not in own]
         section_end = cue.start() if is_statement else section_end
 
@@ -562,14 +549,14 @@ def _find_answers(text: str, answer_type: str) -> list[tuple[int, int, Answer]]:
     for box in free:
         value = _read("", [box], answer_type)
         answer = Answer(value, "box") if value else Answer()
-        answers.append((int(answer_type == "math"), box.start, answer))
+        answers.append((int(answer_type == "math"), box[0], answer))
     return answers
 
 
-def _read(line: str, boxes: list[_Span], answer_type: str) -> str | None:
+def _read(line: str, boxes: list[tuple], answer_type: str) -> str | None:
     """Return the canonical answer of a phrase: its last box, or else what its line says."""
     if boxes:
-        return boxes[-1].value and canonical(boxes[-1].value, answer_type)
+        return boxes[-1][2] and canonical(boxes[-1][2], answer_type)
     if answer_type != "math":
         return canonical(line, answer_type)
     line = re.sub(_AND, ", ", _CLAUSE.sub("", _SPOKEN_REMARK.sub("", line)))
@@ -577,30 +564,27 @@ def _read(line: str, boxes: list[_Span], answer_type: str) -> str | None:
     return canonical("".join(formulas[-1]) if formulas else line, "math")
 
 
-def find_boxes(text: str) -> list[_Span]:
-    r"""Return all \boxed{...} and \boxed 7 with their contents; None for one that is not closed.
+def find_boxes(text: str) -> list[tuple[int, int, str | None]]:
+    r"""Return (start, end, content) of each \boxed{...} and \boxed 7; None if it is never closed.
 
     "\boxed{1} and \boxed{2}" are one box with both contents.
     """
     boxes = []
     for match in _BOX.finditer(text):
         content, unclosed, bare = match.groups()
-        value = None if unclosed else (content or bare or "").strip()
+        content = None if unclosed else (content or bare or "").strip()
         start = match.start()
-        if boxes and value and re.fullmatch(_AND, f"${text[boxes[-1].end : start].strip('$')}$"):
+        if boxes and content and re.fullmatch(_AND, f"${text[boxes[-1][1] : start].strip('$')}$"):
             start, _, first = boxes.pop()
-            value = f"{first}, {value}"
-        boxes.append(_Span(start, match.end(), value))
+            content = f"{first}, {content}"
+        boxes.append((start, match.end(), content))
     return boxes
 
 
-def _own_boxes(text: str) -> list[_Span]:
-    r"""Return the boxes that may hold the answer: not empty, not "the Solver's \boxed{7}"."""
-    own = []
-    for box in find_boxes(text):
-        before = text[max(0, box.start - 80) : box.start]
-        is_remark = re.search(r"(?<!\\)\([A-Za-z][^()\n]*$", before)  # "(the draft had"
-        is_rejected = re.compile(_REJECTED).match(text, box.end)
-        if box.value != "" and not (_NOT_OWN.search(before) or is_remark or is_rejected):
-            own.append(box)
-    return own
+def _is_own(text: str, box: tuple[int, int, str | None]) -> bool:
+    r"""Return whether a box may hold the answer: not empty, not "the Solver's \boxed{7}"."""
+    start, end, content = box
+    before = text[max(0, start - 80) : start]
+    is_remark = re.search(r"(?<!\\)\([A-Za-z][^()\n]*$", before)  # "(the draft had"
+    is_rejected = re.compile(_REJECTED).match(text, end)
+    return content != "" and not (_NOT_OWN.search(before) or is_remark or is_rejected)

@@ -278,8 +278,9 @@ def read_row(row: dict, place: str) -> RawProblem:
         question += options
     elif "####" in gold:  # GSM8K: a worked solution that ends with "#### 42"
         gold = gold.rpartition("####")[-1].strip()
-    elif column_of["answer"] == "solution":
-        gold = ([""] + [box.value or "" for box in find_boxes(gold)])[-1]  # MATH: \boxed{42}
+    elif column_of["answer"] == "solution":  # MATH: \boxed{42}
+        contents = [content or "" for _, _, content in find_boxes(gold)]
+        gold = contents[-1] if contents else ""
     raw = (texts.get("id"), question, gold, texts.get("subject"), texts.get("level"))
     if SURROGATE.search("".join(filter(None, raw))):
         raise InputError(f"{place}: it has half of a character (a surrogate without its pair)")

@@ -283,8 +283,6 @@ DAMAGED = [  # name, content, and what the line names
 def test_a_damaged_data_file_is_named(tmp_path, name, content, reason):
     with pytest.raises(InputError, match=f"^{tmp_path / name}.*{reason}"):
         load_file(tmp_path / name, content, task="tiny")
-    with pytest.raises(InputError, match=f"^{tmp_path}/none"):
-        load_problems("tiny", f"{tmp_path}/none-{name}", {"test": 1})
 
 
 def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
