@@ -3,8 +3,6 @@
     python evaluate.py                                  # the default methods -> runs/tiny/eval
     python evaluate.py --methods greedy vote-8 mcts-8x1.8.1.1-value --num-problems 100
     python evaluate.py --run runs/transfer --value runs/tiny/value --task tiny-score   # a frozen V
-    python evaluate.py --compare runs/n10 runs/n40      # runs side by side, from their records
-    python evaluate.py --compare n10=runs/n10-s0,runs/n10-s1 n40=runs/n40-s0,runs/n40-s1   # seeds
 
 Every method answers the same problems, so methods are compared in pairs. Records are kept per
 problem; tables and the picture are derived from them. search.py lists the methods.
@@ -16,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
-from llm.policy import Policy, make_policy, search_settings, with_journal
+from llm.policy import Policy, make_policy, run_settings, with_journal
 from mas import MAS, load_graph
 from search import (
     MODELS,
@@ -35,7 +33,7 @@ from support.records import append_jsonl, only, process_rank, read_jsonl, read_r
 from support.runs import open_run
 from support.statistics import paired, wilson
 from tasks.grading import Answer, extract_answer
-from tasks.problems import Problem, check_same_problems, is_correct, load_problems, question_key
+from tasks.problems import Problem, check_unchanged, is_correct, load_problems, question_key
 from tree import Cost, Node, TooLong, tree_fields
 
 COSTS = ("agent_calls", "prompt_tokens", "generated_tokens", "scored_tokens", "seconds")
@@ -54,7 +52,7 @@ def answer_record(
     if not isinstance(leaf, TooLong):
         answer = extract_answer(leaf.message.text, problem.answer_type)
         root, *path = path_to(leaf)
-        if root.children:  # passes have nothing in common
+        if method.algorithm in TREE_SEARCHES:  # passes have nothing in common
             tree = tree_fields(root, mas, problem.answer_type, chosen=leaf)
             for node in tree["nodes"]:
                 if "answer" in node:
@@ -89,7 +87,7 @@ def evaluate_method(
     kept_trees = {problem.id for problem in problems[: args.num_trees]}
     keep = only("question", "gold", "scorer")
     with unfinished(path, problems, keep) as (file, records, todo, done):
-        check_same_problems(problems, records, path)
+        check_unchanged(problems, records, path)
         for record in records.values():
             if record["scorer"] != scorer:
                 raise InputError(
@@ -306,23 +304,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--methods", nargs="+", default=DEFAULT_METHODS, help="names as in search.py")
     add("--by", nargs="+", choices=("subject", "level"), default=[], help="show EM per group, too")
-    add("--compare", nargs="+", default=[], help="only compare runs: RUN, or NAME=RUN,RUN (seeds)")
-    add("--curves", default=None, help="with --compare: PNG of stage 5's learning")
     add("--num-problems", type=positive_int, default=178, help="`tiny` has 178")
     add("--num-trees", type=non_negative_int, default=178, help="problems to keep the trees of")
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    if args.compare:
-        from experiments.compare import compare_runs, read_groups, write_curves
-
-        groups = read_groups(args.compare)
-        print(compare_runs(groups))
-        if args.curves is not None:
-            write_curves(groups, Path(args.curves))
-        return
-
     # 1. Load the graph, the methods, the problems and the models.
     mas = load_graph(args.graph)
     methods = read_methods(args, mas)
@@ -334,7 +321,8 @@ def main(args) -> None:
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / "eval"
-    open_run(folder, search_settings(args, policy), device=args.device, overwrite=args.overwrite)
+    settings = run_settings(args, policy) | {"c_uct": args.c_uct}
+    open_run(folder, settings, device=args.device, overwrite=args.overwrite)
 
     # 3. Answer all problems with each method.
     with with_journal(policy, args) as policy:

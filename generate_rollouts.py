@@ -12,18 +12,13 @@ import random
 from collections.abc import Generator
 from pathlib import Path
 
-from llm.policy import Policy, add_tree_search_arguments, make_policy, search_settings, with_journal
+from llm.policy import Policy, add_tree_search_arguments, make_policy, run_settings, with_journal
 from mas import MAS, load_graph
-from support.flags import cli, counts_per_agent, positive_int, stage_parser
+from support.flags import cli, positive_int, stage_parser
 from support.progress import Progress
 from support.records import append_jsonl, only, process_rank, read_records, unfinished
 from support.runs import open_run, seeded
-from tasks.problems import (
-    Problem,
-    add_problem_arguments,
-    check_same_problems,
-    load_training_problems,
-)
+from tasks.problems import Problem, add_problem_arguments, check_unchanged, load_training_problems
 from tree import (
     Candidate,
     Node,
@@ -98,14 +93,14 @@ def parse_args(argv=None):
 def main(args) -> None:
     # 1. Load the graph, the problems and the agents.
     mas = load_graph(args.graph)
-    num_candidates = counts_per_agent(mas, args.num_candidates, "--num-candidates")
+    num_candidates = mas.counts_per_agent(args.num_candidates, "--num-candidates")
     problems = load_training_problems(args)
     progress = Progress(shown=process_rank()[0] == 0)
     policy = make_policy(args, mas, progress=progress)
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / "rollouts"
-    settings = search_settings(args, policy)
+    settings = run_settings(args, policy) | {"c_uct": args.c_uct}
     settings["num_simulations"] = args.num_simulations
     settings["num_candidates"] = num_candidates
     open_run(folder, settings, device=args.device, overwrite=args.overwrite)
@@ -114,7 +109,7 @@ def main(args) -> None:
     path = folder / "trees.jsonl"
     resumed = unfinished(path, problems, only("question", "gold"))
     with resumed as (file, labelled, todo, done), with_journal(policy, args) as policy:
-        check_same_problems(problems, labelled, path)
+        check_unchanged(problems, labelled, path)
         print(f"labelling {len(todo)} problems; {done} are finished already -> {path}")
         with progress.over("trees", done + len(todo), unit="problems", done=done):
             for record in label_problems(todo, policy, num_candidates, args):
@@ -122,7 +117,7 @@ def main(args) -> None:
     print(progress.describe_messages())
 
     # 4. Report, once all processes have finished.
-    trees = read_records(path, _without_texts)
+    trees = read_records(path)
     num_missing = sum(problem.id not in trees for problem in problems)
     if num_missing > 0:
         print(f"{num_missing} problems are left to other processes, or to this command, run again")
@@ -145,21 +140,12 @@ def label_problems(
             rng=seeded(args.seed, problem.id),
         )
         searches.append((problem, search))
-    handlers = {Sample: policy}
     for problem, root, cost in run_searches(
-        searches, handlers, max_active=args.max_active, progress=policy.progress
+        searches, {Sample: policy}, max_active=args.max_active, progress=policy.progress
     ):
         if isinstance(root, TooLong):
             root = make_root(problem.question)  # alone, it gives no labels
         yield tree_record(problem, root, cost, policy.mas)
-
-
-def _without_texts(record: dict) -> dict:
-    """Return the nodes of a tree without their messages, which take most of its memory."""
-    nodes = []
-    for node in record["nodes"]:
-        nodes.append({name: node[name] for name in node if name != "message"})
-    return {"nodes": nodes}
 
 
 def report_labels(trees: list[dict], mas: MAS) -> None:

@@ -111,8 +111,37 @@ class MAS:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "MAS":
-        """Read back the graph that a config.json records."""
-        return cls(fields["name"], tuple(_make_agent(agent) for agent in fields["agents"]))
+        """Make a graph from JSON or TOML, which have lists in place of tuples."""
+        agents = []
+        for agent in fields["agents"]:
+            values = {}
+            for key, value in agent.items():
+                values[key] = tuple(value) if isinstance(value, list) else value
+            agents.append(Agent(**values))
+        return cls(fields["name"], tuple(agents))
+
+    def counts_per_agent(self, spec: str, flag: str) -> tuple[int, ...]:
+        """Read one count per agent.
+
+        Raises InputError if there is not one count of at least 1 for each agent.
+
+        spec: "3" for all agents, "1.8.1.1" in the order of the schedule, or "Reader=1,Planner=8",
+        in which agents that are not named get 1. flag: where it comes from, for errors.
+        """
+        names = [agent.name for agent in self.agents]
+        pairs = [pair.partition("=") for pair in spec.split(",")] if "=" in spec else []
+        count_of = {name: count for name, _, count in pairs}
+        texts = [count_of.get(name, "1") for name in names] if pairs else spec.split(".")
+        if len(texts) == 1:
+            texts *= len(names)
+        counts = [int(text) for text in texts if text.isdecimal()]
+        are_agents = len(pairs) == len(count_of) and count_of.keys() <= set(names)
+        if not are_agents or not len(texts) == len(counts) == len(names) or min(counts) < 1:
+            raise InputError(
+                f"{flag} {spec}: give one whole number of at least 1, or one for each of "
+                f"{', '.join(names)}, as 1.8.1.1 or Planner=8,Solver=2"
+            )
+        return tuple(counts)
 
     # -- The schedule --
 
@@ -213,7 +242,7 @@ def normalize_words(text: str) -> str:
     return f" {' '.join(words)} " if words else ""
 
 
-# ---- The paper's graph ---------------------------------------------------------------------------
+# ---- Graphs: the paper's, and from files ---------------------------------------------------------
 
 READER = Agent(
     name="Reader",
@@ -246,8 +275,6 @@ VERIFIER = Agent(
 # Each agent sees the message before it; all but the Solver see the question.
 CHAIN = MAS("chain", (READER, PLANNER, SOLVER, VERIFIER))
 
-# ---- A graph from a file -------------------------------------------------------------------------
-
 
 def graph_names() -> list[str]:
     """Return the names of the graphs that come with this project: the files of graphs/."""
@@ -267,11 +294,3 @@ def load_graph(name: str) -> MAS:
     with errors_name(f"--graph {name} (it is {', '.join(graph_names())}, or FILE.toml)"):
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         return MAS.from_dict({"name": path.stem} | table)
-
-
-def _make_agent(fields: dict) -> Agent:
-    """Make an agent from JSON or TOML, which have lists in place of tuples."""
-    values = {}
-    for key, value in fields.items():
-        values[key] = tuple(value) if isinstance(value, list) else value
-    return Agent(**values)

@@ -27,7 +27,7 @@ from pathlib import Path
 from llm.decoding import uniforms
 from llm.policy import add_tree_search_arguments, make_policy, with_journal
 from mas import MAS, State, load_graph
-from support.flags import InputError, cli, counts_per_agent, positive_int, stage_parser, unit_float
+from support.flags import InputError, cli, positive_int, stage_parser, unit_float
 from support.progress import Progress
 from support.runs import read_config
 from tasks.grading import extract_answer, same_answer
@@ -42,9 +42,9 @@ from tree import (
     TooLong,
     backup,
     expand,
-    make_child,
     make_root,
     run_searches,
+    sample_tree,
     select,
     tree_fields,
 )
@@ -58,20 +58,14 @@ Sampling = Generator[Sample, list, list[Node]]
 
 
 def sample_passes(question: str, mas: MAS, *, num: int, greedy: bool) -> Sampling:
-    """Run `num` passes through the agents. Returns their terminal nodes.
+    """Run `num` passes through the agents. Returns their terminal nodes, in order.
 
     Passes are independent samples: those with equal messages are not merged.
     """
-    root = make_root(question)
-    [candidates] = yield Sample([root], num, greedy)
-    nodes = [make_child(mas, root, candidate, i) for i, candidate in enumerate(candidates)]
-    while True:
-        live = [index for index, node in enumerate(nodes) if not mas.is_terminal(node.state)]
-        if not live:
-            return nodes
-        replies = yield Sample([nodes[index] for index in live], 1, greedy)
-        for index, [candidate] in zip(live, replies, strict=True):
-            nodes[index] = make_child(mas, nodes[index], candidate, 0)
+    num_candidates = (num,) + (1,) * (len(mas.agents) - 1)
+    nodes = yield from sample_tree(question, mas, num_candidates, greedy=greedy)
+    ends = [node for node in nodes if mas.is_terminal(node.state)]
+    return sorted(ends, key=lambda node: node.path)
 
 
 def greedy(question: str, mas: MAS) -> Search:
@@ -336,9 +330,9 @@ def parse_method(name: str, mas: MAS, *, num_candidates: str, lam: float) -> Met
 
     # The canonical name of a search says all its settings, each in one way.
     if parts["per_agent"] is None:
-        counts = counts_per_agent(mas, num_candidates, "--num-candidates")
+        counts = mas.counts_per_agent(num_candidates, "--num-candidates")
     else:
-        counts = counts_per_agent(mas, parts["per_agent"], f"method {name}:")
+        counts = mas.counts_per_agent(parts["per_agent"], f"method {name}:")
     if parts["lam"] is not None:
         lam = float(parts["lam"])
     elif algorithm == "sbs" or scorer == "orm":
@@ -433,7 +427,7 @@ def main(args) -> None:
         print(f"{node.message.agent}: {node.message.text}{score}")
     answer = extract_answer(leaf.message.text, problem.answer_type).value
     print(f"\nAnswer: {answer} (gold: {problem.gold})\n")
-    if root.children:
+    if method.algorithm in TREE_SEARCHES:
         print("\n".join(tree_lines(root, path)), end="\n\n")
     print(
         f"{method.name}: {cost.agent_calls} agent calls, {cost.seconds:.2f} s, tokens: "

@@ -15,8 +15,7 @@ base, which is also the reference; the adapters that are best on held-out proble
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,28 +25,15 @@ from torch import nn
 
 from llm.adapters import AgentAdapters, add_lora_argument
 from llm.coach import Coach
-from llm.policy import add_agent_arguments, make_policy
+from llm.policy import add_agent_arguments, make_policy, run_settings
 from mas import MAS, load_graph
-from support.flags import (
-    InputError,
-    cli,
-    counts_per_agent,
-    positive_float,
-    positive_int,
-    stage_parser,
-)
+from support.flags import InputError, cli, positive_float, positive_int, stage_parser
 from support.progress import Progress
 from support.records import errors_name, open_to_append, read_jsonl, write_line
 from support.runs import fingerprint, open_run, read_config, seeded, write_checkpoint, write_config
 from support.statistics import agent_measures, by_agent, mean_of_known
-from tasks.problems import (
-    Problem,
-    add_problem_arguments,
-    load_training_problems,
-    save_problems,
-    source,
-)
-from tree import Node, Sample, TooLong, grade_terminals, make_child, make_root, run_searches
+from tasks.problems import Problem, add_problem_arguments, load_training_problems, save_problems
+from tree import Node, Sample, TooLong, grade_terminals, run_searches, sample_tree
 from value import ValueModel, add_value_arguments
 
 # A variant changes these here.
@@ -57,37 +43,13 @@ NUM_MINIBATCHES = 4  # optimizer steps per step
 NUM_DEV_PASSES = 4  # per held-out problem
 DEV_EVERY = 2  # steps from one measurement on held-out problems to the next
 TRAIN_BATCH_TOKENS = 2048  # size of what is read at once: packed rows x longest
-MAX_ACTIVE = 512  # questions that are sampled together
 SMALLEST_SPREAD = 1e-4  # rewards of an agent that differ by less are the same
-
-# ---- Rollouts ------------------------------------------------------------------------------------
-
-Rollouts = dict[Node, Problem]  # all messages of a step, parents before their children
-
-
-def sample_tree(question: str, mas: MAS, num_candidates: tuple[int, ...]) -> Generator:
-    """Give every state C candidates, agent by agent. Returns their nodes, parents first.
-
-    Nothing is selected, and equal messages are not merged. So every message is a fair sample of its
-    agent, and a mean over the candidates of a state estimates the expectation under the agents.
-
-    num_candidates: C per agent. (K, 1, 1, 1) gives K passes; agents without an entry do not speak.
-    """
-    nodes = [make_root(question)]
-    for turn, num in enumerate(num_candidates):
-        waiting = [node for node in nodes if mas.turn_index(node.state) == turn]
-        replies = (yield Sample(waiting, num)) if waiting else []  # an agent may be skipped
-        for node, candidates in zip(waiting, replies, strict=True):
-            node.children = []
-            for index, candidate in enumerate(candidates):
-                node.children.append(make_child(mas, node, candidate, index))
-            nodes += node.children
-    return nodes[1:]
 
 
 # ---- Rewards: one number per message, None if it has none ----------------------------------------
 # The gold answer is read by search, outcome and random, and by the last change of V.
 
+Rollouts = dict[Node, Problem]  # all messages of a step, parents before their children
 Rewards = dict[Node, float | None]
 
 
@@ -244,40 +206,38 @@ class Learner:
         """Sample a tree of messages for each problem, grade the final answers, and let V read.
 
         V was not trained on questions alone. V(question) serves as a baseline only, and a baseline
-        that does not depend on the message adds no bias to the policy gradient.
-
-        Problems that are too long for the agents or for V have no messages.
+        that does not depend on the message adds no bias to the policy gradient. Problems that are
+        too long for the agents or for V have no messages.
 
         name: seeds the policy. Every step needs its own, or its noise would repeat.
         """
-        mas, progress = self.policy.mas, self.policy.progress
+        mas, progress, v = self.policy.mas, self.policy.progress, self.value_model
         policy = replace(self.policy, seed=f"{self.args.seed}, {name}")
         searches = []
         for problem in problems:
-            searches.append((problem, sample_tree(problem.question, mas, num_candidates)))
+            search = sample_tree(problem.question, mas, num_candidates, greedy=False)
+            searches.append((problem, search))
         rollouts: Rollouts = {}
         with progress.over(name, len(problems), unit="questions"):
             for problem, nodes, _ in run_searches(
-                searches, {Sample: policy}, max_active=MAX_ACTIVE, progress=progress
+                searches, {Sample: policy}, max_active=len(problems), progress=progress
             ):
-                if isinstance(nodes, TooLong) or not self.v_can_read(nodes):
+                if isinstance(nodes, TooLong):
+                    continue
+                if v is not None and not all(v.fits(node.state) for node in nodes):
                     continue
                 grade_terminals(problem, mas, nodes)
                 rollouts |= dict.fromkeys(nodes, problem)
         if not rollouts:
             raise InputError(f"{name}: there is no problem, or none that is short enough")
-        if self.value_model is not None:
+        if v is not None:
             nodes = dict.fromkeys([*(node.parent for node in rollouts), *rollouts])
             states = [node.state for node in nodes]
-            values = self.value_model.score(states, batch_tokens=self.args.batch_tokens)
+            values = v.score(states, batch_tokens=self.args.batch_tokens)
             for node, value in zip(nodes, values, strict=True):
                 node.V = value
         # The order in which searches finish depends on how many are active at once.
         return dict(sorted(rollouts.items(), key=lambda entry: entry[1].id))
-
-    def v_can_read(self, nodes: list[Node]) -> bool:
-        model = self.value_model
-        return model is None or all(model.fits(node.state) for node in nodes)
 
     def update(self, messages: list[TrainedMessage], rng: random.Random) -> dict[str, float]:
         """Train one epoch on the messages. Returns the mean KL and the share of clipped tokens.
@@ -365,7 +325,6 @@ class Learner:
                 line["return"] = compared[node]
             lines.append(line)
         record = {"step": step, "messages": self.state["messages"], "trained_on": len(messages)}
-        record["distinct"] = len({(message.prompt_ids, message.token_ids) for message in messages})
         record["refused"] = sorted({p.id for p in problems} - {p.id for p in rollouts.values()})
         record["cut"] = sum(node.candidate.truncated for node in rollouts)
         record["without_reward"] = list(rewards.values()).count(None)
@@ -392,10 +351,9 @@ class Learner:
 
     def settings(self) -> dict:
         """Return what determines the adapters, recorded for resuming."""
-        names = ("reward", "rollouts", "num_steps", "num_questions", "max_new_tokens", "policy_lr")
-        settings = self.policy.settings | {name: getattr(self.args, name) for name in names}
-        settings |= source(self.args.task, self.args.data)
-        settings["graph"] = asdict(self.policy.mas)
+        names = ("reward", "rollouts", "num_steps", "num_questions", "policy_lr")
+        settings = run_settings(self.args, self.policy)
+        settings |= {name: getattr(self.args, name) for name in names}
         settings["problems"] = fingerprint([vars(problem) for problem in self.problems])
         settings["adapters"] = self.adapters.sharing
         settings["lora_rank"] = self.adapters.rank
@@ -436,8 +394,8 @@ def shape_of_rollouts(args, mas: MAS) -> tuple[tuple[int, ...], str]:
     """Return the candidates per agent (`sample_tree`), and the baseline (`advantages`)."""
     shape, _, counts = args.rollouts.partition("-")
     if shape == "passes":
-        return counts_per_agent(mas, f"{mas.agents[0].name}={counts}", "--rollouts"), "agent"
-    num_candidates = counts_per_agent(mas, counts, "--rollouts") if shape == "tree" else ()
+        return mas.counts_per_agent(f"{mas.agents[0].name}={counts}", "--rollouts"), "agent"
+    num_candidates = mas.counts_per_agent(counts, "--rollouts") if shape == "tree" else ()
     branching = [index for index, num in enumerate(num_candidates) if num > 1]
     if not branching:
         raise InputError(f"--rollouts {args.rollouts}: give passes-4, or a tree as tree-1.8.1.1")

@@ -8,7 +8,6 @@ Qwen2.5-1.5B, rank 256, 5 epochs.
     python train_value.py --target outcome    # an ORM -> runs/tiny/orm: terminal states, +1 or -1
     python train_value.py --no-quantize       # LoRA on full-precision weights, no bitsandbytes
     python train_value.py --loss rank         # not in the paper: mse, rank, dist
-    python train_value.py --label-weights visits    # not in the paper: weights N(s, a)
 
 In the full view, one forward over a root-to-leaf path gives V of every state on it. V is therefore
 trained on paths, and each edge of the tree is labelled in exactly one of them.
@@ -55,7 +54,7 @@ from support.runs import (
 from support.statistics import value_metrics
 from tasks.problems import question_key, save_problems
 from tree import Edge, tree_paths
-from value import Transcript, ValueModel, load_backbone, rendering_fingerprint, size_of
+from value import Transcript, ValueModel, load_backbone, rendering_fingerprint
 
 # ---- Transcripts and batches ---------------------------------------------------------------------
 
@@ -132,12 +131,11 @@ def training_loss(
     model: ValueModel,
     outputs: torch.Tensor,
     targets: torch.Tensor,
-    weights: torch.Tensor,
     groups: list[tuple[str, str]],
     *,
     huber_delta: float,
 ) -> torch.Tensor:
-    """Return the weighted sum of the losses of the labels in a batch.
+    """Return the sum of the losses of the labels in a batch.
 
     It is a sum, because a mean would make a label count more in a smaller batch. With e = V - y, in
     tanh space (section 4.2), the Huber loss of a label is
@@ -146,7 +144,7 @@ def training_loss(
 
     Args:
         outputs: [n, outputs of the head].
-        targets, weights: y and its weight, [n].
+        targets: y, [n].
         groups: (problem, agent) per label, for the `rank` loss.
     """
     if model.loss == "huber":
@@ -160,7 +158,7 @@ def training_loss(
         losses = distributional_losses(outputs, targets)
     else:
         raise ValueError(f"no such loss: {model.loss}")
-    return (weights * losses).sum()
+    return losses.sum()
 
 
 def ranking_losses(
@@ -215,26 +213,18 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Train with AdamW, warm-up and cosine decay. Every label counts once per epoch.
 
-    The weight of a label does not depend on its batch, apart from gradient clipping. The order of
-    an epoch is a function of (seed, epoch), so a killed run resumes after its last whole epoch.
+    What a label counts does not depend on its batch, apart from gradient clipping. The order of an
+    epoch is a function of (seed, epoch), so a killed run resumes after its last whole epoch.
     Yields (epoch, mean training loss) after each epoch, and then writes the checkpoint.
     """
-    edges = edges_of(transcripts)
-    mean_visits = sum(edge.visits for edge in edges) / len(edges)
 
     def loss_of(batch: Batch) -> torch.Tensor:
         """Return the summed loss of the labels in a batch."""
         batch_edges = edges_of([transcripts[index] for index in sequences_of(batch)])
         outputs = model.outputs(batch, transcripts)
         targets = torch.tensor([edge.y for edge in batch_edges], device=outputs.device)
-        weights = torch.ones_like(targets)
-        if args.label_weights == "visits":
-            # y is a mean of N(s, a) rewards, and most labels are of a single one. But the search
-            # returns to right answers, so N grows with y, and these weights raise V everywhere.
-            visits = torch.tensor([edge.visits for edge in batch_edges], device=outputs.device)
-            weights = visits / mean_visits
         groups = [(edge.problem_id, edge.agent) for edge in batch_edges]
-        return training_loss(model, outputs, targets, weights, groups, huber_delta=args.huber_delta)
+        return training_loss(model, outputs, targets, groups, huber_delta=args.huber_delta)
 
     # 1. The batches of every epoch.
     rows = pack_trees(transcripts, model, args.train_batch_tokens)
@@ -259,18 +249,14 @@ def train(
         first_epoch = state["epoch"] + 1
         print(f"resuming after epoch {first_epoch}")
 
-    # 3. Compute the gradients of the largest batch, for nothing: memory runs out now or never.
-    model.train()
-    loss_of(max(chain.from_iterable(schedule), key=size_of)).backward()
-    optimizer.zero_grad()
-
-    # 4. Train epoch by epoch.
+    # 3. Train epoch by epoch.
     progress = Progress(shown=True)
+    num_labels = len(edges_of(transcripts))
     for epoch in range(first_epoch, args.epochs):
         model.train()
         batches = schedule[epoch]
         # A constant: divided by its own number, the labels of a small batch would count more.
-        labels_per_step = len(edges) / len(batches)
+        labels_per_step = num_labels / len(batches)
         epoch_loss = 0.0
         with progress.over(f"epoch {epoch + 1}/{args.epochs}", len(batches), unit="steps"):
             for batch in batches:
@@ -283,7 +269,7 @@ def train(
                 optimizer.zero_grad()
                 epoch_loss += loss.item()
                 progress.advance(1, f"loss {loss.item() / labels_per_step:.3f}")
-        yield epoch, epoch_loss / len(edges)
+        yield epoch, epoch_loss / num_labels
         state = {"epoch": epoch, "trained": trained}
         state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         write_checkpoint(checkpoint, state)
@@ -311,7 +297,6 @@ def parse_args(argv=None):
         default="huber",
         help="huber (paper), squared error, Bradley-Terry ranking, or a distribution over bins",
     )
-    add("--label-weights", choices=("equal", "visits"), default="equal", help="visits: by N(s, a)")
     add("--huber-delta", type=positive_float, default=1.0, help="error where it becomes linear")
     return parser.parse_args(argv)
 
@@ -319,10 +304,15 @@ def parse_args(argv=None):
 def main(args) -> None:
     torch.set_num_threads(args.num_threads)
 
-    # 1. Load the labels, and make an untrained V.
+    # 1. Load the labels, and make an untrained V: a backbone with LoRA, and a head.
     rollouts, trees = load_labels(args)
     mas = MAS.from_dict(rollouts["train"]["graph"])
-    model = make_value_model(args, mas)
+    backbone, tokenizer = load_backbone(
+        args.backbone, quantize=args.quantize, device=args.device, dtype=args.dtype
+    )
+    torch.manual_seed(args.seed)  # of LoRA
+    backbone = add_lora(backbone, rank=args.lora_rank)
+    model = ValueModel(backbone, tokenizer, mas, args.view, args.loss)
 
     # 2. Start the run folder, or resume it.
     folder = Path(args.run) / ("value" if args.target == "search" else "orm")
@@ -398,16 +388,6 @@ def load_labels(args) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     return settings, trees
 
 
-def make_value_model(args, mas: MAS) -> ValueModel:
-    """Build an untrained V: the backbone with LoRA on every linear layer, and a head."""
-    backbone, tokenizer = load_backbone(
-        args.backbone, quantize=args.quantize, device=args.device, dtype=args.dtype
-    )
-    torch.manual_seed(args.seed)  # of LoRA
-    backbone = add_lora(backbone, rank=args.lora_rank)
-    return ValueModel(backbone, tokenizer, mas, args.view, args.loss)
-
-
 def value_settings(args, model: ValueModel, folder: Path) -> dict:
     """Return the settings that determine the weights of V, apart from its labels.
 
@@ -415,7 +395,7 @@ def value_settings(args, model: ValueModel, folder: Path) -> dict:
     from any working directory, and moves together with its backbone.
     """
     names = ("target", "view", "loss", "quantize", "lora_rank", "lr", "epochs")
-    names += ("label_weights", "huber_delta", "train_batch_tokens", "seed")
+    names += ("huber_delta", "train_batch_tokens", "seed")
     settings = {name: getattr(args, name) for name in names}
     settings["dtype"] = resolve_dtype(args.dtype, args.device)
     settings["backbone"] = checkpoint_setting(args.backbone)
@@ -445,8 +425,7 @@ def verify_saved(model: ValueModel, folder: Path, states: list[State], args) -> 
     loaded = ValueModel.load(folder, model.mas, args, must_be_finished=False)
     values = [v.score(states, batch_tokens=args.batch_tokens) for v in (model, loaded)]
     worst = max(abs(trained - again) for trained, again in zip(*values, strict=True))
-    print(f"saved to {folder}")
-    print(f"loaded again, V differs by {worst:.1e} at most on {len(states)} held-out states")
+    print(f"{folder}, loaded again: V differs by {worst:.1e} at most on {len(states)} states")
     if not worst <= 1e-4:  # NaN included
         raise AssertionError(f"the saved value model is not the trained one: V differs by {worst}")
     write_config(folder, read_config(folder) | {"finished": True})

@@ -54,19 +54,13 @@ class Sample(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Ask for the value of each node's state, by V or another scorer.
-
-    Reply: a float in [-1, 1] per node.
-    """
+    """Ask for the value of each node's state, by V or another scorer. Reply: floats in [-1, 1]."""
 
     nodes: list
 
 
 class OrmScore(NamedTuple):
-    """Ask for the value of each terminal node's state, by the outcome model (ORM).
-
-    Reply: a float in [-1, 1] per node.
-    """
+    """Ask for the value of each terminal state by the outcome model (ORM). Reply: as of Score."""
 
     nodes: list
 
@@ -169,6 +163,26 @@ def expand(mas: MAS, node: Node, candidates: list[Candidate]) -> list[Node]:
             texts.add(candidate.text)
             node.children.append(make_child(mas, node, candidate, index))
     return node.children
+
+
+def sample_tree(
+    question: str, mas: MAS, num_candidates: tuple[int, ...], *, greedy: bool
+) -> Generator[Sample, list, list[Node]]:
+    """Give every state C candidates, agent by agent. Returns their nodes, parents first.
+
+    Nothing is selected, and equal messages are not merged. So every message is a fair sample of its
+    agent, and a mean over the candidates of a state estimates the expectation under the agents.
+
+    num_candidates: C per agent. (K, 1, 1, 1) gives K passes; agents without an entry do not speak.
+    """
+    nodes = [make_root(question)]
+    for turn, num in enumerate(num_candidates):
+        waiting = [node for node in nodes if mas.turn_index(node.state) == turn]
+        replies = (yield Sample(waiting, num, greedy)) if waiting else []  # an agent may be skipped
+        for node, candidates in zip(waiting, replies, strict=True):
+            node.children = [make_child(mas, node, c, i) for i, c in enumerate(candidates)]
+            nodes += node.children
+    return nodes[1:]
 
 
 def select(node: Node, c: float) -> Node:

@@ -40,14 +40,7 @@ from llm.decoding import BLOCK_SIZE, Decoder, message_key, sample_tokens
 from llm.packing import pack, sequences_of
 from llm.policy import Policy, make_policy
 from mas import CHAIN
-from support.flags import (
-    TINY_AGENTS,
-    Parser,
-    cli,
-    counts_per_agent,
-    positive_float,
-    positive_int,
-)
+from support.flags import TINY_AGENTS, Parser, cli, positive_float, positive_int
 from support.progress import Progress
 from support.runs import peak_memory
 from tasks.problems import Problem, load_problems
@@ -166,7 +159,7 @@ def make_labelling_policy(decoder_class: type[Decoder], args) -> Policy:
 
 def label(problems: list[Problem], policy: Policy, args) -> tuple[float, dict]:
     """Label problems. Returns the seconds, and problem id -> nodes of its tree."""
-    num_candidates = counts_per_agent(CHAIN, args.num_candidates, "--num-candidates")
+    num_candidates = CHAIN.counts_per_agent(args.num_candidates, "--num-candidates")
     trees = {}
     start = time.perf_counter()
     for record in generate_rollouts.label_problems(problems, policy, num_candidates, args):
@@ -420,7 +413,7 @@ def measure_training_step(model: ValueModel, transcripts: list[Transcript], args
     transcripts = transcripts[: max(1, 8192 // args.state_tokens)]
     sequences = [transcript.ids for transcript in transcripts]
     batch = pack(sequences, indices=range(len(sequences)), max_width=model.row_width)
-    weights = torch.ones(len(sequences), device=args.device)
+    targets = torch.full([len(sequences)], 0.5, device=args.device)
     groups = [("p", "a")] * len(sequences)
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -428,7 +421,7 @@ def measure_training_step(model: ValueModel, transcripts: list[Transcript], args
     def step() -> None:
         model.train()
         outputs = model.outputs(batch, transcripts)
-        training_loss(model, outputs, 0.5 * weights, weights, groups, huber_delta=1.0).backward()
+        training_loss(model, outputs, targets, groups, huber_delta=1.0).backward()
 
     tokens_per_second = len(sequences) * args.state_tokens / seconds_of(step, args.device)
     print(

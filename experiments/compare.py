@@ -1,7 +1,10 @@
 """Runs side by side, from their records alone: V, the agents' training, and the answers.
 
-Called by `evaluate.py --compare`. Runs that differ in their seed only are compared as a group, so
-that the noise of training is part of every interval. Groups are a dict: name -> run folders.
+    python -m experiments.compare runs/n10 runs/n40
+    python -m experiments.compare n10=runs/n10-s0,runs/n10-s1 n40=runs/n40-s0,runs/n40-s1    # seeds
+
+Runs that differ in their seed only are compared as a group, so that the noise of training is part
+of every interval. Groups are a dict: name -> run folders.
 """
 
 import json
@@ -14,7 +17,7 @@ import numpy as np
 
 from report.pictures import plot_training
 from report.tables import markdown_table, training_table, value_table
-from support.flags import InputError
+from support.flags import InputError, Parser, cli
 from support.records import read_jsonl, read_records
 from support.runs import read_config
 from support.statistics import NUM_RESAMPLES, QUANTILES, paired, wilson
@@ -32,18 +35,18 @@ def percent_text(name: str, row: dict, *, form: str) -> str:
 
 
 def read_groups(texts: list[str]) -> dict[str, list[Path]]:
-    """Read the groups of --compare: `NAME=RUN,RUN`, or a single RUN."""
+    """Read the groups of the command line: `NAME=RUN,RUN`, or a single RUN."""
     groups = {}
     for text in texts:
         name, equals, names_of_runs = text.partition("=")
         if not equals or Path(text).is_dir():
             name, names_of_runs = text, text
         if name in groups:
-            raise InputError(f"--compare: {name} is named twice")
+            raise InputError(f"{name} is named twice")
         groups[name] = [Path(run_name) for run_name in names_of_runs.split(",")]
         for run in groups[name]:
             if not any((run / stage).is_dir() for stage in ("value", "agents", "eval")):
-                raise InputError(f"--compare {text}: no value/, no agents/ and no eval/ in {run}")
+                raise InputError(f"{text}: no value/, no agents/ and no eval/ in {run}")
     return groups
 
 
@@ -134,7 +137,7 @@ def _read_answers(pairs: list[tuple[list[Path], str]]) -> list[tuple[list[list[b
         problems.append({(name, row["question"], row["gold"]) for name, row in of_run.items()})
     ids = sorted(name for name, _, _ in set.intersection(*problems))
     if not ids:
-        raise InputError(f"--compare: no problem was answered by {method} in all of these runs")
+        raise InputError(f"no problem was answered by {method} in all of these runs")
     answers = []
     for of_runs in records:
         verdicts = [[of_run[name]["correct"] for name in ids] for of_run in of_runs]
@@ -204,3 +207,24 @@ def _resampled_interval(summands: list[np.ndarray], of_one_run: tuple) -> tuple[
         means += np.einsum("kr,rp,kp->k", runs / num_drawn, summand, problems)
     low, high = np.quantile(means, QUANTILES).tolist()
     return (low, high) if high - low > 1e-9 else of_one_run  # less is rounding
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("groups", nargs="+", metavar="GROUP", help="RUN, or NAME=RUN,RUN (seeds)")
+    parser.add_argument("--curves", default=None, help="PNG of stage 5's learning, to write")
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
+    groups = read_groups(args.groups)
+    print(compare_runs(groups))
+    if args.curves is not None:
+        write_curves(groups, Path(args.curves))
+
+
+if __name__ == "__main__":
+    cli(parse_args, main)

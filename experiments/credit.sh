@@ -33,5 +33,5 @@ groups=""
 for kind in passes-{outcome,value,delta,return,random} tree-{search,value,random}; do
   groups+=" $kind=$(printf "runs/5/$kind-%s\n" $SEEDS | paste -sd ,)"
 done
-$PYTHON evaluate.py --compare before=$(printf "runs/5/before-%s\n" $SEEDS | paste -sd ,) $groups
-$PYTHON evaluate.py --compare $groups --curves runs/5/credit.png
+$PYTHON -m experiments.compare before=$(printf "runs/5/before-%s\n" $SEEDS | paste -sd ,) $groups
+$PYTHON -m experiments.compare $groups --curves runs/5/credit.png

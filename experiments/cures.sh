@@ -56,5 +56,5 @@ done
 for kind in before fresh-early fresh-second fresh-first fresh-searched; do
   others+=" $kind=$(printf "runs/5/$kind-%s\n" $SEEDS | paste -sd ,)"
 done
-$PYTHON evaluate.py --compare $others $trained
-$PYTHON evaluate.py --compare $trained --curves runs/5/cures.png
+$PYTHON -m experiments.compare $others $trained
+$PYTHON -m experiments.compare $trained --curves runs/5/cures.png

@@ -17,4 +17,4 @@ for seed in $SEEDS; do
 done
 
 runs_of() { printf "runs/hard/$1-%s\n" $SEEDS | paste -sd ,; }  # RUN,RUN,... of a kind
-$PYTHON evaluate.py --compare lambda=$(runs_of lambda)
+$PYTHON -m experiments.compare lambda=$(runs_of lambda)

@@ -12,4 +12,4 @@ $PYTHON train_agents.py --run runs/loop --adapter runs/tiny/agents --seed 2 \
   --rollouts tree-1.8.1.1 --num-steps 4 --adapters per-agent
 $PYTHON evaluate.py --run runs/loop --adapter runs/loop/agents \
   --methods greedy vote-1 vote-4 best_of-4-value sbs-2x1.6.1.1-value mcts-8x1.8.1.1-value
-$PYTHON evaluate.py --compare runs/before runs/after runs/loop
+$PYTHON -m experiments.compare runs/before runs/after runs/loop

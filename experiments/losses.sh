@@ -26,5 +26,5 @@ for seed in $SEEDS; do
 done
 
 runs_of() { printf "runs/hard/$1-%s\n" $SEEDS | paste -sd ,; }  # RUN,RUN,... of a kind
-$PYTHON evaluate.py --compare n40=$(runs_of n40) \
+$PYTHON -m experiments.compare n40=$(runs_of n40) \
   mse=$(runs_of mse) rank=$(runs_of rank) dist=$(runs_of dist) local=$(runs_of local)

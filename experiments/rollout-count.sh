@@ -18,5 +18,5 @@ for seed in $SEEDS; do
 done
 
 runs_of() { printf "runs/hard/$1-%s\n" $SEEDS | paste -sd ,; }  # RUN,RUN,... of a kind
-$PYTHON evaluate.py --compare \
+$PYTHON -m experiments.compare \
   n10=$(runs_of n10) n20=$(runs_of n20) n40=$(runs_of n40) n80=$(runs_of n80)

@@ -12,5 +12,5 @@ for seed in 0 1 2 3 4; do
 done
 
 FIVE=runs/v0,runs/v1,runs/v2,runs/v3,runs/v4
-$PYTHON evaluate.py --compare runs/v0 V=$FIVE
-$PYTHON evaluate.py --compare V=$FIVE
+$PYTHON -m experiments.compare runs/v0 V=$FIVE
+$PYTHON -m experiments.compare V=$FIVE

@@ -12,4 +12,4 @@ $PYTHON evaluate.py --run runs/before --messages runs/tiny/messages --value runs
   --methods $METHODS
 $PYTHON evaluate.py --run runs/after --adapter runs/tiny/agents --value runs/tiny/value \
   --methods $METHODS
-$PYTHON evaluate.py --compare runs/before runs/after
+$PYTHON -m experiments.compare runs/before runs/after

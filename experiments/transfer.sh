@@ -14,4 +14,4 @@ $PYTHON evaluate.py --run runs/score --task tiny-score --methods $METHODS
 
 $PYTHON evaluate.py --run runs/transfer --task tiny-score --value runs/tiny/value \
   --messages runs/score/messages --by subject level --methods $METHODS
-$PYTHON evaluate.py --compare runs/score runs/transfer
+$PYTHON -m experiments.compare runs/score runs/transfer

@@ -531,12 +531,11 @@ def policy_settings(args) -> dict:
     }
 
 
-def search_settings(args, policy: Policy) -> dict:
-    """Return the settings that determine searches over the agents, recorded for resuming."""
+def run_settings(args, policy: Policy) -> dict:
+    """Return the settings of every stage with agents, recorded for resuming."""
     return policy.settings | {
         "max_new_tokens": args.max_new_tokens,
         "graph": asdict(policy.mas),
-        "c_uct": args.c_uct,
         **source(args.task, args.data),
     }
 

@@ -37,15 +37,14 @@ def value_warnings(train_loss: float, heldout: list[dict], settings: dict) -> li
     """Warn if V, or the ORM, fits its training problems only.
 
     That is if it explains less than half of the variance of held-out labels, at a loss of more than
-    twice that of training. Only regression losses without weights can be compared.
+    twice that of training. Only regression losses can be compared.
 
     Args:
         train_loss: mean loss of the last epoch.
         heldout: lines of heldout.jsonl.
-        settings: of the training: target, loss, huber_delta, label_weights.
+        settings: of the training: target, loss, huber_delta.
     """
-    is_regression = settings["loss"] in ("huber", "mse") and settings["label_weights"] == "equal"
-    if not is_regression or not heldout:
+    if settings["loss"] not in ("huber", "mse") or not heldout:
         return []
     errors = [abs(edge["V"] - edge["y"]) for edge in heldout]
     losses = [error**2 for error in errors]

@@ -73,30 +73,6 @@ unit_float = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 
 positive_unit_float = _number(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
 
 
-def counts_per_agent(mas, spec: str, flag: str) -> tuple[int, ...]:
-    """Read one count per agent of a graph (mas.MAS).
-
-    Raises InputError if there is not one count of at least 1 for each agent.
-
-    spec: "3" for all agents, "1.8.1.1" in the order of the schedule, or "Reader=1,Planner=8", in
-    which agents that are not named get 1. flag: where it comes from, for the message of an error.
-    """
-    names = [agent.name for agent in mas.agents]
-    pairs = [pair.partition("=") for pair in spec.split(",")] if "=" in spec else []
-    count_of = {name: count for name, _, count in pairs}
-    texts = [count_of.get(name, "1") for name in names] if pairs else spec.split(".")
-    if len(texts) == 1:
-        texts *= len(names)
-    counts = [int(text) for text in texts if text.isdecimal()]
-    are_agents = len(pairs) == len(count_of) and count_of.keys() <= set(names)
-    if not are_agents or len(counts) != len(names) or min(counts) < 1 or len(texts) != len(counts):
-        raise InputError(
-            f"{flag} {spec}: give one whole number of at least 1, or one for each of "
-            f"{', '.join(names)}, as 1.8.1.1 or Planner=8,Solver=2"
-        )
-    return tuple(counts)
-
-
 def stage_parser(doc: str, *, writes: bool) -> Parser:
     """Return a parser with the flags that every stage has; --overwrite if it `writes` results."""
     import torch  # imported late: mas.py and tasks/ import this file and need no torch

@@ -14,7 +14,8 @@ words equal the same words only; 52_8 is not 52_9, a length no area, a.m. not p.
 r not R. An equation equals its right side if it names its result: "x = 3", "f(2) = 5", "3 + 4 = 7".
 
 Where opinions differ: 50% is 50, not 1/2. Nothing is rounded: 0.33 is not 1/3, and 33.3 not 100/3.
-A unit or a base may be missing, but not differ. "a + b = 12" and "x^2 = 4" do not equal 12 and 4.
+Units may be missing or differ, except for 5 cm and 5 cm^2; a base may be missing, but not differ.
+"a + b = 12" and "x^2 = 4" do not equal 12 and 4.
 2:30 is no number. A thousands separator is a comma: "1000,99" and "1 000" are refused.
 
 The answer of a message is found on the first rung of this ladder that the message has:
@@ -42,14 +43,14 @@ from typing import NamedTuple
 
 MAX_MESSAGE = 10_000  # characters of a message that are read, counted from its end
 MAX_CUES = 50  # cues such as "the answer is", counted from the end
-MAX_LINE = 1_000  # characters after a cue
+MAX_LINE = 500  # characters after a cue
 MAX_NUMBER = 200  # characters of a number: int() refuses thousands of digits
 
 
 # ---- One notation --------------------------------------------------------------------------------
 
 _CHARACTERS = {
-    **dict.fromkeys("−–—‑‐﹣", "-"),
+    **dict.fromkeys("−–—‐", "-"),
     **{"‘": "'", "’": "'", "“": '"', "”": '"', "⁄": "/", "÷": "/", "°": r"^\circ "},
     **{"×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "},
     **{"≈": r"\approx ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta "},
@@ -58,8 +59,8 @@ _CHARACTERS = {
 
 # Rules (pattern, replacement), applied in this order: for every text, ...
 _SPELLING = [
-    (r"√(\w+)|(?:√|(?<![\\A-Za-z])sqrt)\(([^()\n]*)\)", r"\\sqrt{\1\2}"),
-    (r"```\w*|</?[a-z]{3,}>", "\n"),  # fences of code, and tags such as </answer>
+    (r"√(\w+)|(?:√|(?<![\\A-Za-z])sqrt)\(((?:[^()\n]|\([^()\n]*\))*)\)", r"\\sqrt{\1\2}"),
+    (r"```\w*|</?[A-Za-z_]{3,}>", "\n"),  # fences of code, and tags such as </answer>
     (r"<(\d[\d.,/]*)>|<<[^<>\n]*>>", r"\1"),  # <12>, and the <<3+4=7>> of GSM8K
 ]
 # ... for every answer: markup without meaning, ...
@@ -116,7 +117,7 @@ _NUMBER = re.compile(
     (?P<whole> \d+(?:,\d+)* )? (?P<decimals> (?<![A-Za-z])\.\d+ )?     # but "No.5" is 5
     (?:                                                     # "1.36e+06", "3 \times 10^{8}"
         (?<=\d) (?: e | \s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s* )
-        (?P<exponent> [-+]?\d{1,3} ) (?!\w) \}?
+        (?P<exponent> [-+]?\d{1,2} ) (?!\w) \}?
     )?
     (?:                                                     # "3/4", "1 3/4", "1 and 3/4"
         (?<=\d) (?: [ ]+(?:and[ ]+)? (?P<part>\d+) )? \s*/\s* (?P<denominator> \d+(?!\.?\d) )
@@ -129,11 +130,12 @@ _GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # "1234", "1,234", "1,
 _MULTIPLIERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _UNIT = re.compile(  # 36\text{ dollars}, 36 US dollars, 5 km/h
     r"\s*\\(?:text|mbox|math)(?:rm)?\s*\{[A-Za-z /.]{2,}\}$"
-    r"|(?<=[\d}])\s+[A-Za-z]+(?:[ /][A-Za-z]+)*$"
+    r"|(?<=[\d}])\s+(?!(?:or|and|[a-fn-rt-z])\b)[A-Za-z]+(?:[ /][A-Za-z]+)*$"
 )
 # The text between two numbers that are not one answer: " or ", " + ", ", "
 _BETWEEN_TWO = re.compile(
-    r"\s+|\s*%?\s*(?:[-+^,:]|\*\*?|\\times|\\cdot|\bor\b|\band\b|\bto\b)\s*(?:or\b\s*)?[{+-]?"
+    r"\s+|[\s*\"]*%?\s*(?:[-+^,:]|\*\*?|\\times|\\cdot|\bor\b|\band\b|\bto\b)"
+    r"\s*(?:(?:or|maybe|perhaps)\b\s*)*[*\"{+-]*"
 )
 _REMARK = re.compile(r"(?<=[\w%$}*])\s*(?<!\\)\((?:[^()]|\([^()]*\))*\)")  # 12 hours (= 0.5 days)
 _CLAUSE = re.compile(r"[,;]?\s+(?:because|since|as|which|where)\b.*", re.DOTALL)
@@ -170,8 +172,10 @@ def _canonical_number(answer: str) -> str | None:
         text = first if _sole_number(first) and not _sole_number(last) else last
     numbers = _find_numbers(text)
     # "12 apples in 3 bags" names 12, "In 4 weeks she earns $12 for 2 jobs" names 12, too.
-    told = [number for number in numbers if not _BESIDE.search(text[: number[0]])]
-    chosen = (told or numbers or [(0, 0, None)])[0]
+    chosen = numbers[-1] if numbers else (0, 0, None)
+    for number in reversed(numbers):
+        if not _BESIDE.search(text[max(0, number[0] - 20) : number[0]]):
+            chosen = number
     for one, other in itertools.pairwise(numbers):
         is_pair = _BETWEEN_TWO.fullmatch(text[one[1] : other[0]])
         if is_pair and chosen in (one, other) and one[2] != other[2]:
@@ -195,35 +199,43 @@ def _sole_number(latex: str) -> str | None:
 
 # ---- Letters -------------------------------------------------------------------------------------
 
-_REJECTED = r"[$*)\].]*\s*(?:is|was|are)\s*(?:n't|not\b|wrong\b|incorrect\b|false\b)"
+_REJECTED = (
+    r"[$*)\].]*\s*(?:is|was|are|do|does|ca|can|could|seems|must be|(?=fails))"
+    r"\s*(?:n't|not\b|fails\b|(?:a )?(?:wrong|incorrect|false)\b)"
+)
+_CHOOSING = r"(?: (?:be|choose|select|pick|go with|think))?(?: option)?"
 _LETTERS = [
     # "**B**", "[B]", "'B'", "$B$" become "(B)"
     (r"(?<![\w(])[*_$\"'`<\[(]{1,4}([A-Za-z])[*_$\"'`>\])]{1,4}(?!\w)", r"(\1)"),
+    (r"(?i)\b(?:agent|debater|plan)s?\s+[A-Z]\b(?:'s\b)?", ""),
     # "not B" and "B is wrong" name no option
-    (r"(?:\bnot|n't|\bthan|\bnor|\bneither|\bexcept)(?: be)?(?: option)?\W*\b[A-Z]\b", ""),
+    (r"(?:not|n't|\bthan|\bnor|\bneither|\bexcept|\bnever)\b" + _CHOOSING + r"\W*\b[A-Z]\b", ""),
     (r"\b[A-Z]\b" + _REJECTED, ""),
 ]
 # B, (B), B) or (b); "A" and "I" before a word are an article and a pronoun
 _OPTION = re.compile(
     r"(?<![\w'.\\^=-])(?:\((?=[A-Za-z]\))|(?=[A-Za-z]\)|(?:[A-Z]|^\W*[a-z](?:[.:]\s|\W*$))))"
-    r"(?![AI]\s+(?!(?:is|because|since|as|for|follows|holds|due|and|or)\b)[a-z])"
-    r"([A-Za-z])\)?(?![\w'^]|[.-]\w)"
+    r"(?![AI]\s+(?!(?:is|because|since|as|for|fits|works|seems|follows|holds|due|and|or)\b)[a-z])"
+    r"([A-Za-z])\)?(?![\w'^#]|\+\+|[.-]\w)"
 )
 # The text between two options of one answer, and before the one that an answer begins with
 _TOGETHER = re.compile(
-    r"|\s*(?:,?\s*(?:and|or)\b|[,/&+-])\s*(?:(?:options?|choice)\s*)?", re.IGNORECASE
+    r"(?i)|[\s*$\"'`(]*(?:,?\s*(?:and|or|plus|as well as)\b|[,;|/&+-])"
+    r"\s*(?:(?:options?|choice|maybe|also)\s*)*"
 )
 _BEGINNING = re.compile(
     r"(?i)(?:the|correct|right|best|final|answer|options?|choice|letter|is|\W)*"
 )
 # "B) 4", "**B**", "b. 4", "B - 4": a line that begins with an option
 _OPTION_LINE = re.compile(
-    r"(?i)\W*(?:(?:options?|choice|answer)\W+)?([A-Z])(?:[).:](?=\s|$)|\s+-\s|\W*$)"
+    r"(?i)\W*(?:(?:options?|choice|answer)\W+)?([A-Z])"
+    r"(?:[).:](?=\s|$)|\s+-\s|,? (?:because|since)\b|\W*$)"
 )
 # Words of a sentence that decides for an option
 _DECISION = re.compile(
     r"\b(?:correct|right|best|answer|closest|choose|select|pick|go with|think)\b"
-    r"|\bis (?:option )?\(?[A-Z]\)?\W*$"
+    r"|(?:^|\b(?:is|be|matches|to|for|[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore)\b|'s)\W*"
+    r"(?:(?:option|choice) )?\(?[A-Z]\)?\W*$"
 )
 
 
@@ -247,8 +259,8 @@ def _option_without_cue(text: str) -> str | None:
     """Return the option that a message begins with, or that its last sentence decides for."""
     text = "" if _BOX.search(text) else _option_text(text)
     begun = [_OPTION_LINE.match(line) for line in text.split("\n") if line.strip()]
-    if begun and begun[0] and not any(begun[1:]):  # a list of all options is no choice
-        return begun[0][1].upper()
+    if sum(map(bool, begun)) == 1 and (begun[0] or begun[-1]):  # but not a list of all options
+        return (begun[0] or begun[-1])[1].upper()
     for sentence in reversed(re.split(r"(?<=[.!?])\s+(?=[A-Z(])|\n", text)):
         letters = set(_OPTION.findall(re.split(r"\b(?:because|since)\b", sentence)[0]))
         if letters and _DECISION.search(sentence) and not sentence.endswith("?"):
@@ -266,16 +278,22 @@ _LATEX = [
     (r"\\(?:mathrm|text)\s*\{([ie])\}", r" \1"),  # \mathrm{i} becomes i
     (r"(\{\d{1,3}),(\d{3}\})", r"\1\2"),  # {15,625}
     (r"(?<=[\d})])\s*i(?![a-zA-Z])", r" \\cdot i"),  # 3i becomes 3 \cdot i
+    (r"(?<![\\A-Za-z{])(pi|theta|ln|log|sin|cos|tan)(?![A-Za-z])", r"\\\1 "),
     (r"(?i)\b(?:square|sq\b\.?)\s*([a-z]+)\b", r"\1^2"),  # "square cm" becomes cm^2
     (r"(?i)\ba\.?\s?m\b\.?", "am"),  # a.m.
     (r"(?i)\bp\.?\s?m\b\.?", "pm"),
+    # 5 cm^2 becomes 5\text{ cm}^2
+    (
+        r"(?<=[\d})])\s+(?!(?:[ap]m|or|and)\b)([A-Za-z]{2,}|m)(?=\s*(?:\^\{?\d\}?)?$)",
+        r"\\text{ \1}",
+    ),
 ]
 _VERB = re.compile(r"\b(?:is|are|was|were|be|equals|has|have|gets?|takes?|holds)\b")
 
 
 def _canonical_math(answer: str) -> str | None:
     """Return a number, words or LaTeX, in one notation."""
-    latex = _rewrite(_spell(answer), _MARKUP).strip(" \"'").rstrip(". \\").lstrip("+")
+    latex = _rewrite(_spell(answer), _MARKUP).strip(" \"'").rstrip(".,; \\").lstrip("+")
     latex = _rewrite(latex, _LATEX).strip()
     number = _sole_number(latex)
     if number is not None:
@@ -342,7 +360,7 @@ def is_comparable(answer: str, answer_type: str) -> bool:
 def _same_math(a: str, b: str) -> bool:
     """Return whether two different canonical answers of type "math" have the same value."""
     # 1. Words, and what math-verify would ignore.
-    if re.search(r"(?<![_\d])\d+\s+\d", f"{a} = {b}"):  # "3 4" is not 34
+    if any(re.search(r"(?<![_\d])\d+\s+\d", answer) for answer in (a, b)):  # "3 4" is not 34
         return a.split() == b.split()
     plain_a, plain_b = ["".join(_STYLED.sub(r"\1", answer).split()) for answer in (a, b)]
     if plain_a == plain_b:
@@ -434,15 +452,15 @@ _CUE = re.compile(
     r"""
     (?P<hashes> (?<![#\w])\#{4} (?![ \t]*(?:[A-Za-z#]{2}|\d+[.)]\s|$)) )     # "#### 42"
   | \b (?P<final>final\s+)?
-    (?: answers? (?:\ (?:choice|option))? | result | output | ans\b
+    (?: answers? (?:\ (?:choice|option|letter))? | result | output | ans\b
       | (?:(?:correct|right|best|final|selected)\s+)(?:choice|option|statement|letter) )
     \b [*_]* [ \t]*
     (?: \( (?!\w\)) [^()\n]{0,80} \) )? [ \t]*                # a remark: "Answer (in cm): 42"
     (?:
         (?: \b(?:to|for|in|here|I|we)\b [^.:=\n]{0,60}? )?    # "to the question"
         (?: \b(?:is|was|are|equals|(?:would|should|must|will|seems\ to)\ be)(?:\b|(?=n't))[*_]*\s*:?
-          | \b(?:would|should|must|will|can|could)(?=\ ?not\b|n't)
-          | (?P<sign> [*_`]*\s*(?::|=+>?|→)+ ) )
+          | \b(?:would|wo|should|must|will|ca|can|could)(?=\ ?not\b|n't)
+          | (?P<sign> [*_`"']*\s*(?::|=+>?|→)+ ) )
       | (?P<line> -[ \t] | [*_`#]*[ \t]*\n )                  # "Answer - 42", "### Answer"
       | (?(final)(?-i:(?=[*$(]*(?:\d|[A-Z]\b|\\))) | (?!) )   # "my final answer 42"
     )
@@ -461,11 +479,14 @@ for _ in range(6):
     _BRACES = rf"(?:[^{{}}]|\{{{_BRACES}*\}})"  # with braces inside, up to this depth
 _BOX = re.compile(rf"\\(?:boxed|fbox)[ ]*(?:\{{({_BRACES}*)\}}|(\{{)|(-?\w[\w.]*))")
 # Between two boxes or formulas that are one answer, as in "\(x = 1\) or \(x = 2\)"
-_AND = r"(?:\$|\\\))\s*(?:[,;]|,?\s*\b(?:and|or)\b)\s*(?:\$|\\\()"
+_AND = r"(?:\$|\\\))\s*(?:[,;]|,?\s*(?:\\text\{\s*)?\b(?:and|or)\b\s*\}?)\s*(?:\$|\\\()"
 # "the Solver's ", "your ", "another possible ": before an answer that the message only discusses
 _NOT_OWN = re.compile(
     r"(?i)\b(?:(?!(?:let|that|it|he|she|here|there|what)'s)\w+'s|your|his|her|their|wrong|incorrect"
     r"|other|another|possible|proposed|previous|not|rather than|instead of"
+    r"|(?:n't|not) (?:think|believe|say|true|agree)(?: that)?(?: the)?"
+    r"|(?:claims|says|argues|thinks|doubt|false)(?: that)? the|(?:you|solver|(?:agent|debater) \w+)"
+    r" (?:wrote|ha[ds]|got|gave|found|says?|said|claim\w+|answered)(?: that)?(?: the)?"
     r"|(?:check|verify)(?:ing|ed)? (?:the|this|our)) +(?:(?:correct|final|own|first) +)?[$*]*$"
 )
 _DENIAL = re.compile(
@@ -492,7 +513,7 @@ def extract_answer(text: str, answer_type: str) -> Answer:
 
     The module docstring describes the rungs. This never raises, whatever the text.
     """
-    text = _spell(text[-MAX_MESSAGE:].replace("<answer>", "\nFinal answer: "))
+    text = _spell(re.sub("(?i)<answer>", "\nFinal answer: ", text[-MAX_MESSAGE:]))
     text = _DISPLAY.sub(lambda match: match[0].replace("\n", " "), _VERDICT.sub(r"\1", text))
     answers = _find_answers(text, answer_type)
     if answers:
@@ -560,6 +581,7 @@ def _read(line: str, boxes: list[tuple], answer_type: str) -> str | None:
     if answer_type != "math":
         return canonical(line, answer_type)
     line = re.sub(_AND, ", ", _CLAUSE.sub("", _SPOKEN_REMARK.sub("", line)))
+    line = re.sub(r".*\b(?:is|equals) (?=-?\d[^$]*$)", "", line)  # "the value of $x$ is 3"
     formulas = _FORMULA.findall(line)  # the last one counts in "the value of $x$ is $3$"
     return canonical("".join(formulas[-1]) if formulas else line, "math")
 
@@ -574,7 +596,8 @@ def find_boxes(text: str) -> list[tuple[int, int, str | None]]:
         content, unclosed, bare = match.groups()
         content = None if unclosed else (content or bare or "").strip()
         start = match.start()
-        if boxes and content and re.fullmatch(_AND, f"${text[boxes[-1][1] : start].strip('$')}$"):
+        between = text[boxes[-1][1] : start].strip("$()\\") if boxes else ""
+        if content and re.fullmatch(_AND, f"${between}$"):
             start, _, first = boxes.pop()
             content = f"{first}, {content}"
         boxes.append((start, match.end(), content))

@@ -205,7 +205,7 @@ def _narrowest_answer_type(golds: list[str]) -> str:
     return "number"
 
 
-def check_same_problems(problems: list[Problem], records: dict[str, dict], path: Path) -> None:
+def check_unchanged(problems: list[Problem], records: dict[str, dict], path: Path) -> None:
     """Raise InputError if a record with the id of a problem is about another question or answer.
 
     records: problem id -> record, with its `question` and `gold`. path: where they come from.

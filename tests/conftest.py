@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -145,3 +146,18 @@ def exit_code_of(child: int) -> int:
     """Wait for a child. Returns its exit code, -9 if it was killed."""
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+def num_lines(run: Path, pattern: str) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in run.glob(pattern))
+
+
+def kill_when(run: Path, pattern: str, num: int, module, *argv) -> int:
+    """Kill a script with SIGKILL when it has written so many lines. Returns how many are there."""
+    child = start_in_fork(partial(output_of, module, "--run", run, *argv))
+    deadline = time.time() + 100
+    while num_lines(run, pattern) < num and time.time() < deadline:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert exit_code_of(child) == -signal.SIGKILL
+    return num_lines(run, pattern)

@@ -1,11 +1,15 @@
 """Searches without a model: scripted messages and scores, and graphs small enough for hand work."""
 
+from hashlib import blake2b
 from types import SimpleNamespace
 
+import generate_rollouts
+from generate_rollouts import label_problems
 from llm.decoding import uniforms
-from mas import MAS, Agent
+from mas import CHAIN, MAS, Agent
 from search import run_method
 from support.progress import Progress
+from tasks.problems import Problem
 from tree import Candidate, Cost, OrmScore, Sample, Score
 
 
@@ -112,3 +116,32 @@ def run(method, problems, policy, scorers, *, c_uct, max_active):
 def random_value(*key) -> float:
     """Return a value in [-1, 1], a function of the key."""
     return 2 * uniforms(1, *key).item() - 1
+
+
+# ---- Trees that stage 1 labels -------------------------------------------------------------------
+
+
+def digit(*key) -> int:
+    """Return 0, 1 or 2, as a function of the key."""
+    return blake2b(repr(key).encode()).digest()[0] % 3
+
+
+class Answers(ScriptedPolicy):
+    """Every message has an answer: 0, 1 or 2, as a function of the question and the path."""
+
+    def text(self, node, index):
+        return f"Final answer: {digit(node.state.question, (*node.path, index))}"
+
+
+def make_problems(num: int) -> list[Problem]:
+    problems = []
+    for index in range(num):
+        problems.append(Problem(f"p{index}", "train", f"question {index}", "1", "number"))
+    return problems
+
+
+def label(problems: list[Problem], *flags) -> dict[str, dict]:
+    """Label problems on the chain as the script does. Returns problem id -> record."""
+    args = generate_rollouts.parse_args(list(map(str, flags)))
+    agents = Answers(CHAIN, say=None)
+    return {record["id"]: record for record in label_problems(problems, agents, (2, 3, 2, 2), args)}

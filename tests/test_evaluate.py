@@ -110,11 +110,7 @@ OPPONENTS = [  # agent calls of methods, a method among them, and its opponents 
     ("vote-4 16 best_of-2-orm 8 best_of-3-orm 12", "sbs-2x2-orm 16", ["vote-4", "best_of-3-orm"]),
     # It has the same scorer.
     ("best_of-8-policy 30 best_of-9-value 36", "mcts-4x3-value 29", ["best_of-9-value"]),
-    (
-        "vote-8 32 vote-9 36 best_of-8-policy 32",
-        "best_of-8-value 32",
-        ["vote-8", "best_of-8-policy"],
-    ),
+    ("vote-8 32 vote-9 36 best_of-8-policy 32", "best_of-8-orm 32", ["vote-8", "best_of-8-policy"]),
     # The same search differs in the scorer alone, or in lambda alone.
     ("mcts-9x3-policy 9 sbs-4x3-policy 9 mcts-4x1.3.1.1-policy 9", "mcts-4x3-value 9", []),
     ("mcts-4x3-policy 9 mcts-4x3-policy-lam0.5 9", "mcts-4x3-value 9", ["mcts-4x3-policy"]),
@@ -130,15 +126,12 @@ OPPONENTS = [  # agent calls of methods, a method among them, and its opponents 
 @pytest.mark.parametrize("calls, method, expected", OPPONENTS)
 def test_a_method_meets_the_nearest_baselines_and_itself_by_likelihood(calls, method, expected):
     words = f"greedy 4 {calls} {method}".split()
-    rows = {name: {"agent_calls": int(num)} for name, num in batched(words)}
+    pairs = zip(words[::2], words[1::2], strict=True)
+    rows = {name: {"agent_calls": int(num)} for name, num in pairs}
     methods = [method_named(name) for name in rows]
     assert opponents(methods[0], methods, rows) == []
     pairs = opponents(method_named(method.split()[0]), methods, rows)
     assert [other.name for other, _ in pairs] == ["greedy", *expected]
-
-
-def batched(words):
-    return zip(words[::2], words[1::2], strict=True)
 
 
 # ---- Answering problems --------------------------------------------------------------------------
@@ -222,12 +215,10 @@ def test_answers_that_were_guided_by_another_v_are_refused_and_kept(evaluation):
 
 LEAKS = [  # method, question, and the model that was trained on it, if one that is used was
     ("mcts-2-value", "Asked of V?", "value"),
-    ("mcts-2-value", "  asked OF v? ", "value"),
     ("best_of-2-orm", "Asked of the ORM?", "orm"),
     ("mcts-2-value-lam0.5", "Asked of the ORM?", "orm"),
     ("greedy", "Asked of the agents?", "agents"),
     ("mcts-2-value", "Asked of the ORM?", None),
-    ("best_of-2-orm", "Asked of V?", None),
     ("mcts-2-policy", "Asked of V?", None),
 ]
 

@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
 import resource
 import shutil
-import signal
-import time
 from functools import partial
 
 import pytest
-from conftest import error_of, exit_code_of, output_of, read_lines, script_argv, start_in_fork
+from conftest import error_of, exit_code_of, kill_when, output_of, read_lines, start_in_fork
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -146,32 +143,13 @@ def test_a_graph_with_a_conditional_agent_runs_through_all_stages(tmp_path):
 # ---- Kills ---------------------------------------------------------------------------------------
 
 
-def num_lines(run, pattern) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in run.glob(pattern))
-
-
-def kill_when(run, pattern, num, module, *argv) -> None:
-    """Start a script, and kill it with SIGKILL when it has written so many lines."""
-
-    def script():
-        module.main(module.parse_args(script_argv(["--run", run, *argv])))
-
-    child = start_in_fork(script)
-    deadline = time.time() + 100
-    while num_lines(run, pattern) < num and time.time() < deadline:
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    assert exit_code_of(child) == -signal.SIGKILL
-
-
 def test_rollouts_killed_at_three_moments_lose_no_message_and_give_the_same_trees(
     finished, tmp_path
 ):
     """Most trees finish together at the end: what is not lost is in the journal."""
     flags = [*ROLLOUTS, "--max-active", 512]
     for num in (5, 25, 60):
-        kill_when(tmp_path, "messages/*.jsonl", num, generate_rollouts, *flags)
-    num_kept = num_lines(tmp_path, "messages/*.jsonl")
+        num_kept = kill_when(tmp_path, "messages/*.jsonl", num, generate_rollouts, *flags)
     printed = output_of(generate_rollouts, "--run", tmp_path, *flags)
     trees = records_of(finished, "rollouts/trees", VOLATILE)
     assert records_of(tmp_path, "rollouts/trees", VOLATILE) == trees
@@ -181,7 +159,8 @@ def test_rollouts_killed_at_three_moments_lose_no_message_and_give_the_same_tree
         num_needed += tree["cost"]["agent_calls"]
     assert num_kept >= 60
     assert f"{num_needed - num_kept} messages generated" in printed
-    assert num_lines(tmp_path, "messages/*.jsonl") == num_needed
+    [journal] = (tmp_path / "messages").glob("*.jsonl")
+    assert len(read_lines(journal)) == num_needed
 
 
 def test_an_evaluation_killed_and_resumed_equals_the_uninterrupted_one(finished, tmp_path):
@@ -229,7 +208,8 @@ def test_a_problem_that_is_too_long_is_refused_in_every_stage_and_the_others_go_
     assert refused["greedy"] == {rows[8]["id"], rows[9]["id"]} < refused["best_of-2-value"]
     assert "refused 2" in (run / "eval" / "table.md").read_text()
 
-    learner = train_agents.Learner(train_agents.parse_args(script_argv(flags)))
+    args = train_agents.parse_args([*map(str, flags), "--device", "cpu"])
+    learner = train_agents.Learner(args)
     rollouts = learner.sample(learner.problems, (1, 1, 1, 1), name="step 1")
     assert {problem.id for problem in rollouts.values()} < {row["id"] for row in rows[2:8]}
 
@@ -322,7 +302,9 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished, copied_a
     before = contents(finished)
     rollouts = partial(error_of, generate_rollouts, *run, *ROLLOUTS)
     assert "seed (there 0, now 1)" in rollouts("--seed", 1)
-    assert "num_simulations (there 4, now 7)" in rollouts("--num-simulations", 7)
+    assert "c_uct (there 1.0, now 2.0), num_simulations (there 4, now 7)" in rollouts(
+        "--num-simulations", 7, "--c-uct", 2
+    )
     assert "graph (there chain" in rollouts("--graph", "single")
     [template] = copied_agents.glob("*.jinja")
     template.write_text(template.read_text() + " ")
@@ -330,14 +312,6 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished, copied_a
     assert "lora_rank (there 4, now 8)" in error_of(train_value, *run, *VALUE, "--lora-rank", 8)
     evaluation = partial(error_of, evaluate, *run, *EVALUATE)
     assert "temperature (there 1.0, now 0.5)" in evaluation("--temperature", 0.5)
+    assert "c_uct (there 1.0, now 2.0)" in evaluation("--c-uct", 2)
     assert "model (there" in evaluation("--model", copied_agents)
     assert contents(finished) == before
-
-
-def test_a_test_question_that_was_trained_on_is_refused(finished, tmp_path):
-    [tree, *_] = read_lines(finished / "rollouts" / "trees.jsonl")
-    problem = {"id": "mine", "question": tree["question"].upper() + " ", "answer": "3"}
-    data = tmp_path / "leak.jsonl"
-    data.write_text(json.dumps(problem) + "\n")
-    flags = ["--value", finished / "value", "--data", data, "--methods", "best_of-2-value"]
-    assert "mine" in error_of(evaluate, "--run", tmp_path, *flags)

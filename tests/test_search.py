@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from labelling import Answers
 from searching import (
     DUO,
     FORKED,
+    Answers,
     ScriptedPolicy,
     ScriptedScorer,
     drive,
@@ -273,22 +273,13 @@ def test_passes_are_independent_even_if_they_start_with_equal_messages():
     assert asked == [(1, 3), (3, 1)]
 
 
+def test_of_passes_with_equal_scores_the_first_wins_even_if_a_later_one_ends_earlier():
+    handlers = scripted_handlers(FORKED, lambda path: 0.0, say=lambda path: ["go", "stop"][path[0]])
+    method = method_named("best_of-2-value", FORKED)
+    assert drive(method.search(problem_about("q"), FORKED, c_uct=1.0), handlers).path == (0, 0)
+
+
 # ---- Every search --------------------------------------------------------------------------------
-
-PLANTED_PATH = (1, 2, 0, 1)
-
-
-def planted_value(path):
-    """V that knows the planted path: it grows along it, and is low elsewhere."""
-    is_planted = path == PLANTED_PATH[: len(path)]
-    return 0.2 * len(path) if is_planted else -0.5
-
-
-@pytest.mark.parametrize("name", ["mcts-12x2.3.1.2-value", "sbs-1x2.3.1.2-value"])
-def test_a_search_finds_the_planted_path(name):
-    handlers = scripted_handlers(CHAIN, planted_value)
-    leaf = drive(method_named(name).search(problem_about("q"), CHAIN, c_uct=1.0), handlers)
-    assert leaf.path == PLANTED_PATH
 
 
 @pytest.mark.parametrize("name", ["mcts-16x2.3.3.3-value-lam0.5", "sbs-3x2.3.3.3-value"])

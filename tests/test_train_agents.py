@@ -3,19 +3,15 @@
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import statistics
-import time
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from conftest import error_of, exit_code_of, output_of, read_lines, script_argv, start_in_fork
+from conftest import error_of, kill_when, output_of, read_lines, script_argv
 from labelled import TREES, write_trees
 from safetensors.torch import load_file
 from searching import DUO, HINT, ScriptedPolicy, drive
@@ -29,7 +25,7 @@ from support.runs import read_config, seeded
 from support.statistics import agent_measures
 from tasks.problems import Problem, load_problems
 from train_agents import REWARDS, Learner, TrainedMessage, advantages, returns, search_rewards
-from tree import Candidate, Sample
+from tree import Candidate, Sample, sample_tree
 
 # ---- Rollouts ------------------------------------------------------------------------------------
 
@@ -37,7 +33,7 @@ from tree import Candidate, Sample
 def messages_of(mas, num_candidates, *, say=str, outcomes=()):
     """Return the messages of a scripted tree; its terminal nodes have these outcomes, in order."""
     policy = ScriptedPolicy(mas, say)
-    nodes = drive(train_agents.sample_tree("q", mas, num_candidates), {Sample: policy})
+    nodes = drive(sample_tree("q", mas, num_candidates, greedy=False), {Sample: policy})
     assert all(paths for _, paths, _, _ in policy.requests)  # nothing is asked of no node
     leaves = [node for node in nodes if not node.children]
     for leaf, outcome in zip(leaves, outcomes, strict=False):
@@ -461,16 +457,8 @@ def test_the_first_of_the_best_adapters_are_kept(tmp_path, small):
 
 
 def test_a_run_that_is_killed_and_resumed_equals_one_that_is_not(finished, tmp_path, small):
-    run = partial(output_of, train_agents, "--run", tmp_path, *small)
-    metrics = tmp_path / "agents" / "metrics.jsonl"
-    child = start_in_fork(run)
-    deadline = time.time() + 60
-    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
-        assert time.time() < deadline
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    assert exit_code_of(child) == -signal.SIGKILL
-    run()
+    kill_when(tmp_path, "agents/metrics.jsonl", 3, train_agents, *small)
+    output_of(train_agents, "--run", tmp_path, *small)
     for name in FILES:
         assert (tmp_path / "agents" / name).read_bytes() == (finished / name).read_bytes(), name
 

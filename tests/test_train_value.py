@@ -25,7 +25,7 @@ import train_value
 from llm.packing import sequences_of
 from mas import CHAIN, load_graph
 from support.flags import InputError
-from support.runs import differences, seeded
+from support.runs import differences, read_config, seeded
 from tasks.problems import question_key
 from train_value import edges_of, epoch_batches, learning_rate_factor, pack_trees, training_loss
 from value import ValueModel, size_of
@@ -90,18 +90,10 @@ GROUPS = [("p", "Solver")] * 3 + [("p", "Planner"), ("q", "Solver")]
 LOGITS = [0.3, 0.8, -0.2, -0.7, 0.1]
 
 
-def losses_of(loss, outputs, huber_delta=1.0):
-    """Return the loss of each label, when all others have the weight 0."""
-    model = make_model(loss=loss)
-
-    def summed(weights):
-        targets = torch.tensor(TARGETS)
-        return training_loss(model, outputs, targets, weights, GROUPS, huber_delta=huber_delta)
-
-    losses = torch.stack([summed(weights) for weights in torch.eye(len(TARGETS))])
-    weights = torch.tensor([2.0, 0.5, 0.0, 1.0, 3.0])
-    assert torch.allclose(summed(weights), weights @ losses)  # a weighted sum, no mean
-    return losses.tolist()
+def loss_of(loss, outputs, huber_delta=1.0):
+    """Return the loss of the batch of all labels: their sum, no mean."""
+    model, targets = make_model(loss=loss), torch.tensor(TARGETS)
+    return training_loss(model, outputs, targets, GROUPS, huber_delta=huber_delta).item()
 
 
 def huber(error, delta):
@@ -112,9 +104,9 @@ def test_huber_and_squared_error_by_hand():
     outputs = torch.tensor(LOGITS)[:, None]
     errors = [math.tanh(logit) - y for logit, y in zip(LOGITS, TARGETS, strict=True)]
     for delta in (1.0, 0.3):
-        by_hand = [huber(error, delta) for error in errors]
-        assert losses_of("huber", outputs, delta) == pytest.approx(by_hand)
-    assert losses_of("mse", outputs) == pytest.approx([error**2 for error in errors])
+        by_hand = sum(huber(error, delta) for error in errors)
+        assert loss_of("huber", outputs, delta) == pytest.approx(by_hand)
+    assert loss_of("mse", outputs) == pytest.approx(sum(error**2 for error in errors))
 
 
 def test_the_ranking_loss_by_hand():
@@ -125,16 +117,16 @@ def test_the_ranking_loss_by_hand():
 
     first, second, third = of_pair(0, 1), of_pair(0, 2), of_pair(2, 1)
     by_hand = [(first + second) / 2, (first + third) / 2, (second + third) / 2, 0, 0]
-    assert losses_of("rank", torch.tensor(LOGITS)[:, None]) == pytest.approx(by_hand)
+    assert loss_of("rank", torch.tensor(LOGITS)[:, None]) == pytest.approx(sum(by_hand))
 
 
 def test_the_distributional_loss_by_hand():
     """Bins lie at -1, -0.9, ..., 1; y = 0.525 is a quarter of the way from bin 15 to bin 16."""
     outputs = torch.linspace(-1, 2, 21).repeat(5, 1)
     logprobs = outputs[0].log_softmax(-1).tolist()
-    by_hand = [-logprobs[index] for index in (20, 0, 10, 15)]
-    by_hand.append(-(0.75 * logprobs[15] + 0.25 * logprobs[16]))
-    assert losses_of("dist", outputs) == pytest.approx(by_hand)
+    by_hand = [logprobs[index] for index in (20, 0, 10, 15)]
+    by_hand.append(0.75 * logprobs[15] + 0.25 * logprobs[16])
+    assert loss_of("dist", outputs) == pytest.approx(-sum(by_hand))
 
 
 # ---- The training loop ---------------------------------------------------------------------------
@@ -178,11 +170,10 @@ def test_steps_differ_in_their_learning_rate_and_gradients_are_clipped(tmp_path)
     assert max(gradient.norm() for *_, gradient in steps) > 0.999
 
 
-@pytest.mark.parametrize("label_weights", ["equal", "visits"])
-def test_a_label_counts_the_same_in_small_and_in_large_batches(tmp_path, label_weights):
+def test_a_label_counts_the_same_in_small_and_in_large_batches(tmp_path):
     """However an epoch is cut, its mean step is the gradient of the mean loss over all labels.
 
-    By visits, the weight of a label is N / mean N. V hardly moves here, so the loss is known.
+    V hardly moves here, so the loss is known.
     """
     gradients = []
     for batch_tokens in (10**6, 700, 1):
@@ -191,14 +182,11 @@ def test_a_label_counts_the_same_in_small_and_in_large_batches(tmp_path, label_w
         edges = edges_of(transcripts)
         predictions = model.predict(transcripts, batch_tokens=999)
         values = [value for values in predictions for value in values]
-        mean_visits = sum(edge.visits for edge in edges) / len(edges)
-        by_hand = 0.0
-        for edge, value in zip(edges, values, strict=True):
-            weight = edge.visits / mean_visits if label_weights == "visits" else 1.0
-            by_hand += weight * huber(value - edge.y, 0.01) / len(edges)
+        errors = [value - edge.y for edge, value in zip(edges, values, strict=True)]
         argv = ["--epochs", 1, "--lr", 1e-12, "--huber-delta", 0.01]
-        argv += ["--label-weights", label_weights, "--train-batch-tokens", batch_tokens]
+        argv += ["--train-batch-tokens", batch_tokens]
         [loss], steps = fit(model, transcripts, tmp_path / str(batch_tokens), *argv)
+        by_hand = sum(huber(error, 0.01) for error in errors) / len(edges)
         assert loss == pytest.approx(by_hand, rel=1e-4)
         gradients.append(torch.stack([gradient for *_, gradient in steps]).mean(0))
         assert max(gradient.norm() for *_, gradient in steps) < 0.99  # not clipped
@@ -277,13 +265,19 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, rollouts, tmp_path):
         assert (tmp_path / "value" / name).read_text() == (trained / name).read_text()
 
 
-def test_a_damaged_checkpoint_is_one_line_that_names_it(trained, rollouts, tmp_path):
+@pytest.fixture
+def unfinished(trained, tmp_path):
+    """Return a copy of that V which is not marked as finished."""
     folder = shutil.copytree(trained, tmp_path / "value")
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
-    (folder / "checkpoint.pt").write_bytes(b"PK")
-    error = error_of(train_value, "--run", tmp_path, "--rollouts", rollouts, *SMALL)
-    assert str(folder / "checkpoint.pt") in error
+    return folder
+
+
+def test_a_damaged_checkpoint_is_one_line_that_names_it(unfinished, rollouts):
+    (unfinished / "checkpoint.pt").write_bytes(b"PK")
+    error = error_of(train_value, "--run", unfinished.parent, "--rollouts", rollouts, *SMALL)
+    assert str(unfinished / "checkpoint.pt") in error
 
 
 def test_v_is_not_trained_on_held_out_labels(trained, rollouts, tmp_path):
@@ -294,15 +288,12 @@ def test_v_is_not_trained_on_held_out_labels(trained, rollouts, tmp_path):
     assert load(tmp_path / "value").fingerprint == load(trained).fingerprint
 
 
-def test_a_head_that_was_not_saved_is_noticed(trained, tmp_path):
-    folder = shutil.copytree(trained, tmp_path / "value")
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
-    model = ValueModel.load(folder, CHAIN, flags(), must_be_finished=False)
+def test_a_head_that_was_not_saved_is_noticed(unfinished):
+    model = ValueModel.load(unfinished, CHAIN, flags(), must_be_finished=False)
     model.head.bias.data += 1
     with pytest.raises(AssertionError, match="is not the trained one"):
-        train_value.verify_saved(model, folder, states_of(model, HELDOUT), flags())
-    assert '"finished": true' not in config.read_text()
+        train_value.verify_saved(model, unfinished, states_of(model, HELDOUT), flags())
+    assert not read_config(unfinished)["finished"]
 
 
 @pytest.mark.parametrize("argv", ["--loss rank --target outcome", "--loss dist --view local"])
@@ -315,8 +306,7 @@ def test_the_variants_train_save_and_load(rollouts, tmp_path, argv):
 
 
 CHANGES = "--target outcome, --view local, --loss mse, --no-quantize, --lora-rank 7, --lr 0.5, "
-CHANGES += "--epochs 9, --huber-delta 0.3, --train-batch-tokens 100, --seed 8, --dtype bfloat16, "
-CHANGES += "--label-weights visits"
+CHANGES += "--epochs 9, --huber-delta 0.3, --train-batch-tokens 100, --seed 8, --dtype bfloat16"
 
 
 def test_every_flag_that_changes_v_is_a_setting(model, tmp_path):

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 
 import pytest
-from labelling import label, make_problems
+from searching import label, make_problems
 
 from mas import State
 from support.progress import Progress
@@ -179,6 +179,8 @@ def test_a_search_can_be_replayed_from_its_record(records):
                 index = record["nodes"][index]["parent"]
         for index, node in enumerate(record["nodes"]):
             assert (node["N"], node["W"]) == (visits[index], totals[index])
+            # A fresh terminal state is counted, and so is each sibling of it.
+            assert node["N"] > 0 or "reward" not in node
 
 
 def test_every_visited_edge_is_labelled_exactly_once_with_its_q(chain, records):

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 import generate_rollouts
 from llm.decoding import gumbel_noise, message_key
-from llm.policy import policy_settings, search_settings, with_journal
+from llm.policy import policy_settings, run_settings, with_journal
 from mas import CHAIN
 from support.flags import InputError
 from support.progress import Progress
@@ -341,7 +341,6 @@ SETTINGS = {  # recorded setting -> a value that is not the default
     "top_k": 7,
     "top_p": 0.8,
     "max_new_tokens": 64,
-    "c_uct": 2.0,
     "task": "tiny-score",
     "data": "mine.jsonl",
     "dtype": "bfloat16",
@@ -357,7 +356,7 @@ def test_a_setting_that_changes_messages_or_trees_is_recorded(policy, name):
     def settings_with(*flags):
         args = generate_rollouts.parse_args(list(flags))
         settings = policy_settings(args)
-        return search_settings(args, replace(policy, settings=settings))
+        return run_settings(args, replace(policy, settings=settings))
 
     value = SETTINGS[name]
     flags = ["--" + name.replace("_", "-")]

@@ -23,7 +23,7 @@ from support.flags import ROOT, InputError
 SEES = {"Reader": ["Q"], "Planner": ["Q", "Reader"], "Solver": ["Planner"], "Verifier": ["Q"]}
 AGENTS = [{"name": name, "sees": sees} for name, sees in SEES.items()]
 SETTINGS = {"graph": {"agents": AGENTS}, "c_uct": 1.0, "target": "search", "loss": "huber"}
-SETTINGS |= {"huber_delta": 1.0, "label_weights": "equal"}
+SETTINGS |= {"huber_delta": 1.0}
 CONFIG = {"settings": SETTINGS, "finished": True, "best_step": 2, "command": "python <b>.py"}
 CONFIG |= {"commit": "0123-dirty", "started": "2026-01-01", "device": "cpu"}
 

@@ -23,7 +23,7 @@ def test_one_cut_message_in_twenty_is_the_limit(num_cut, is_warned, tmp_path):
         assert bool(lines) == is_warned
 
 
-HUBER = {"target": "search", "loss": "huber", "huber_delta": 1.0, "label_weights": "equal"}
+HUBER = {"target": "search", "loss": "huber", "huber_delta": 1.0}
 
 
 @pytest.mark.parametrize(

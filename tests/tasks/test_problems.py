@@ -17,7 +17,7 @@ from support.flags import InputError, Parser
 from tasks.problems import (
     Problem,
     add_problem_arguments,
-    check_same_problems,
+    check_unchanged,
     load_problems,
     load_training_problems,
     question_key,
@@ -319,4 +319,4 @@ def test_a_record_of_another_problem_is_refused(change):
     records = {"p1": {"question": "How many?", "gold": "7"} | change, "p2": {"question": ""}}
     complaint = f"t.jsonl: the {''.join(change)} of problem p1 has changed"
     with pytest.raises(InputError, match=complaint) if change else nullcontext():
-        check_same_problems(problems, records, Path("t.jsonl"))
+        check_unchanged(problems, records, Path("t.jsonl"))
