@@ -213,10 +213,8 @@ class Journal(AbstractContextManager):
     Each process writes to a file of its own, and reads the files of the others when it starts. Only
     the places of the lines are kept in memory.
 
-    Args:
-        folder: of the journals of a run.
-        name: a fingerprint of the settings.
-        settings: what determines a message, apart from its key.
+    folder: of the journals of a run. name: a fingerprint of the settings. settings: what determines
+    a message, apart from its key.
     """
 
     def __init__(self, folder: Path, name: str, settings: dict):

@@ -328,12 +328,11 @@ def _without_duplicates(
     """
     kept, contradicted = {}, set()
     for raw in raw_problems:
-        key = raw.key
-        other = kept.setdefault(key, raw)
+        other = kept.setdefault(raw.key, raw)
         if raw.gold != other.gold and not same_answer(
             canonical(raw.gold, answer_type), canonical(other.gold, answer_type), answer_type
         ):
-            contradicted.add(key)
+            contradicted.add(raw.key)
             if from_file:
                 raise InputError(
                     f"{other.place} and {raw.place}: one question, but the answers "
@@ -341,7 +340,7 @@ def _without_duplicates(
                 )
         # The order of the data must not matter, so the one that sorts first stays, not the first.
         if raw is not other:
-            kept[key] = min(raw, other, key=repr)
+            kept[raw.key] = min(raw, other, key=repr)
     for problem_id, count in Counter(raw.id for raw in kept.values() if raw.id).most_common(1):
         if count > 1:
             raise InputError(f"{origin}: the id {problem_id} occurs twice")
