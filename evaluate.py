@@ -271,7 +271,7 @@ def write_report(methods: list[Method], records: dict[str, list[dict]], folder: 
     # 1. Numbers.
     summary = summarise(methods, records)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-    plot_accuracy(summary, ["agent_calls"]).savefig(folder / "em_vs_calls.png")
+    plot_accuracy(summary).savefig(folder / "em_vs_calls.png")
 
     # 2. All tables, for GitHub.
     tables = [methods_table(summary), comparisons_table(summary["comparisons"])]
@@ -313,7 +313,7 @@ def main(args) -> None:
     # 1. Load the graph, the methods, the problems and the models.
     mas = load_graph(args.graph)
     methods = read_methods(args, mas)
-    problems = load_problems(task=args.task, data=args.data, split="test", num=args.num_problems)
+    problems = load_problems(args.task, args.data, {"test": args.num_problems})
     scorers = load_scorers(methods, args, mas)
     refuse_leaks(problems, methods, args)
     progress = Progress(shown=process_rank()[0] == 0)

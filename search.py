@@ -31,7 +31,7 @@ from support.flags import InputError, cli, positive_int, stage_parser, unit_floa
 from support.progress import Progress
 from support.runs import read_config
 from tasks.grading import extract_answer, same_answer
-from tasks.problems import Problem, add_problem_arguments, problem_at
+from tasks.problems import Problem, add_problem_arguments, load_problems
 from tree import (
     Cost,
     Handler,
@@ -404,7 +404,10 @@ def main(args) -> None:
     method = parse_method(args.method, mas, num_candidates=args.num_candidates, lam=args.lam)
     if args.html is not None and method.algorithm not in TREE_SEARCHES:
         raise InputError(f"--html: {method.name} has no tree; take an sbs or mcts --method")
-    problem = problem_at(task=args.task, data=args.data, position=args.index)
+    problems = load_problems(args.task, args.data, {"test": args.index})
+    if len(problems) < args.index:
+        raise InputError(f"--index {args.index}: there are {len(problems)} test problems")
+    problem = problems[-1]
     if args.question is not None:  # it has the answer type of the task
         problem = replace(problem, id="question", question=args.question, gold="?")
     scorers = load_scorers([method], args, mas)

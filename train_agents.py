@@ -31,7 +31,7 @@ from support.flags import InputError, cli, positive_float, positive_int, stage_p
 from support.progress import Progress
 from support.records import errors_name, open_to_append, read_jsonl, write_line
 from support.runs import fingerprint, open_run, read_config, seeded, write_checkpoint, write_config
-from support.statistics import agent_measures, by_agent, mean_by_agent, mean_of_known
+from support.statistics import agent_measures, by_agent, mean_of_known
 from tasks.problems import Problem, add_problem_arguments, load_training_problems, save_problems
 from tree import Node, Sample, TooLong, grade_terminals, run_searches, sample_tree
 from value import ValueModel, add_value_arguments
@@ -328,7 +328,9 @@ class Learner:
         record["refused"] = sorted({p.id for p in problems} - {p.id for p in rollouts.values()})
         record["cut"] = sum(node.candidate.truncated for node in rollouts)
         record["without_reward"] = list(rewards.values()).count(None)
-        record["reward"] = mean_by_agent(rewards)
+        record["reward"] = {}
+        for agent, nodes in by_agent(rewards).items():
+            record["reward"][agent] = mean_of_known(map(rewards.get, nodes))
         record |= update | {"rollouts": agent_measures(rollouts, outcomes)}
         return record, {"step": step, "messages": lines}
 

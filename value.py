@@ -33,7 +33,7 @@ from llm.text import TextEncoder
 from mas import MAS, State
 from support.flags import TINY_AGENTS, InputError, Parser
 from support.records import errors_name
-from support.runs import differences, fingerprint, read_config, read_finished_config
+from support.runs import differences, fingerprint, read_config
 from tree import Edge, TooLong
 
 # ---- What V reads --------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class ValueModel(nn.Module):
         was trained with another graph, rendering of states or backbone.
         """
         # 1. Its backbone.
-        config = read_finished_config(folder) if must_be_finished else read_config(folder)
+        config = read_config(folder, must_be_finished=must_be_finished)
         settings = config["settings"]
         name = find_backbone(folder, settings["backbone"], args)
         backbone, tokenizer = load_backbone(

@@ -167,7 +167,7 @@ def label(problems: list[Problem], policy: Policy, args) -> tuple[float, dict]:
 
 def measure_trees(args) -> None:
     """Label the same problems in several ways, and compare each with the way it is done."""
-    problems = load_problems(task="tiny", data=None, split="train", num=args.problems)
+    problems = load_problems("tiny", None, {"train": args.problems})
     together = len(problems)
     ways = {
         "all together": (Decoder, together),

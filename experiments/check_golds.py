@@ -154,7 +154,7 @@ def main(task: str, files: list[str]) -> int:
             raw = read_row(row, file)
             golds[raw.question] = raw.gold
         # This raises InputError if a gold answer cannot be read.
-        problems = load_problems(task=task, data=file, split="test", num=len(rows))
+        problems = load_problems(task, file, {"test": len(rows)})
         for problem in problems:
             check_problem(problem, golds[problem.question], counts, failures)
 

@@ -79,9 +79,7 @@ def _compare_trainings(groups: dict[str, list[Path]], stage: str) -> list[list[s
     for name, runs in groups.items():
         trainings = []
         for folder in [run / stage for run in runs if (run / stage).is_dir()]:
-            config = read_config(folder)
-            if not config.get("finished"):
-                raise InputError(f"{folder}: its training is not finished")
+            config = read_config(folder, must_be_finished=True)
             trainings.append((read_jsonl(folder / "metrics.jsonl"), config.get("best_step")))
         if trainings:
             if stage == "value":

@@ -28,7 +28,7 @@ from torch import nn
 from mas import MAS
 from support.flags import InputError, Parser, positive_int
 from support.records import errors_name
-from support.runs import read_finished_config
+from support.runs import read_config
 
 
 def add_lora(model: nn.Module, *, rank: int, name: str = "default") -> PeftModel:
@@ -112,7 +112,7 @@ class AgentAdapters:
 
         Raises InputError if they were trained on another base or, one per agent, for other agents.
         """
-        settings = read_finished_config(folder)["settings"]
+        settings = read_config(folder, must_be_finished=True)["settings"]
         trouble = None
         if settings["model"]["fingerprint"] != base["model"]["fingerprint"]:
             trouble = f"trained on another model; give --model {settings['model']['name']}"

@@ -10,7 +10,6 @@ the trees of instructive problems. Each page is one file that opens by double cl
 """
 
 import base64
-import io
 import itertools
 import re
 from pathlib import Path
@@ -54,8 +53,8 @@ def render(template: str, **values) -> str:
 def run_page(run: Path) -> str:
     """Return the page of a run, and write the tree pages that it links to.
 
-    The functions of the stages return blocks (paragraphs, and tables as lists of rows), figures,
-    and lines of warnings. Pictures that a stage has left in its folder are shown as well.
+    The functions of the stages return blocks (paragraphs, and tables as lists of rows), and the
+    lines of warnings. Pictures in the folder of a stage are shown as well.
     """
     stages = ("rollouts", "value", "orm", "eval", "agents")
     shows = (show_labels, show_value, show_value, show_answers, show_agents)
@@ -64,15 +63,11 @@ def run_page(run: Path) -> str:
         folder = run / stage
         if folder.is_dir():
             config = read_config(folder)
-            blocks, figures, lines = ["This stage is not finished."], [], []
+            blocks, lines = ["This stage is not finished."], []
             is_finished = config.get("finished") or (folder / "summary.json").is_file()
             if is_finished or stage == "rollouts":
-                blocks, figures, lines = show(folder, config)
+                blocks, lines = show(folder, config)
             images = [path.read_bytes() for path in sorted(folder.glob("*.png"))]
-            for figure in figures:
-                file = io.BytesIO()
-                figure.savefig(file, format="png")
-                images.append(file.getvalue())
             texts = [base64.b64encode(image).decode() for image in images]
             sections.append((stage, config, blocks, texts, lines))
     if not sections:
@@ -83,7 +78,7 @@ def run_page(run: Path) -> str:
 def show_labels(folder: Path, config: dict):
     trees = list(read_records(folder / "trees.jsonl").values())
     agents = [agent["name"] for agent in config["settings"]["graph"]["agents"]]
-    return [labels_table(trees, agents)], [], label_warnings(trees)
+    return [labels_table(trees, agents)], label_warnings(trees)
 
 
 def show_value(folder: Path, config: dict):
@@ -93,8 +88,8 @@ def show_value(folder: Path, config: dict):
     for epoch in epochs:
         blocks.append(f"Epoch {epoch['epoch'] + 1}: training loss {epoch['train_loss']:.4f}")
         blocks.append(value_table([epoch["heldout"]]))
-    figure = plot_reliability(heldout, list(epochs[-1]["heldout"]))
-    return blocks, [figure], value_warnings(epochs[-1]["train_loss"], heldout, config["settings"])
+    plot_reliability(heldout, list(epochs[-1]["heldout"])).savefig(folder / "reliability.png")
+    return blocks, value_warnings(epochs[-1]["train_loss"], heldout, config["settings"])
 
 
 def show_answers(folder: Path, config: dict):
@@ -106,12 +101,12 @@ def show_answers(folder: Path, config: dict):
         records[method] = [record_of[problem_id] for problem_id in summary["problems"]]
     blocks = read_markdown((folder / "table.md").read_text("utf-8", errors="replace"))
     blocks += ["Instructive problems:", instructive_problems(records, folder.parent, config)]
-    return blocks, [], answer_warnings(records, folder.parent / "value")
+    return blocks, answer_warnings(records, folder.parent / "value")
 
 
 def show_agents(folder: Path, config: dict):
     records = read_jsonl(folder / "metrics.jsonl")
-    return [training_table([(records, config["best_step"])])], [], agents_warnings(records)
+    return [training_table([(records, config["best_step"])])], agents_warnings(records)
 
 
 def read_markdown(text: str) -> list[str | list[list[str]]]:

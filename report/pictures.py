@@ -24,10 +24,9 @@ def _panels(titles: list[str], *, num_columns: int, xlabel: str, ylabel: str):
 def _draw(panel, xs: list, ys: list[float | None], *, label: str, index: int) -> None:
     """Draw a curve; unknown y are left out. index: of its colour and marker."""
     style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-    panel.plot(xs, ys, label=label, markersize=5, **style)
-    handles, labels = panel.get_legend_handles_labels()
-    handle_of_label = dict(zip(labels, handles, strict=True))  # each label once
-    panel.legend(handle_of_label.values(), handle_of_label, fontsize=8)
+    _, labels = panel.get_legend_handles_labels()
+    panel.plot(xs, ys, label=None if label in labels else label, markersize=5, **style)
+    panel.legend(fontsize=8)
 
 
 def plot_reliability(heldout: list[dict], agents: list[str]):
@@ -51,28 +50,26 @@ def plot_reliability(heldout: list[dict], agents: list[str]):
     return figure
 
 
-def plot_accuracy(summary: dict, costs: list[str]):
-    """Draw exact match against cost, with 95 % intervals.
+def plot_accuracy(summary: dict):
+    """Draw exact match against agent calls, with 95 % intervals.
 
     Methods that differ only in N, their number of passes, beams or simulations, are one line.
-    summary: of summary.json. costs: the fields of its methods whose sum is the cost.
+    summary: of summary.json.
     """
     lines: dict[str, list[dict]] = {}
-    for name, row in summary["methods"].items():
+    for row in summary["methods"].values():
         settings = [row[key] for key in ("algorithm", "scorer", "num_candidates", "lam")]
-        cost = sum(row[field] for field in costs)
-        lines.setdefault(repr(settings), []).append(row | {"name": name, "cost": cost})
-    title = f"{row['n']} test problems, 95 % intervals"
-    axes = {"xlabel": " + ".join(costs) + " per problem", "ylabel": "exact match, %"}
+        lines.setdefault(repr(settings), []).append(row)
+    title = f"{len(summary['problems'])} test problems, 95 % intervals"
+    axes = {"xlabel": "agent_calls per problem", "ylabel": "exact match, %"}
     figure, [panel] = _panels([title], num_columns=1, **axes)
     figure.set_size_inches(10, 6)
     for index, rows in enumerate(lines.values()):
-        rows.sort(key=lambda row: row["cost"])
-        costs, ems = [row["cost"] for row in rows], [100 * row["em"] for row in rows]
-        _draw(panel, costs, ems, label=", ".join(row["name"] for row in rows), index=index)
-        for row in rows:
-            ends = (100 * row["low"], 100 * row["high"])
-            panel.vlines(row["cost"], *ends, color=COLOURS[index % len(COLOURS)], linewidth=1)
+        rows.sort(key=lambda row: row["agent_calls"])
+        calls = [row["agent_calls"] for row in rows]
+        ems, lows, highs = ([100 * row[key] for row in rows] for key in ("em", "low", "high"))
+        _draw(panel, calls, ems, label=", ".join(row["name"] for row in rows), index=index)
+        panel.vlines(calls, lows, highs, color=COLOURS[index % len(COLOURS)], linewidth=1)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:,g}")
     panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

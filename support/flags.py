@@ -87,9 +87,7 @@ def stage_parser(doc: str, *, writes: bool) -> Parser:
     add("--device", default=default_device, help="cpu, cuda or cuda:N")
     dtypes = ("auto", "float32", "bfloat16")
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, else float32")
-    wanted = os.environ.get("OMP_NUM_THREADS", "")  # "4,2" is valid there, and 0 is not here
-    is_usable = wanted.isdecimal() and int(wanted) > 0
-    num_threads = int(wanted) if is_usable else min(2, os.cpu_count() or 1)
+    num_threads = min(2, torch.get_num_threads())  # that is OMP_NUM_THREADS, or of the machine
     add("--num-threads", type=positive_int, default=num_threads, help="of torch, on the CPU")
     help_batch = "size of a batch that is generated or scored: rows x tokens of the longest"
     add("--batch-tokens", type=positive_int, default=131072, help=help_batch)

@@ -71,5 +71,4 @@ class Progress:
         self.advance(0)
 
     def describe_messages(self) -> str:
-        generated, recalled = f"{self.num_generated:,}", f"{self.num_recalled:,}"
-        return f"{generated} messages generated, {recalled} from the journal"
+        return f"{self.num_generated:,} messages generated, {self.num_recalled:,} from the journal"

@@ -9,11 +9,10 @@ import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -39,10 +38,6 @@ def errors_name(what: object) -> Iterator[None]:
         raise InputError(f"{what}: {reason:.200} ({type(error).__name__})") from error
 
 
-class FileInUseError(InputError):
-    """Another process is writing a file."""
-
-
 def _finite(text: str) -> float:
     """Read a number of JSON. Raises ValueError for NaN and Infinity, which Python writes."""
     number = float(text)
@@ -56,8 +51,6 @@ STRICT_JSON = {"parse_float": _finite, "parse_constant": _finite}  # for json.lo
 
 class Fields(dict):
     """An object of a JSON file. A field that it lacks is an InputError that names the file."""
-
-    __slots__ = ("place",)
 
     def __init__(self, place: str, fields: dict):
         super().__init__(fields)
@@ -103,24 +96,22 @@ def open_to_append(path: Path) -> BinaryIO:
 
     Only a writer may do that: to a reader, a line that is being written looks the same.
 
-    Raises FileInUseError if another process is writing the file.
+    Raises InputError if another process is writing the file.
     """
     file = open(path, "a+b")  # noqa: SIM115 (the caller closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise FileInUseError(
+        raise InputError(
             f"{path}: another process is writing this file; wait for it, or choose another --run"
         ) from None
-    num_bytes = file.seek(0, os.SEEK_END)
-    if num_bytes > 0:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            num_finished_bytes = content.rfind(b"\n") + 1
-        if num_finished_bytes < num_bytes:
-            note = "the last line is torn; it is cut off, and what it recorded is done again"
-            print(f"{path}: {note}", file=sys.stderr)
-            file.truncate(num_finished_bytes)
+    file.seek(0)
+    num_finished_bytes = sum(len(line) for line in file if line.endswith(b"\n"))
+    if num_finished_bytes < file.tell():
+        note = "the last line is torn; it is cut off, and what it recorded is done again"
+        print(f"{path}: {note}", file=sys.stderr)
+        file.truncate(num_finished_bytes)
     return file
 
 
@@ -175,9 +166,7 @@ def read_records(
     """Read the records of all processes: problem id -> record, sorted by id.
 
     Shards count whatever the number of processes was. A problem whose line is torn has no record.
-
-    Args:
-        keep: what to keep of each record, so that large files need not fit into memory.
+    keep: what to keep of each record, so that large files need not fit into memory.
     """
     records = {}
     shards = sorted(path.parent.glob(f"{path.stem}.*of*.jsonl"))
@@ -211,7 +200,7 @@ def only(*names: str) -> Callable[[dict], dict]:
 # ---- The journal: no message is ever generated twice ---------------------------------------------
 
 
-class Journal:
+class Journal(AbstractContextManager):
     """All messages that were sampled with the same settings, on disk, by key.
 
     A message is a function of its prompt, of how it is sampled, and of its place in the search. The
@@ -224,24 +213,22 @@ class Journal:
     Each process writes to a file of its own, and reads the files of the others when it starts. Only
     the places of the lines are kept in memory.
 
-    Args:
-        folder: of the journals of a run.
-        name: a fingerprint of the settings.
-        settings: what determines a message, apart from its key.
+    folder: of the journals of a run. name: a fingerprint of the settings. settings: what determines
+    a message, apart from its key.
     """
 
     def __init__(self, folder: Path, name: str, settings: dict):
-        self.name = name
         self.places: dict[str, tuple[Path, int]] = {}  # key -> (file, first byte of its line)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.json").write_text(json.dumps(settings, indent=1) + "\n")
-        self._open_own_file(folder)
-        for path in sorted(folder.glob(f"{self.name}*.jsonl")):
+        (folder / f"{name}.json").write_text(json.dumps(settings, indent=1) + "\n")
+        for number in itertools.count():
+            self.path = folder / (f"{name}.{number}.jsonl" if number else f"{name}.jsonl")
+            with suppress(InputError):  # another process is writing it
+                self.file = open_to_append(self.path)
+                break
+        for path in sorted(folder.glob(f"{name}*.jsonl")):
             for entry, start in _parse_lines(path, only_finished=True):
                 self.places[entry["key"]] = (path, start)
-
-    def __enter__(self) -> "Journal":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.file.close()
@@ -260,14 +247,3 @@ class Journal:
         start = self.file.seek(0, os.SEEK_END)
         append_jsonl(self.file, {"key": key} | entry)
         self.places[key] = (self.path, start)
-
-    def _open_own_file(self, folder: Path) -> None:
-        """Open the first file of this journal that no other process is writing."""
-        for number in itertools.count():
-            suffix = f".{number}.jsonl" if number else ".jsonl"
-            self.path = folder / (self.name + suffix)
-            try:
-                self.file = open_to_append(self.path)
-                return
-            except FileInUseError:
-                continue

@@ -7,7 +7,6 @@ name.
 import hashlib
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -68,16 +67,11 @@ def _delete_results(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
-def read_config(folder: Path) -> dict:
-    """Read a folder's config.json. Raises InputError if it is damaged."""
+def read_config(folder: Path, *, must_be_finished: bool = False) -> dict:
+    """Read a folder's config.json. Raises InputError if it is damaged, or training not finished."""
     path = folder / "config.json"
-    return parse_json(path.read_bytes(), str(path))
-
-
-def read_finished_config(folder: Path) -> dict:
-    """Read the config.json of a trained model. Raises InputError if training is not finished."""
-    config = read_config(folder)
-    if not config.get("finished"):
+    config = parse_json(path.read_bytes(), str(path))
+    if must_be_finished and not config.get("finished"):
         raise InputError(f"{folder}: its training is not finished; the same command resumes it")
     return config
 
@@ -117,13 +111,10 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     changes = []
     for key in sorted(old.keys() | new.keys()):
         there, now = old.get(key), new.get(key)
-        if without_names(there) == without_names(now):
-            continue
         # A graph and a model have names; they differ as a whole.
-        are_groups = isinstance(there, dict) and isinstance(now, dict)
-        if are_groups and "name" not in there:
+        if isinstance(there, dict) and isinstance(now, dict) and "name" not in there:
             changes += differences(there, now, f"{prefix}{key}.")
-        else:
+        elif without_names(there) != without_names(now):
             changes.append(f"{prefix}{key} (there {_short(there)}, now {_short(now)})")
     return changes
 
@@ -162,7 +153,7 @@ def provenance(device: str) -> dict:
     machine = f"CPU, {os.cpu_count()} cores"
     if device.startswith("cuda"):
         machine = torch.cuda.get_device_name(device)
-    versions = {"python": platform.python_version()}
+    versions = {"python": sys.version.split()[0]}
     for package in ("torch", "transformers", "peft", "numpy"):
         versions[package] = version(package)
     # The commit of this code, with "-dirty" if it was changed; None without git.

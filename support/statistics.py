@@ -21,19 +21,10 @@ QUANTILES = (0.025, 0.975)
 # ---- V against the labels of held-out problems ---------------------------------------------------
 
 
-def auc(values: list[float], is_right: list[bool]) -> float:
-    """Return the area under the ROC curve: P(V of a right state > V of a wrong one).
-
-    A tie counts one half.
-    """
-    v, right = np.asarray(values), np.asarray(is_right)
-    differences = v[right][:, None] - v[~right]  # of every pair
-    return float((np.sign(differences).mean() + 1) / 2)
-
-
 def problem_aucs(problem_ids: list[str], targets: list[float], values: list[float]) -> list[float]:
     """Return the AUC within each problem that has both right (y > 0) and wrong (y < 0) states.
 
+    The area under the ROC curve is P(V of a right state > V of a wrong one); a tie counts one half.
     problem_ids, targets, values: of each state its problem, y and V.
     """
     states_of_problem = defaultdict(list)
@@ -42,9 +33,10 @@ def problem_aucs(problem_ids: list[str], targets: list[float], values: list[floa
             states_of_problem[problem_id].append((value, y > 0))
     aucs = []
     for states in states_of_problem.values():
-        problem_values, is_right = zip(*states, strict=True)
+        v, is_right = map(np.array, zip(*states, strict=True))
         if len(set(is_right)) == 2:
-            aucs.append(auc(problem_values, is_right))
+            differences = v[is_right][:, None] - v[~is_right]  # of every pair
+            aucs.append(float((np.sign(differences).mean() + 1) / 2))
     return aucs
 
 
@@ -52,8 +44,7 @@ def bootstrap_interval(samples: list[float]) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of the mean, over problems."""
     rng = np.random.default_rng(0)
     means = rng.choice(np.asarray(samples), size=(NUM_RESAMPLES, len(samples))).mean(1)
-    low, high = np.quantile(means, QUANTILES).tolist()
-    return low, high
+    return tuple(np.quantile(means, QUANTILES).tolist())
 
 
 def calibration_error(v: np.ndarray, y: np.ndarray) -> float:
@@ -70,9 +61,8 @@ def value_metrics(edges: list[Edge], values: list[float]) -> dict[str, dict]:
     """Return how well V predicts the held-out labels, per agent (see `agent_metrics`)."""
     report = {}
     for agent in dict.fromkeys(edge.agent for edge in edges):
-        pairs = zip(edges, values, strict=True)
-        own = [(edge, value) for edge, value in pairs if edge.agent == agent]
-        report[agent] = agent_metrics([edge for edge, _ in own], [value for _, value in own])
+        own = [index for index, edge in enumerate(edges) if edge.agent == agent]
+        report[agent] = agent_metrics([edges[i] for i in own], [values[i] for i in own])
     return report
 
 
@@ -139,13 +129,6 @@ def mean_of_known(numbers: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def mean_by_agent(number_of: dict[Node, float | None]) -> dict[str, float | None]:
-    means = {}
-    for agent, nodes in by_agent(number_of).items():
-        means[agent] = mean_of_known(number_of[node] for node in nodes)
-    return means
-
-
 def agent_measures(
     rollouts: dict[Node, Any], outcomes: dict[Node, float | None]
 ) -> dict[str, dict]:
@@ -156,9 +139,7 @@ def agent_measures(
     value_auc: AUC of V against right and wrong states of the same problem, see `problem_aucs`.
     tokens, truncated: mean length, and the share of messages that were cut at their limit.
 
-    Args:
-        rollouts: the messages, each with its problem.
-        outcomes: the mean outcome below each message.
+    rollouts: the messages, each with its problem. outcomes: the mean outcome below each message.
     """
     measures = {}
     for agent, nodes in by_agent(rollouts).items():

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from support.flags import ROOT, SURROGATE, InputError, Parser, positive_int
-from support.records import append_jsonl
+from support.records import append_jsonl, errors_name
 from tasks.files import read_rows
 from tasks.grading import canonical, find_boxes, is_comparable, same_answer
 
@@ -133,38 +133,23 @@ def add_problem_arguments(parser: Parser, *, training: bool) -> None:
 
 def load_training_problems(args) -> list[Problem]:
     """Load training problems, and held-out ones to measure on. Test problems are never loaded."""
-    nums = {"train": args.num_train, "heldout": args.num_heldout}
-    if args.data is not None or args.task in TASKS:
-        return _load(args.task, args.data, nums)  # a million rows are read once
-    return [problem for split in nums for problem in _load(args.task, None, {split: nums[split]})]
+    return load_problems(
+        args.task, args.data, {"train": args.num_train, "heldout": args.num_heldout}
+    )
 
 
-def load_problems(*, task: str, data: str | None, split: str, num: int) -> list[Problem]:
-    """Load the first `num` problems of a split, in the fixed order.
+def load_problems(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Problem]:
+    """Load the first problems of each split, in the fixed order. The data is read once.
 
-    If the split has fewer problems, all of them are returned and a warning is printed. Raises
+    If a split has fewer problems, all of them are returned and a warning is printed. Raises
     InputError if the data cannot be loaded or used. task: one of EMBEDDED or TASKS.
 
     data: a file to read instead of the task's data (see tasks/files.py). Given with an embedded
     task, it is graded by the narrowest answer type that fits all of its answers.
     """
-    return _load(task, data, {split: num})
-
-
-def problem_at(*, task: str, data: str | None, position: int) -> Problem:
-    """Return the test problem at a position, counted from 1 (--index). Raises InputError."""
-    problems = _load(task, data, {"test": position})
-    if len(problems) < position:
-        origin = data or f"--task {task}"
-        raise InputError(f"--index {position}: {origin} has {len(problems)} test problems")
-    return problems[-1]
-
-
-def _load(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Problem]:
-    """Load the first problems of each split, as many as there are. The data is read once."""
     # 1. Read all problems of the data.
     origin = data or task
-    rows = enumerate(_read_rows(task, data, num_of_split), 1)
+    rows = enumerate(_read_rows(task, data, is_test="test" in num_of_split), 1)
     raw_problems = [read_row(row, f"{origin}, row {number}") for number, row in rows]
     if not raw_problems:
         raise InputError(f"{origin}: it has no problems")
@@ -178,7 +163,7 @@ def _load(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Pro
     # 3. Keep each question once.
     raw_problems = _without_duplicates(raw_problems, answer_type, origin, from_file=bool(data))
 
-    # 4. Fix the order. The rows of an embedded task have their own, and are of one split.
+    # 4. Fix the order. The rows of an embedded task have their own order and splits.
     has_own_splits = data is None and task in EMBEDDED
     if not has_own_splits:
         raw_problems.sort(key=lambda raw: _hash(f"order {raw.key}"))
@@ -188,7 +173,9 @@ def _load(task: str, data: str | None, num_of_split: dict[str, int]) -> list[Pro
     prefix = task if task in TASKS else Path(origin).stem
     for split, num in num_of_split.items():
         chosen = raw_problems
-        if not has_own_splits and split != "test":
+        if has_own_splits:
+            chosen = [raw for raw in raw_problems if raw.split == split]
+        elif split != "test":
             chosen = [raw for raw in raw_problems if _split_of(raw.key) == split]
         chosen = chosen[:num]
         if len(chosen) < num:
@@ -224,9 +211,9 @@ def check_unchanged(problems: list[Problem], records: dict[str, dict], path: Pat
     records: problem id -> record, with its `question` and `gold`. path: where they come from.
     """
     for problem in problems:
+        record = records.get(problem.id, vars(problem))
         for key in ("question", "gold"):
-            now = getattr(problem, key)
-            there = records[problem.id][key] if problem.id in records else now
+            there, now = record[key], getattr(problem, key)
             if there != now:
                 raise InputError(
                     f"{path}: the {key} of problem {problem.id} has changed "
@@ -259,6 +246,7 @@ class RawProblem(NamedTuple):
     level: str | None
     place: str  # the file and the line, for error messages
     key: str  # question_key
+    split: str | None  # of an embedded task
 
 
 def read_row(row: dict, place: str) -> RawProblem:
@@ -290,14 +278,13 @@ def read_row(row: dict, place: str) -> RawProblem:
         question += options
     elif "####" in gold:  # GSM8K: a worked solution that ends with "#### 42"
         gold = gold.rpartition("####")[-1].strip()
-    elif column_of["answer"] == "solution":
-        gold = ([""] + [content or "" for _, _, content in find_boxes(gold)])[
-            -1
-        ]  # MATH: \boxed{42}
+    elif column_of["answer"] == "solution":  # MATH: \boxed{42}
+        contents = [content or "" for _, _, content in find_boxes(gold)]
+        gold = contents[-1] if contents else ""
     raw = (texts.get("id"), question, gold, texts.get("subject"), texts.get("level"))
     if SURROGATE.search("".join(filter(None, raw))):
         raise InputError(f"{place}: it has half of a character (a surrogate without its pair)")
-    return RawProblem(*raw, place, question_key(question))
+    return RawProblem(*raw, place, question_key(question), row.get("split"))
 
 
 def _check_text(value, place: str) -> None:
@@ -341,12 +328,11 @@ def _without_duplicates(
     """
     kept, contradicted = {}, set()
     for raw in raw_problems:
-        key = raw.key
-        other = kept.setdefault(key, raw)
+        other = kept.setdefault(raw.key, raw)
         if raw.gold != other.gold and not same_answer(
             canonical(raw.gold, answer_type), canonical(other.gold, answer_type), answer_type
         ):
-            contradicted.add(key)
+            contradicted.add(raw.key)
             if from_file:
                 raise InputError(
                     f"{other.place} and {raw.place}: one question, but the answers "
@@ -354,7 +340,7 @@ def _without_duplicates(
                 )
         # The order of the data must not matter, so the one that sorts first stays, not the first.
         if raw is not other:
-            kept[key] = min(raw, other, key=repr)
+            kept[raw.key] = min(raw, other, key=repr)
     for problem_id, count in Counter(raw.id for raw in kept.values() if raw.id).most_common(1):
         if count > 1:
             raise InputError(f"{origin}: the id {problem_id} occurs twice")
@@ -364,19 +350,13 @@ def _without_duplicates(
     return [raw for key, raw in kept.items() if key not in contradicted]
 
 
-def _read_rows(task: str, data: str | None, splits: Iterable[str]) -> Iterable[dict]:
-    """Read the rows of a file, or those of splits of an embedded task or of the hub."""
-    if data:
-        return read_rows(Path(data))
-    if task in EMBEDDED:
-        return [row for row in read_rows(EMBEDDED[task]) if row["split"] in splits]
+def _read_rows(task: str, data: str | None, *, is_test: bool) -> Iterable[dict]:
+    """Read the rows of a file, of an embedded task, or of a split of the hub."""
+    if data or task in EMBEDDED:
+        return read_rows(Path(data or EMBEDDED[task]))
 
     import datasets  # imported late: it takes a second, and nothing else needs it
 
-    path, name, revision, split = TASKS[task].test if "test" in splits else TASKS[task].train
-    try:
+    path, name, revision, split = TASKS[task].test if is_test else TASKS[task].train
+    with errors_name(f"--task {task}: it cannot be loaded; if you are offline, give --data FILE"):
         return datasets.load_dataset(path, name, revision=revision, split=split).to_list()
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        remedy = "if you are offline, give --data FILE"
-        raise InputError(f"{task}: cannot be loaded ({reason}); {remedy}") from None

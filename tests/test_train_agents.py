@@ -180,7 +180,7 @@ def shared():
 
 
 def train_problems(num):
-    return load_problems(task="tiny", data=None, split="train", num=num)
+    return load_problems("tiny", None, {"train": num})
 
 
 @pytest.fixture(scope="module")

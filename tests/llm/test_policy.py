@@ -23,7 +23,7 @@ from support.progress import Progress
 from tasks.problems import load_problems
 from tree import Candidate, Sample, TooLong, expand, make_root
 
-PROBLEMS = load_problems(task="tiny", data=None, split="test", num=6)
+PROBLEMS = load_problems("tiny", None, {"test": 6})
 
 
 def ask(policy, nodes, *, num=1, greedy=False):

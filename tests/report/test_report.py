@@ -1,6 +1,7 @@
 """Tests of report/: pages, tables, pictures and comparisons, from planted records.
 
-search.json and labels.json are records of the demo: a search of stage 4 and a labelled tree.
+The trees are golden ones: a search of stage 4, whose final states have another value than V, and a
+labelled tree, in which siblings of a final state are graded.
 """
 
 import html
@@ -9,7 +10,6 @@ import math
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -18,18 +18,25 @@ from experiments import compare
 from experiments.compare import compare_runs, read_groups, write_curves
 from report import pictures, tables
 from report.__main__ import main, parse_args, tree_page
-from support.flags import InputError
+from support.flags import ROOT, InputError
 
 SEES = {"Reader": ["Q"], "Planner": ["Q", "Reader"], "Solver": ["Planner"], "Verifier": ["Q"]}
 AGENTS = [{"name": name, "sees": sees} for name, sees in SEES.items()]
-SETTINGS = {"graph": {"agents": AGENTS}, "c_uct": 0.8, "target": "search", "loss": "huber"}
+SETTINGS = {"graph": {"agents": AGENTS}, "c_uct": 1.0, "target": "search", "loss": "huber"}
 SETTINGS |= {"huber_delta": 1.0}
 CONFIG = {"settings": SETTINGS, "finished": True, "best_step": 2, "command": "python <b>.py"}
 CONFIG |= {"commit": "0123-dirty", "started": "2026-01-01", "device": "cpu"}
 
 
+MCTS = {"name": "mcts-2x1-value", "algorithm": "mcts", "scorer": "value", "num": 2}
+MCTS |= {"num_candidates": [2, 1, 1, 1], "lam": 0.0}
+# Golden tree -> its method and c of Eq. 2
+TREES = {"mcts-16x2.3.3.3-value-lam0.5": (MCTS, 1.5), "labels": (None, 1.0)}
+
+
 def read(name):
-    return json.loads(Path(__file__).with_name(f"{name}.json").read_text("utf-8"))
+    tree = json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
+    return {"id": "p-1", "question": "q", "gold": "1"} | tree
 
 
 def write(path, lines, **changes):
@@ -58,49 +65,6 @@ def path_to(nodes, index):
     return path
 
 
-def replay(record, *, c, num):
-    """Replay the first simulations of a search.
-
-    Returns what Eq. 2 compared at each step, as the page has it, and N and W of each node.
-    """
-    nodes, is_search = record["nodes"], "chosen" in record
-    visits, totals, expanded, selections = [0] * len(nodes), [0.0] * len(nodes), set(), []
-    for number, leaves in enumerate(record["simulations"][:num]):
-        path = path_to(nodes, leaves[-1])
-        for index, taken in zip(path, path[1:], strict=False):
-            children = [child for child, node in enumerate(nodes) if node["parent"] == index]
-            is_new = index not in expanded
-            if is_new and is_search:  # the virtual visit
-                for child in children:
-                    visits[child], totals[child] = 1, nodes[child]["V"]
-            expanded.add(index)
-            log_sum = math.log(1 + sum(visits[child] for child in children))
-            rows = []
-            for child in children:
-                Q = totals[child] / visits[child] if visits[child] else 0.0
-                bound = Q + c * math.sqrt(log_sum / (1 + visits[child]))
-                rows.append({"child": child, "N": visits[child], "Q": Q, "bound": bound})
-            selection = {"simulation": number, "node": index, "taken": taken, "rows": rows}
-            selections.append(selection | {"chance": is_new and not is_search})
-        for leaf in leaves:
-            for index in path_to(nodes, leaf):
-                visits[index] += 1
-                totals[index] += nodes[leaf]["value" if is_search else "reward"]
-    return selections, visits, totals
-
-
-@pytest.mark.parametrize("name", ["search", "labels"])
-def test_the_replay_takes_what_the_search_took_and_ends_with_its_statistics(name):
-    record = read(name)
-    selections, visits, totals = replay(record, c=1.0, num=None)
-    assert len(selections) == 4 * len(record["simulations"])
-    for selection in selections:
-        best = max(selection["rows"], key=lambda row: row["bound"])
-        assert selection["chance"] or best["child"] == selection["taken"]
-    for node, num, total in zip(record["nodes"], visits, totals, strict=True):
-        assert num in (0, node["N"]) and total in (0, pytest.approx(node["W"]))
-
-
 def dom_of(page, tmp_path, fragment):
     """Return the document as a browser has built it."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
@@ -113,36 +77,32 @@ def dom_of(page, tmp_path, fragment):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-@pytest.mark.parametrize("name", ["search", "labels"])
-def test_the_numbers_on_the_page_are_those_of_the_replay(name, tmp_path):
-    """Every selection, and N and Q after three simulations, computed by the page in a browser."""
-    record = read(name)
-    for node in record["nodes"]:
-        if "value" in node:
-            node["value"] -= 0.25  # what was backed up is not always V
-    solver = path_to(record["nodes"], record["simulations"][-1][-1])[3]
-    page = tree_page(record, SETTINGS, record.get("method"))
-    dom = dom_of(page, tmp_path, f"#after=3&node={solver}")
+@pytest.mark.parametrize("name", TREES)
+def test_the_page_replays_a_search_by_eq_2_and_ends_with_its_statistics(name, tmp_path):
+    """Computed by the page, in a browser. A wrong N or Q before would choose another child."""
+    record, (method, c) = read(name), TREES[name]
+    nodes = record["nodes"]
+    paths = [path_to(nodes, leaves[-1]) for leaves in record["simulations"]]
+    page = tree_page(record, SETTINGS | {"c_uct": c}, method)
+    dom = dom_of(page, tmp_path, f"#after={len(paths)}&node={paths[-1][3]}")
 
     shown = [json.loads(html.unescape(text)) for text in re.findall('data-selection="(.*?)"', dom)]
-    expected, _, _ = replay(record, c=0.8, num=None)
-    assert len(shown) == len(expected)
-    for on_page, selection in zip(shown, expected, strict=True):
-        rows, rows_on_page = selection.pop("rows"), on_page.pop("rows")
-        assert on_page == selection
-        for row, row_on_page in zip(rows, rows_on_page, strict=True):
-            assert {key: row_on_page[key] for key in row} == pytest.approx(row)
+    assert [selection["taken"] for selection in shown] == sum([path[1:] for path in paths], [])
+    for selection in shown:
+        rows = selection["rows"]
+        num_visits = sum(row["N"] for row in rows)
+        log_sum = math.log(1 + num_visits)
+        bounds = [row["Q"] + c * math.sqrt(log_sum / (1 + row["N"])) for row in rows]
+        assert [row["bound"] for row in rows] == pytest.approx(bounds)
+        best = rows[bounds.index(max(bounds))]["child"]
+        assert selection["chance"] == (num_visits == 0)
+        assert selection["chance"] or selection["taken"] == best
 
-    _, visits, totals = replay(record, c=0.8, num=3)
-    texts = dom.split('<button class="node')[1:]
-    assert [int(re.search(r">N (\d+)<", text)[1]) for text in texts] == visits
-    for text, num, total in zip(texts, visits, totals, strict=True):
-        mean = re.search(r">Q (.)([\d.]+)<", text.split("</button>")[0])
-        assert (mean is not None) == (num > 0)
-        if mean is not None:
-            sign = -1 if mean[1] == "−" else 1
-            assert sign * float(mean[2]) == pytest.approx(total / num, abs=0.0051)
-
+    for text, node in zip(dom.split('<button class="node')[1:], nodes, strict=True):
+        assert int(re.search(r">N (\d+)<", text)[1]) == node["N"]
+        if node["N"] > 0:
+            mean = re.search(r">Q ([−+][\d.]+)<", text)[1].replace("−", "-")
+            assert float(mean) == pytest.approx(node["W"] / node["N"], abs=0.0051)
     quotes = re.findall(r'<blockquote class="text"><strong>(\w+): </strong>', dom)
     assert quotes == ["Planner", "Solver"]  # what the Solver saw, and what it said
 
@@ -150,7 +110,7 @@ def test_the_numbers_on_the_page_are_those_of_the_replay(name, tmp_path):
 HOSTILE = '</script><b>"&'
 
 
-@pytest.mark.parametrize("name", ["search", "labels"])
+@pytest.mark.parametrize("name", TREES)
 def test_texts_cannot_become_html_on_the_page_of_a_tree(name):
     record = read(name)
     record |= {"id": HOSTILE, "question": HOSTILE, "gold": HOSTILE}
@@ -158,7 +118,7 @@ def test_texts_cannot_become_html_on_the_page_of_a_tree(name):
         node["message"] = HOSTILE
         if "answer" in node:
             node["answer"] = HOSTILE
-    method = record.get("method")
+    method, _ = TREES[name]
     page = tree_page(record, SETTINGS, method and {"name": HOSTILE, "scorer": "orm"})
     assert "<b>" not in page and page.count("</script>") == 2
     [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
@@ -169,8 +129,6 @@ def test_texts_cannot_become_html_on_the_page_of_a_tree(name):
 
 # ---- The page of a run ---------------------------------------------------------------------------
 
-MCTS = {"name": "mcts-2x1-value", "algorithm": "mcts", "scorer": "value", "num": 2}
-MCTS |= {"num_candidates": [2, 1, 1, 1], "lam": 0.0}
 MISSED = (-0.5, None, True)  # a final state: V, the ORM, and whether it is right
 
 

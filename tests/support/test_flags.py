@@ -37,11 +37,6 @@ def test_numbers_of_flags_are_read_or_refused(name):
 # ---- Flags of the scripts ------------------------------------------------------------------------
 
 
-def test_threads_that_only_openmp_understands_are_no_default_of_ours(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
-    assert flags.stage_parser("", writes=False).parse_args([]).num_threads in (1, 2)
-
-
 def test_the_same_flag_means_the_same_in_every_script(monkeypatch):
     """Stage 2 reads its rollouts from a folder, stage 5 makes its own: the one exception."""
     meanings = {}

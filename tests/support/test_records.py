@@ -22,16 +22,6 @@ from support.records import (
 # ---- JSON lines ----------------------------------------------------------------------------------
 
 
-def test_a_record_is_one_line_whatever_its_letters(tmp_path):
-    path = tmp_path / "x.jsonl"
-    record = {"id": "p", "message": "one\ntwo\u2028three\x85π"}
-    with open_to_append(path) as file:
-        append_jsonl(file, record)
-        assert read_jsonl(path) == [record]  # flushed
-    assert path.read_bytes().count(b"\n") == 1
-    assert "π".encode() in path.read_bytes()
-
-
 NO_OBJECTS = [b'{"id"', b"5", b'"\xe9"', b"[" * 99999, b'{"W": NaN}', b'{"Q": [-Infinity]}']
 
 

