@@ -3,6 +3,7 @@
 What families of models differ in is handled here, apart from their chats (llm/policy.py).
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def load_pretrained(
     # transformers shows a bar and a report of the weights; the report is checked below instead.
     disable_progress_bar()
     set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
     trouble = f"cannot be loaded{' in NF4' if quantize else ''}; damaged, or a Git LFS pointer?"
     with errors_name(f"{flag} {name}: {trouble}"):
         model, report = auto_class.from_pretrained(name, **options)
