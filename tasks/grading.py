@@ -139,6 +139,8 @@ _BETWEEN_TWO = re.compile(
 )
 _REMARK = re.compile(r"(?<=[\w%$}*])\s*(?<!\\)\((?:[^()]|\([^()]*\))*\)")  # 12 hours (= 0.5 days)
 _CLAUSE = re.compile(r"[,;]?\s+(?:because|since|as|which|where)\b.*", re.DOTALL)
+# "2\sqrt{3}", "x = 3 or x = 4"
+_NO_NUMBER = re.compile(r"\\(?:sqrt|pi|overline)|\b[a-z] = ?[^\s=]+ (?:or |and )?[a-z] = ?[^\s=]+$")
 # "In 4 weeks", "for 2 people": a number that is not what a sentence tells
 _BESIDE = re.compile(r"(?i)\b(?:in|for|after|of|on|at|by|with|per|every|each|the|all|than)\W*$")
 
@@ -167,6 +169,8 @@ def _canonical_number(answer: str) -> str | None:
     full = _CLAUSE.sub("", plain_text(answer))
     text = _REMARK.sub("", full)
     text = text if re.search(r"\d", text) else full  # "twelve (12)"
+    if _NO_NUMBER.search(text):
+        return None
     if "=" in text:  # the answer is 12 in "5 + 7 = 12" and in "12 = 5 + 7"
         first, *_, last = text.split("=")
         text = first if _sole_number(first) and not _sole_number(last) else last
@@ -207,7 +211,7 @@ _CHOOSING = r"(?: (?:be|choose|select|pick|go with|think))?(?: option)?"
 _LETTERS = [
     # "**B**", "[B]", "'B'", "$B$" become "(B)"
     (r"(?<![\w(])[*_$\"'`<\[(]{1,4}([A-Za-z])[*_$\"'`>\])]{1,4}(?!\w)", r"(\1)"),
-    (r"(?i)\b(?:agent|debater|plan)s?\s+[A-Z]\b(?:'s\b)?", ""),
+    (r"(?i)\b(?:agent|debater|plan|vitamin)s?\s+[A-Z]\b(?:'s\b)?", ""),
     # "not B" and "B is wrong" name no option
     (r"(?:not|n't|\bthan|\bnor|\bneither|\bexcept|\bnever)\b" + _CHOOSING + r"\W*\b[A-Z]\b", ""),
     (r"\b[A-Z]\b" + _REJECTED, ""),
@@ -283,10 +287,7 @@ _LATEX = [
     (r"(?i)\ba\.?\s?m\b\.?", "am"),  # a.m.
     (r"(?i)\bp\.?\s?m\b\.?", "pm"),
     # 5 cm^2 becomes 5\text{ cm}^2
-    (
-        r"(?<=[\d})])\s+(?!(?:[ap]m|or|and)\b)([A-Za-z]{2,}|m)(?=\s*(?:\^\{?\d\}?)?$)",
-        r"\\text{ \1}",
-    ),
+    (r"(?<=[\d})i])\s+(?!(?:[ap]m|or|and)\b)([A-Za-z]{2,}|m)(?=[\s^{\d}]*$)", r"\\text{ \1}"),
 ]
 _VERB = re.compile(r"\b(?:is|are|was|were|be|equals|has|have|gets?|takes?|holds)\b")
 
@@ -484,11 +485,11 @@ _AND = r"(?:\$|\\\))\s*(?:[,;]|,?\s*(?:\\text\{\s*)?\b(?:and|or)\b\s*\}?)\s*(?:\
 _NOT_OWN = re.compile(
     r"(?i)\b(?:(?!(?:let|that|it|he|she|here|there|what)'s)\w+'s|your|his|her|their|wrong|incorrect"
     r"|other|another|possible|proposed|previous|not|rather than|instead of"
-    r"|(?:n't|not) (?:think|believe|say|true|agree)(?: that)?(?: the)?"
-    r"|(?:claims|says|argues|thinks|doubt|false)(?: that)? the|(?:you|solver|(?:agent|debater) \w+)"
+    r"|(?:claims|says|argues|thinks)(?: that)? the|(?:you|solver|(?:agent|debater) \w+)"
     r" (?:wrote|ha[ds]|got|gave|found|says?|said|claim\w+|answered)(?: that)?(?: the)?"
     r"|(?:check|verify)(?:ing|ed)? (?:the|this|our)) +(?:(?:correct|final|own|first) +)?[$*]*$"
 )
+_DOUBT = re.compile(r"(?i)(?:(?:n't|not) (?:think|believe|say|true)|doubt|false)\b[^.\n]*\Z")
 _DENIAL = re.compile(
     r"\W*(?:n't|not|never|(?:more|less|fewer|greater|smaller)\s+than)\b", re.IGNORECASE
 )
@@ -555,7 +556,7 @@ def _find_answers(text: str, answer_type: str) -> list[tuple[int, int, Answer]]:
         is_about = not is_statement and (_ABOUT.match(line) or line.rstrip().endswith("?"))
         before = text[max(0, cue.start() - 80) : cue.start()]
         is_remark = _NOT_OWN.search(before) or (is_about and not own)
-        is_given = not is_remark and not _DENIAL.match(line)
+        is_given = not (is_remark or _DOUBT.search(before) or _DENIAL.match(line))
         value = _read(line, own, answer_type) if is_given else None
         names_one = own or is_statement or _CONTENT[answer_type].search(_option_text(line))
         if not names_one or (is_remark and answer_type != "letter"):
@@ -582,8 +583,10 @@ def _read(line: str, boxes: list[tuple], answer_type: str) -> str | None:
         return canonical(line, answer_type)
     line = re.sub(_AND, ", ", _CLAUSE.sub("", _SPOKEN_REMARK.sub("", line)))
     line = re.sub(r".*\b(?:is|equals) (?=-?\d[^$]*$)", "", line)  # "the value of $x$ is 3"
-    formulas = _FORMULA.findall(line)  # the last one counts in "the value of $x$ is $3$"
-    return canonical("".join(formulas[-1]) if formulas else line, "math")
+    # The first formula after the last verb counts, in "the value of $x$ is $3$ at $y = 2$".
+    after_verb = re.split(r"\b(?:is|are|equals)\b", line)[-1]
+    formulas = _FORMULA.findall(after_verb)[:1] or _FORMULA.findall(line)[-1:]
+    return canonical("".join(formulas[0]) if formulas else line, "math")
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str | None]]:
