@@ -90,7 +90,9 @@ class MAS:
                 re.fullmatch(r"\w+", agent.name)
                 and agent.name not in (QUESTION, QUESTION_SENDER, *earlier)
                 and isinstance(agent.prompt, str)
+                and type(agent.max_new_tokens) is int
                 and agent.max_new_tokens > 0
+                and isinstance(agent.sees, tuple)
                 and always_there & set(agent.sees)
                 and set(agent.sees) <= {QUESTION, *earlier}
                 and len(when) == 2
@@ -293,4 +295,6 @@ def load_graph(name: str) -> MAS:
         path = ROOT / "graphs" / f"{name}.toml"
     with errors_name(f"--graph {name} (it is {', '.join(graph_names())}, or FILE.toml)"):
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+        if not table.keys() <= {"name", "agents"}:
+            raise InputError(f"--graph {name}: its keys are `name`, `agents`, not {list(table)}")
         return MAS.from_dict({"name": path.stem} | table)

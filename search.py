@@ -278,7 +278,7 @@ METHOD_PATTERNS = {
     "vote": rf"vote-{_NUM}",
     "best_of": rf"best_of-{_NUM}{_SCORER}",
     "sbs": rf"sbs-{_NUM}{_PER_AGENT}{_SCORER}",
-    "mcts": rf"mcts-{_NUM}(?:{_PER_AGENT})?{_SCORER}(?:{_LAM})?",
+    "mcts": rf"mcts-{_NUM}(?:{_PER_AGENT})?{_SCORER}(?:(?<!-orm){_LAM})?",
 }
 
 

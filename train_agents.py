@@ -224,17 +224,18 @@ class Learner:
             ):
                 if isinstance(nodes, TooLong):
                     continue
-                if v is not None and not all(v.fits(node.state) for node in nodes):
+                reads_v = self.args.reward in VALUE_REWARDS
+                if reads_v and not all(v.fits(node.state) for node in nodes):
                     continue
                 grade_terminals(problem, mas, nodes)
                 rollouts |= dict.fromkeys(nodes, problem)
-        if not rollouts:
-            raise InputError(f"{name}: there is no problem, or none that is short enough")
+        if not rollouts and name == "dev":
+            raise InputError("no held-out problem is there, or none that is short enough")
         if v is not None:
             nodes = dict.fromkeys([*(node.parent for node in rollouts), *rollouts])
-            states = [node.state for node in nodes]
-            values = v.score(states, batch_tokens=self.args.batch_tokens)
-            for node, value in zip(nodes, values, strict=True):
+            read = [node for node in nodes if v.fits(node.state)]
+            values = v.score([node.state for node in read], batch_tokens=self.args.batch_tokens)
+            for node, value in zip(read, values, strict=True):
                 node.V = value
         # The order in which searches finish depends on how many are active at once.
         return dict(sorted(rollouts.items(), key=lambda entry: entry[1].id))

@@ -81,7 +81,9 @@ def make_transcripts(trees: list[dict], model: ValueModel, target: str) -> list[
     if too_long:
         print(f"{len(too_long)} states are too long for the backbone, of {sorted(set(too_long))}")
     if not transcripts:
-        raise InputError("no labelled state is left; take a --backbone with a longer context")
+        raise InputError(
+            "no labelled state is left; take a --backbone or agents with a longer context"
+        )
     return transcripts
 
 

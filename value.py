@@ -210,8 +210,7 @@ class ValueModel(nn.Module):
         # 2. Is everything as it was when V was trained?
         now = {"graph": json.loads(json.dumps(asdict(mas)))}  # as it was read back
         now["rendering"] = rendering_fingerprint(mas, settings["view"])
-        if not Path(name).is_dir():
-            now["backbone"] = checkpoint_setting(name)
+        now["backbone"] = checkpoint_setting(name)
         changes = differences({key: settings[key] for key in now}, now)
         if changes:
             raise InputError(

@@ -54,7 +54,7 @@ def load_pretrained(
     disable_progress_bar()
     set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
-    trouble = f"cannot be loaded{' in NF4' if quantize else ''}; damaged, or a Git LFS pointer?"
+    trouble = f"cannot be loaded{' in NF4' if quantize else ''}; no folder or hub name, or damaged"
     with errors_name(f"{flag} {name}: {trouble}"):
         model, report = auto_class.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

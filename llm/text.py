@@ -30,6 +30,7 @@ class TextEncoder:
 
         # Nor may the model make them of letters, by its merges or as words of its vocabulary.
         copy = json.loads(tokenizer.backend_tokenizer.to_str())
+        copy["truncation"] = copy["padding"] = None
         if "merges" in copy["model"]:
             merges, is_kept = copy["model"]["merges"], secret_of.keys().isdisjoint
             copy["model"]["merges"] = [m for m in merges if is_kept((*m, "".join(m)))]

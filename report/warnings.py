@@ -1,6 +1,6 @@
 """Five warnings, from plain records. Stages 1, 2, 4 and 5 print them, the page of a run shows them.
 
-Each function returns lines, none if all is well. A number that is NaN is trouble.
+Each function returns lines, none if all is well.
 """
 
 import itertools
@@ -18,7 +18,11 @@ def _unless(is_fine: bool, trouble: str, remedy: str) -> list[str]:
 
 def _cut_warning(num_cut: int, num_messages: int) -> list[str]:
     trouble = f"{num_cut} of {num_messages} messages are cut at their limit."
-    return _unless(num_cut <= 0.05 * num_messages, trouble, "Raise --max-new-tokens.")
+    return _unless(
+        num_cut <= 0.05 * num_messages,
+        trouble,
+        "Raise --max-new-tokens, or take a model with a longer context.",
+    )
 
 
 def label_warnings(trees: list[dict]) -> list[str]:

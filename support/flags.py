@@ -87,7 +87,8 @@ def stage_parser(doc: str, *, writes: bool) -> Parser:
     add("--device", default=default_device, help="cpu, cuda or cuda:N")
     dtypes = ("auto", "float32", "bfloat16")
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, else float32")
-    num_threads = min(2, torch.get_num_threads())  # that is OMP_NUM_THREADS, or of the machine
+    most_threads = math.inf if "OMP_NUM_THREADS" in os.environ else 2
+    num_threads = min(most_threads, torch.get_num_threads())
     add("--num-threads", type=positive_int, default=num_threads, help="of torch, on the CPU")
     help_batch = "size of a batch that is generated or scored: rows x tokens of the longest"
     add("--batch-tokens", type=positive_int, default=131072, help=help_batch)

@@ -244,7 +244,7 @@ class RawProblem(NamedTuple):
     gold: str  # as in the data
     subject: str | None
     level: str | None
-    place: str  # the file and the line, for error messages
+    place: str  # the file and the row, for error messages
     key: str  # question_key
     split: str | None  # of an embedded task
 
@@ -253,7 +253,7 @@ def read_row(row: dict, place: str) -> RawProblem:
     """Read a row that has the columns of any of the public data sets (COLUMNS).
 
     Raises InputError if question or answer is missing, if they are neither texts nor numbers, or if
-    the answer is none of the options. place: the file and the line, for these messages.
+    the answer is none of the options. place: the file and the row, for these messages.
     """
     # 1. Find the fields.
     column_of, fields = {}, {}
